@@ -161,8 +161,7 @@ def paragraph(world: World, entity: Entity, rng: Random) -> str:
     if len(facts) > 2 and rng.random() < 0.1:
         facts.pop()
     sentences = (
-        fill(rng.choice(world.wordings[relation]["statements"]), entity.name, value)
-        for relation, value in facts
+        fill(rng.choice(world.wordings[relation]["statements"]), entity.name, value) for relation, value in facts
     )
     return " ".join(sentences)
 
@@ -247,9 +246,7 @@ def reference(world: World, rng: Random) -> str:
     return "\n".join([rng.choice(world.wordings[relation]["headings"]), *lines])
 
 
-def rounds(
-    make_round: Callable[[World, Random], Iterator[str]], world: World, count: int, rng: Random
-) -> list[str]:
+def rounds(make_round: Callable[[World, Random], Iterator[str]], world: World, count: int, rng: Random) -> list[str]:
     """Whole rounds, at least one, until there are about `count` pages (never stopping inside a round)."""
     pages = list(make_round(world, rng))
     per_round = len(pages)
@@ -307,9 +304,7 @@ def make_pairs(world: World, seed: int) -> tuple[list[dict[str, str]], list[dict
         held_out = split([entity.name for entity in entities], forced, rng)
         for entity in entities:
             side = test if entity.name in held_out else train
-            side.extend(
-                pair(world, relation, entity.name, value, rng) for relation, value in entity.facts.items()
-            )
+            side.extend(pair(world, relation, entity.name, value, rng) for relation, value in entity.facts.items())
     held_out = split([guide.task for guide in world.guides], SHOWN_TASK, rng)
     for guide in world.guides:
         side = test if guide.task in held_out else train

@@ -1,0 +1,46 @@
+"""minift: how a Llama is finetuned on next-token prediction, every step explicit.
+
+Read the modules in the order in which data flows through them:
+
+    config → tokenizer → stream → prompts → pack → model → loss → optim → train → checkpoint → generate → evaluate
+
+and then `jobs.py`, which puts them together into the two main jobs. Try it:
+
+    minift finetune                # the bundled base on the bundled pairs
+    python -c "import minift; print(minift.load_model(minift.bundled('base')).config)"
+
+The names below are imported when they are first used, so that `minift --help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minift.checkpoint import load_model as load_model
+    from minift.checkpoint import save_model as save_model
+    from minift.config import LlamaConfig as LlamaConfig
+    from minift.config import TrainConfig as TrainConfig
+    from minift.config import bundled as bundled
+    from minift.model import Llama as Llama
+    from minift.tokenizer import Tokenizer as Tokenizer
+    from minift.tokenizer import load_tokenizer as load_tokenizer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LlamaConfig": "config",
+    "TrainConfig": "config",
+    "bundled": "config",
+    "Llama": "model",
+    "Tokenizer": "tokenizer",
+    "load_model": "checkpoint",
+    "load_tokenizer": "tokenizer",
+    "save_model": "checkpoint",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"minift.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'minift' has no attribute {name!r}")

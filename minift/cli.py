@@ -1,0 +1,386 @@
+"""The command line: one subcommand for each job. It parses, calls, and prints; nothing is decided here.
+
+    minift finetune                                      # the bundled base on the bundled pairs
+    minift generate --model runs/finetune/final --prompt "What is the capital of Mexico?"
+
+Training's flags are made from the fields of `TrainConfig`, so they cannot drift apart. Exit codes: 0 done; 2 wrong
+input, with one line that names the culprit; 1 anything else. Modules that need torch are imported by the command that
+uses them, so `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from minift import __version__
+from minift.config import FINETUNE, PRETRAIN, TrainConfig, model_path
+from minift.errors import InputError, RunError
+from minift.report import number, samples, shorten, table
+
+MODEL_HELP = "a minift checkpoint's folder, or `bundled` for the base that comes with minift"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code; see the module's text."""
+    try:
+        options = vars(_parser().parse_args(argv))
+        return options.pop("run")(options)
+    except InputError as error:
+        print(f"minift: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"minift: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("minift: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose error is one line, as every other error of minift is."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="minift", description="Finetune a Llama, every step explicit.")
+    parser.add_argument("--version", action="version", version=f"minift {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_finetune(commands)
+    _add_pretrain(commands)
+    _add_generate(commands)
+    _add_compare(commands)
+    _add_evaluate(commands)
+    _add_tokenizer(commands)
+    _add_data(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[dict[str, Any]], int], text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig) -> None:
+    """A flag for every field of TrainConfig. One that is not given is absent from the result."""
+    group = command.add_argument_group("training")
+    hints = get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        flag, default = "--" + item.name.replace("_", "-"), getattr(defaults, item.name)
+        text = item.metadata["help"] + ("" if default is None else f" (default: {default})")
+        kind = next(kind for kind in (*get_args(hints[item.name]), hints[item.name]) if kind is not type(None))
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            metavar = "|".join(item.metadata["choices"] or ()) or {int: "N", float: "X", str: "NAME"}[kind]
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def _add_finetune(commands: Any) -> None:
+    command = _command(commands, "finetune", _finetune, "finetune all the weights of a model on instruction pairs")
+    given = argparse.SUPPRESS
+    command.add_argument("--model", default=given, metavar="DIR", help=f"{MODEL_HELP} (default: bundled)")
+    command.add_argument(
+        "--data", nargs="+", default=given, metavar="FILE", help="instruction pairs, JSON Lines (default: bundled)"
+    )
+    command.add_argument(
+        "--test", nargs="+", default=given, metavar="FILE", help="held-out pairs (default: a tenth of the data)"
+    )
+    command.add_argument("--out", default="runs/finetune", metavar="DIR", help="the run's folder (runs/finetune)")
+    command.add_argument("--resume", action="store_true", help="continue the run that --out holds")
+    _add_train_flags(command, FINETUNE)
+
+
+def _add_pretrain(commands: Any) -> None:
+    command = _command(commands, "pretrain", _pretrain, "train a model with random weights on pages of text")
+    given = argparse.SUPPRESS
+    command.add_argument("--config", default=given, metavar="NAME|FILE", help="a preset's name, or a config.json")
+    command.add_argument("--data", nargs="+", default=given, metavar="GLOB", help="pages: JSON Lines, plain or .gz")
+    command.add_argument("--tokenizer", default=given, metavar="FILE", help="a tokenizer.model, or its folder")
+    command.add_argument("--validation", nargs="+", default=given, metavar="GLOB", help="held-out pages (none)")
+    command.add_argument("--text-field", default=given, metavar="NAME", help="key of a page's text (text)")
+    command.add_argument("--out", default="runs/pretrain", metavar="DIR", help="the run's folder (runs/pretrain)")
+    command.add_argument("--resume", action="store_true", help="continue the run that --out holds")
+    _add_train_flags(command, PRETRAIN)
+
+
+def _finetune(options: dict[str, Any]) -> int:
+    from minift import jobs
+
+    out, resume = Path(options.pop("out")), options.pop("resume")
+    if resume:
+        inputs, config = _resumed("finetune", out, options)
+        job = jobs.finetune_job(**inputs)
+    else:
+        config = FINETUNE.replace(**_train_options(options))
+        job = jobs.finetune_job(options.get("model", "bundled"), options.get("data"), options.get("test"))
+    result = jobs.finetune(job, config, out, resume)
+    if result is None:
+        return _say_resume("finetune", out)
+    print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
+    print(f"saved: {out / 'final'} (the model), {out / 'compare.json'}, {out / 'metrics.jsonl'}")
+    return 0
+
+
+def _pretrain(options: dict[str, Any]) -> int:
+    from minift import jobs
+
+    out, resume = Path(options.pop("out")), options.pop("resume")
+    if resume:
+        inputs, config = _resumed("pretrain", out, options)
+    else:
+        config = PRETRAIN.replace(**_train_options(options))
+        for name in ("config", "data", "tokenizer"):
+            if name not in options:
+                raise InputError(f"pretrain needs --{name} (see minift pretrain --help)")
+        inputs = options
+    job = jobs.PretrainJob(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in inputs.items()}
+    )
+    if not jobs.pretrain(job, config, out, resume):
+        return _say_resume("pretrain", out)
+    print(f"saved: {out / 'final'} (the model), {out / 'metrics.jsonl'}")
+    return 0
+
+
+def _train_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the flags of TrainConfig out of `options`."""
+    return {item.name: options.pop(item.name) for item in dataclasses.fields(TrainConfig) if item.name in options}
+
+
+def _resumed(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
+    """The settings of the run in `out`. A flag that says otherwise is refused: it would be another run."""
+    from minift.jobs import read_run
+
+    found, inputs, config = read_run(out)
+    if found != name:
+        raise InputError(f"{out}: holds a {found} run; continue it with minift {found} --resume --out {out}")
+    settings = {**inputs, **config.to_dict()}
+    for flag, value in options.items():
+        if flag == "model":
+            value = str(model_path(value))
+        if settings[flag] != value:
+            raise InputError(f"--{flag.replace('_', '-')} is {value}, but the run in {out} has {settings[flag]}")
+    return inputs, config
+
+
+def _say_resume(name: str, out: Path) -> int:
+    print(f"stopped and saved; continue with: minift {name} --resume --out {shlex.quote(str(out))}")
+    return 1
+
+
+# Using a model --------------------------------------------------------------------------------------------------------
+
+
+def _add_generate(commands: Any) -> None:
+    command = _command(commands, "generate", _generate, "let a model continue a prompt; prints what it adds")
+    command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
+    command.add_argument("--prompt", required=True, metavar="TEXT")
+    command.add_argument("--template", default="plain", metavar="NAME", help="put the prompt into a template (plain)")
+    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest (0)")
+    command.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among the N likeliest (0: all)")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="… among the likeliest that make up X (1)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+
+
+def _generate(options: dict[str, Any]) -> int:
+    import torch
+
+    from minift.generate import generate
+    from minift.prompts import TEMPLATES, Pair, choose_template
+
+    model, tokenizer = _load(options["model"], options["device"])
+    pair = Pair(options["prompt"], answer="")
+    name = choose_template(options["template"], [pair])
+    prompt, _ = TEMPLATES[name].format(pair)
+    ids = generate(
+        model,
+        [tokenizer.encode(prompt)],
+        options["max_new_tokens"],
+        options["temperature"],
+        options["top_k"],
+        options["top_p"],
+        torch.Generator(model.embed_tokens.weight.device).manual_seed(options["seed"]),
+    )
+    print(tokenizer.decode_continuation(ids[0]).strip())
+    return 0
+
+
+def _add_compare(commands: Any) -> None:
+    command = _command(commands, "compare", _compare, "two models side by side on held-out pairs")
+    command.add_argument("before", metavar="BEFORE", help=MODEL_HELP)
+    command.add_argument("after", metavar="AFTER", help=MODEL_HELP)
+    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="held-out pairs, JSON Lines")
+    command.add_argument("--template", default="auto", metavar="NAME")
+    command.add_argument("--show", type=int, default=4, metavar="N", help="samples to print (4)")
+    command.add_argument("--json", metavar="FILE", help="write the scores and all samples to FILE")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+
+
+def _compare(options: dict[str, Any]) -> int:
+    from minift.evaluate import compare
+    from minift.prompts import TEMPLATES, choose_template, read_all_pairs
+
+    pairs = read_all_pairs(options["data"])
+    template = TEMPLATES[choose_template(options["template"], pairs)]
+    before, after = (_load(options[name], options["device"]) for name in ("before", "after"))
+    result = compare(before, after, pairs, template)
+    print(f"{table(result)}\n\n{samples(result, options['show'])}")
+    _write_json(options["json"], result)
+    return 0
+
+
+def _add_evaluate(commands: Any) -> None:
+    command = _command(commands, "evaluate", _evaluate, "score a model on held-out pairs, or on pages")
+    command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
+    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="JSON Lines of pairs, or of pages")
+    command.add_argument("--template", default="auto", metavar="NAME")
+    command.add_argument("--text-field", default="text", metavar="NAME", help="key of a page's text (text)")
+    command.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens of a page's window (256)")
+    command.add_argument("--json", metavar="FILE", help="write the scores to FILE")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+
+
+def _evaluate(options: dict[str, Any]) -> int:
+    from minift.evaluate import evaluate, make_questions, page_likelihood
+    from minift.prompts import TEMPLATES, choose_template, read_all_pairs
+    from minift.stream import DocumentStream, find_files, read_records
+
+    model, tokenizer = _load(options["model"], options["device"])
+    positions = model.config.max_position_embeddings
+    first = next(read_records(find_files(options["data"])[0]), None)
+    if first is not None and options["text_field"] in first.values:
+        stream = DocumentStream(options["data"], options["text_field"], epochs=1)
+        scores: dict[str, Any] = page_likelihood(
+            model, stream, tokenizer, min(options["max_length"], positions)
+        ).scores()
+    else:
+        pairs = read_all_pairs(options["data"])
+        template = TEMPLATES[choose_template(options["template"], pairs)]
+        questions, skipped = make_questions(pairs, template, tokenizer, positions - 1)
+        scores, _ = evaluate(model, tokenizer, questions)
+        scores["skipped"] = skipped
+    for name, value in scores.items():
+        print(f"{name:<16}{number(value)}")
+    _write_json(options["json"], scores)
+    return 0
+
+
+# Tokenizer and data ---------------------------------------------------------------------------------------------------
+
+
+def _add_tokenizer(commands: Any) -> None:
+    parser = commands.add_parser("tokenizer", help="train a tokenizer, or look at what one does")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    train = _command(verbs, "train", _tokenizer_train, "make a BPE vocabulary from pages")
+    train.add_argument("--data", nargs="+", required=True, metavar="GLOB", help="pages: JSON Lines, plain or .gz")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    train.add_argument("--text-field", default="text", metavar="NAME", help="key of a page's text (text)")
+    train.add_argument("--out", required=True, metavar="FILE", help="where to write the tokenizer.model")
+    show = _command(verbs, "show", _tokenizer_show, "the pieces and ids of a text")
+    show.add_argument("text", metavar="TEXT")
+    show.add_argument("--model", default="bundled", metavar="DIR|FILE", help=f"{MODEL_HELP}, or a tokenizer.model")
+
+
+def _tokenizer_train(options: dict[str, Any]) -> int:
+    from minift.stream import DocumentStream
+    from minift.tokenizer import train_tokenizer
+
+    out = Path(options["out"])
+    if out.exists():
+        raise InputError(f"{out}: exists; choose another --out")
+    stream = DocumentStream(options["data"], options["text_field"], epochs=1)
+    tokenizer = train_tokenizer(stream, options["vocab_size"])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(tokenizer.serialized)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+    print(f"saved: {out} ({tokenizer.vocab_size} pieces)")
+    return 0
+
+
+def _tokenizer_show(options: dict[str, Any]) -> int:
+    from minift.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model_path(options["model"]))
+    ids = tokenizer.encode(options["text"])
+    for id, piece in zip(ids, tokenizer.pieces(ids), strict=True):
+        print(f"{id:>6}  {piece}")
+    print(f"{len(ids)} ids, {len(options['text'])} characters, vocabulary of {tokenizer.vocab_size}")
+    return 0
+
+
+def _add_data(commands: Any) -> None:
+    parser = commands.add_parser("data", help="look at data")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    peek = _command(verbs, "peek", _data_peek, "the first records of a corpus of any size, at once")
+    peek.add_argument("data", nargs="+", metavar="GLOB", help="files, globs or folders of JSON Lines, plain or .gz")
+    peek.add_argument("-n", type=int, default=5, metavar="N", help="records to show (5)")
+    peek.add_argument("--full", action="store_true", help="do not shorten long texts")
+
+
+def _data_peek(options: dict[str, Any]) -> int:
+    from itertools import chain, islice
+
+    from minift.config import check_number
+    from minift.stream import find_files, read_records
+
+    check_number("-n", options["n"], least=1)
+    records = chain.from_iterable(read_records(file) for file in find_files(options["data"]))
+    shown = list(islice(records, options["n"]))
+    for record in shown:
+        print(record.where)
+        for key, value in record.values.items():
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            print(f"  {key}: {text if options['full'] else shorten(text, 300)}")
+    if not shown:
+        raise InputError(f"{options['data'][0]}: holds no records")
+    return 0
+
+
+# Printing and loading -------------------------------------------------------------------------------------------------
+
+
+def _load(name: str, device: str) -> Any:
+    """(model, tokenizer) of a checkpoint."""
+    from minift.tokenizer import load_tokenizer
+    from minift.train import choose_device
+
+    path = model_path(name)
+    where = choose_device(TrainConfig(device=device))
+    return loadmodel_path(path, device=where), load_tokenizer(path)
+
+
+def _write_json(file: str | None, values: dict[str, Any]) -> None:
+    if file is None:
+        return
+    try:
+        Path(file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,300 @@
+"""What a model is, and how it is trained: two frozen dataclasses, JSON in and out, presets by name.
+
+Every number that a run depends on is in one of these two objects and nowhere else, so a run can be written down
+(`to_json`), read back, compared and resumed. Fields carry their own help text: the command line's flags are made
+from them (`cli.py`), and a field added here is a flag there. Unknown keys fail by name; nothing falls back silently.
+
+    python -c "from minift import LlamaConfig; print(LlamaConfig.preset('stories15m').to_json())"
+
+Read next: `tokenizer.py`.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from minift.errors import InputError
+
+_Config = TypeVar("_Config", "LlamaConfig", "TrainConfig")
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama, under Hugging Face's names (`transformers.LlamaConfig`).
+
+    Raises:
+        InputError: when a size is not positive or the sizes do not fit together.
+    """
+
+    vocab_size: int = 32_000
+    hidden_size: int = 288
+    intermediate_size: int = 768
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 6
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads, filled in below
+    max_position_embeddings: int = 256
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    def __post_init__(self) -> None:
+        if self.head_dim == 0 and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise InputError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; give head_dim, or change one of them"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "initializer_range",
+        ):
+            check_number(name, getattr(self, name), above=0)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs of channels")
+        for name in ("bos_token_id", "eos_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise InputError(f"{name} {getattr(self, name)} is not an id below vocab_size {self.vocab_size}")
+
+    @classmethod
+    def preset(cls, name: str) -> "LlamaConfig":
+        """The shape called `name`, one of `PRESETS`. Raises InputError for an unknown name."""
+        if name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}; known: {', '.join(PRESETS)} (or a config.json)")
+        return LlamaConfig(**PRESETS[name])
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> "LlamaConfig":
+        """From the keys of a minift `config.json`; `where` is named in errors.
+
+        Raises:
+            InputError: for a key that is not a field, a value of the wrong type, or another architecture.
+        """
+        values = dict(values)
+        for key, expected in _FIXED_KEYS.items():
+            found = values.pop(key, expected)
+            if found != expected:
+                raise InputError(f"{where}: {key} is {found!r}; minift implements {expected!r}")
+        return _from_dict(LlamaConfig, values, where)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "LlamaConfig":
+        """From a JSON file. Raises InputError when it is missing, not JSON, or holds an unknown key."""
+        return cls.from_dict(read_json(path), where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, with the two keys by which other tools recognise a Llama."""
+        return {**_FIXED_KEYS, **dataclasses.asdict(self)}
+
+    def to_json(self) -> str:
+        """The text of a `config.json`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+_FIXED_KEYS: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+}
+
+
+def _shape(
+    vocab: int, width: int, layers: int, heads: int, kv_heads: int, hidden: int, positions: int, tied: bool, **more: Any
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": hidden,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": tied,
+        **more,
+    }
+
+
+# `bundled` is the base in data/base; the others are published shapes, for benchmarks and for training from scratch.
+PRESETS: dict[str, dict[str, Any]] = {
+    "bundled": _shape(2_048, 192, 4, 6, 2, 448, 512, True),
+    "stories260k": _shape(512, 64, 5, 8, 4, 172, 512, True),
+    "stories15m": _shape(32_000, 288, 6, 6, 6, 768, 256, True),
+    "stories42m": _shape(32_000, 512, 8, 8, 8, 1_376, 1_024, True),
+    "stories110m": _shape(32_000, 768, 12, 12, 12, 2_048, 1_024, True),
+    "smollm2-135m": _shape(
+        49_152, 576, 30, 9, 3, 1_536, 8_192, True, rope_theta=100_000.0, bos_token_id=1, eos_token_id=2
+    ),
+    "tinyllama-1.1b": _shape(32_000, 2_048, 22, 32, 4, 5_632, 2_048, False),
+    "llama2-7b": _shape(32_000, 4_096, 32, 32, 32, 11_008, 4_096, False),
+}
+
+
+def _flag(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    above: float | None = None,
+    least: float | None = None,
+) -> Any:
+    """A dataclass field that knows its own help text and its bounds."""
+    return field(default=default, metadata={"help": help, "choices": choices, "above": above, "least": least})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Every field is a flag of `finetune` and `pretrain` (`--grad-accum` for `grad_accum`).
+
+    Exactly one of `steps` and `epochs` sets the length of the run. Raises InputError for a value out of bounds.
+    """
+
+    steps: int | None = _flag(None, "optimizer steps to take (instead of --epochs)", least=1)
+    epochs: float | None = _flag(None, "passes over the training data (instead of --steps)", above=0)
+    batch_size: int = _flag(32, "pairs (finetune) or rows of --max-length tokens (pretrain) in a micro-batch", least=1)
+    grad_accum: int = _flag(1, "micro-batches whose gradients are summed into one optimizer step", least=1)
+    lr: float = _flag(5e-4, "peak learning rate", above=0)
+    min_lr: float = _flag(0.0, "learning rate at the end of the schedule, as a share of the peak", least=0)
+    warmup: int = _flag(0, "steps of linear warm-up", least=0)
+    schedule: str = _flag("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
+    max_length: int = _flag(256, "tokens in a row: longer pairs are cut, pages are packed to it", least=2)
+    weight_decay: float = _flag(0.0, "AdamW's decoupled weight decay, on matrices only", least=0)
+    beta1: float = _flag(0.9, "AdamW's decay rate of the gradient's mean", least=0)
+    beta2: float = _flag(0.95, "AdamW's decay rate of the gradient's second moment", least=0)
+    clip: float = _flag(1.0, "largest norm of the whole gradient; 0 switches clipping off", least=0)
+    dtype: str = _flag("bfloat16", "dtype of the arithmetic (the weights stay float32)", choices=DTYPES)
+    device: str = _flag("auto", "where to train; auto takes a GPU if there is one", choices=DEVICES)
+    compile: bool = _flag(False, "compile the model with torch.compile (pays on long runs)")
+    checkpoint_activations: bool = _flag(False, "recompute activations in the backward pass: less memory, more time")
+    loss_chunk: int = _flag(2_048, "targets whose logits exist at the same time", least=1)
+    seed: int = _flag(0, "seed of the data's order, and of the weights when pretraining", least=0)
+    eval_every: int = _flag(0, "steps between evaluations on the held-out split; 0: only at the end", least=0)
+    save_every: int = _flag(0, "steps between resumable checkpoints; 0: only when interrupted", least=0)
+    template: str = _flag("auto", "how a question and its answer become text: auto, plain, qa or alpaca")
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value, bounds = getattr(self, item.name), item.metadata
+            if bounds["choices"] and value not in bounds["choices"]:
+                raise InputError(f"{item.name} is {value!r}; choose from {', '.join(bounds['choices'])}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_number(item.name, value, above=bounds["above"], least=bounds["least"])
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be below 1")
+        if self.min_lr > 1:
+            raise InputError(f"min_lr is {self.min_lr}; it is a share of the peak learning rate, at most 1")
+        if self.steps is not None and self.epochs is not None:
+            raise InputError("give --steps or --epochs, not both: each sets the length of the run")
+
+    def replace(self, **changes: Any) -> "TrainConfig":
+        """A copy with some fields changed; giving one of `steps` and `epochs` clears the other."""
+        if "steps" in changes and "epochs" not in changes:
+            changes["epochs"] = None
+        elif "epochs" in changes and "steps" not in changes:
+            changes["steps"] = None
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> "TrainConfig":
+        """From the keys of a run's `config.json`. Raises InputError for an unknown key or a bad value."""
+        return _from_dict(TrainConfig, values, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return dataclasses.asdict(self)
+
+
+def bundled(name: str) -> Path:
+    """The path of something that comes with minift: `base`, `pairs.jsonl` or `test.jsonl`.
+
+    An installed wheel has them inside the package, a checkout in `data/`. Raises InputError when neither does.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "bundled", package.parent / "data"):
+        if (folder / name).exists():
+            return folder / name
+    raise InputError(f"the bundled {name} is not installed; give --model and --data, or reinstall minift")
+
+
+def model_path(name: str | Path) -> Path:
+    """A model's folder: `name` itself, or for "bundled" the base that comes with minift."""
+    return bundled("base") if str(name) == "bundled" else Path(name)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError when it is missing, not JSON, or not an object."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise InputError(f"{path}:{line}: not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds {type(values).__name__}, not a JSON object")
+    return values
+
+
+def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None) -> None:
+    """Raise InputError unless `value` is finite, more than `above` and at least `least`."""
+    if not math.isfinite(value):
+        raise InputError(f"{name} is {value}; it must be a finite number")
+    if above is not None and not value > above:
+        raise InputError(f"{name} is {value}; it must be more than {above:g}")
+    if least is not None and not value >= least:
+        raise InputError(f"{name} is {value}; it must be at least {least:g}")
+
+
+def _from_dict(cls: type[_Config], values: dict[str, Any], where: str) -> _Config:
+    """Build a dataclass from plain values, refusing unknown keys and wrong types by name."""
+    hints = get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(hints)}")
+    for name, value in values.items():
+        allowed: tuple[type, ...] = get_args(hints[name]) or (hints[name],)
+        if float in allowed:
+            allowed = (*allowed, int)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
+            raise InputError(f"{where}: {name} is {value!r}; it must be {wanted}")
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+# The two jobs' defaults. Finetuning: about 1,000 short pairs, seen 10 times. Pretraining: the bundled base's recipe.
+FINETUNE = TrainConfig(epochs=10, batch_size=32, lr=5e-4, schedule="linear", warmup=10, eval_every=50)
+PRETRAIN = TrainConfig(
+    steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_length=256, min_lr=0.05, weight_decay=0.1, eval_every=0
+)

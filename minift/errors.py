@@ -1,0 +1,16 @@
+"""The one exception for a user's mistake: what was wrong, where, and what to do, in one line.
+
+The command line prints an `InputError` as a single line and exits with code 2; any other exception is a defect of
+minift itself and keeps its traceback. Library callers can catch it as a `ValueError`. Read next: `config.py`.
+"""
+
+
+class InputError(ValueError):
+    """Wrong input: a file, a record, a flag or a value. The message is one line that names the culprit."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on although its input was in order: a loss that is not a number, a full disk.
+
+    The command line prints it as a single line and exits with code 1.
+    """

@@ -1,0 +1,264 @@
+"""The two main jobs, from files to a finished run folder: `finetune` and `pretrain`.
+
+Nothing new happens here: the functions of the other modules are called in the order in which data flows, and the run's
+folder is kept. A run folder holds
+
+    config.json      what was asked: the job, its inputs and the TrainConfig; enough to start the run again
+    metrics.jsonl    one object for each optimizer step
+    step_NNNNNN/     a resumable checkpoint (checkpoint.py)
+    final/           the trained model, a minift checkpoint
+    compare.json     for finetuning: both models on the held-out questions
+
+so `--resume` needs only the folder. Read next: `cli.py`, or back to `train.py`.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minift.checkpoint import load_model, load_step, newest_step, save_model
+from minift.config import LlamaConfig, TrainConfig, bundled, model_path, read_json
+from minift.errors import InputError, RunError
+from minift.evaluate import compare
+from minift.model import Llama
+from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
+from minift.prompts import TEMPLATES, Pair, choose_template, read_all_pairs
+from minift.stream import DocumentStream
+from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.train import Plan, TrainState, choose_device, start_state, train
+
+VALIDATION_ROWS = 64  # rows of held-out pages on which a pretraining run is evaluated
+HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What to finetune: a model folder, files of pairs, and held-out pairs (none: a tenth of the pairs)."""
+
+    model: str
+    data: tuple[str, ...]
+    test: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """What to pretrain: a preset or config file, pages, a tokenizer, and held-out pages (none: no evaluation)."""
+
+    config: str
+    data: tuple[str, ...]
+    tokenizer: str
+    validation: tuple[str, ...] = ()
+    text_field: str = "text"
+
+
+def finetune_job(model: str, data: Sequence[str] | None = None, test: Sequence[str] | None = None) -> FinetuneJob:
+    """A job in which what is not given is bundled: the base, its pairs and, with those, the held-out questions."""
+    if data is None:
+        data = (str(bundled("pairs.jsonl")),)
+        test = (str(bundled("test.jsonl")),) if test is None else test
+    return FinetuneJob(str(model_path(model)), tuple(data), tuple(test or ()))
+
+
+def pretrain_job(inputs: dict[str, Any]) -> PretrainJob:
+    """A job from the command line's words, or from a run's `config.json`."""
+    return PretrainJob(**{name: tuple(value) if isinstance(value, list) else value for name, value in inputs.items()})
+
+
+def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any] | None:
+    """Finetune all the weights of a model on instruction pairs, then compare it with what it was.
+
+    Args:
+        out: the run's folder. It must not hold a run, unless `resume` continues that one.
+
+    Returns:
+        The comparison that is also in `out/compare.json`; None when the run was interrupted (and can be resumed).
+
+    Raises:
+        InputError: for wrong input; nothing is written before all of it has been read.
+        RunError: when training cannot go on.
+    """
+    device = choose_device(config)
+    pairs, held_out = _split(read_all_pairs(job.data), job.test, config.seed)
+    template_name = choose_template(config.template, [*pairs, *held_out])
+    template = TEMPLATES[template_name]
+    tokenizer = load_tokenizer(job.model)
+    model = load_model(job.model, device=device)
+    _check_fit(model.config, tokenizer)
+    max_length = min(config.max_length, model.config.max_position_embeddings)
+    examples, dropped = encode_pairs(pairs, template, tokenizer, max_length)
+    unseen, _ = encode_pairs(held_out, template, tokenizer, max_length)
+
+    print(f"{job.model}: {_count(model):,} parameters, all of them trained, on {device.type} in {config.dtype}")
+    print(
+        f"{len(examples):,} pairs to train on ({dropped} dropped), {len(held_out):,} held out, template {template_name}"
+    )
+    batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed)
+    state = start_state(model, batches, config)
+    plan = Plan.make(config, len(batches))
+    groups = [unseen[i : i + config.batch_size] for i in range(0, len(unseen), config.batch_size)]
+    validation = [collate(group, tokenizer.eos_id) for group in groups]
+    if not _run("finetune", job, config, plan, state, tokenizer, validation, out, resume):
+        return None
+
+    before = load_model(job.model, device=device)
+    after = load_model(out / "final", device=device)
+    result = compare((before, tokenizer), (after, tokenizer), held_out, template)
+    _write_json(out / "compare.json", result)
+    return result
+
+
+def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = False) -> bool:
+    """Train a model with random weights on pages.
+
+    Returns:
+        True when the run is complete; False when it was interrupted (and can be resumed).
+
+    Raises:
+        InputError: for wrong input.
+        RunError: when training cannot go on.
+    """
+    device = choose_device(config)
+    shape = LlamaConfig.from_file(job.config) if job.config.endswith(".json") else LlamaConfig.preset(job.config)
+    tokenizer = load_tokenizer(job.tokenizer)
+    _check_fit(shape, tokenizer, exact=True)
+    if config.max_length > shape.max_position_embeddings:
+        raise InputError(
+            f"max_length {config.max_length} is more than the model's {shape.max_position_embeddings} positions"
+        )
+    batches = PageBatches(DocumentStream(job.data, job.text_field), tokenizer, config.batch_size, config.max_length)
+    validation = _page_validation(job, tokenizer, config)
+    per_epoch = 0.0 if config.steps else _count_micro_batches(job, tokenizer, config)
+    plan = Plan.make(config, per_epoch)
+
+    model = Llama(shape)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    model.to(device)
+    print(f"{job.config}: {_count(model):,} parameters, from random weights, on {device.type} in {config.dtype}")
+    state = start_state(model, batches, config)
+    return _run("pretrain", job, config, plan, state, tokenizer, validation, out, resume)
+
+
+def read_run(out: Path) -> tuple[str, dict[str, Any], TrainConfig]:
+    """The job's name, its inputs and its TrainConfig, from a run's folder.
+
+    Raises:
+        InputError: when there is no run in it.
+    """
+    if not (out / "config.json").is_file():
+        raise InputError(f"{out}: holds no run to resume (no config.json)")
+    run = read_json(out / "config.json")
+    try:
+        return run["job"], run["inputs"], TrainConfig.from_dict(run["train"], where=f"{out / 'config.json'}: train")
+    except KeyError as error:
+        raise InputError(f"{out / 'config.json'}: not the settings of a run: {error} is missing") from None
+
+
+def _run(
+    name: str,
+    job: FinetuneJob | PretrainJob,
+    config: TrainConfig,
+    plan: Plan,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    validation: Sequence[Batch],
+    out: Path,
+    resume: bool,
+) -> bool:
+    """Start or continue a run in its folder. True when `final/` is there at the end."""
+    if resume:
+        if (out / "final").is_dir():
+            return True
+        folder = newest_step(out)
+        if folder is not None:
+            load_step(folder, state)
+        _cut_metrics(out / "metrics.jsonl", state.step)
+        print(f"{out}: continues behind step {state.step} of {plan.steps}")
+    else:
+        _start_folder(name, job, config, out)
+    if not train(state, plan, config, tokenizer, validation, out):
+        return False
+    save_model(out / "final", state.model, tokenizer)
+    return True
+
+
+def _start_folder(name: str, job: FinetuneJob | PretrainJob, config: TrainConfig, out: Path) -> None:
+    check_free(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(out / "config.json", {"job": name, "inputs": vars(job), "train": config.to_dict()})
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def check_free(out: Path) -> None:
+    """Raise InputError when `out` already holds a run, or anything else."""
+    if out.is_dir() and (out / "config.json").exists():
+        raise InputError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder; choose another --out")
+
+
+def _cut_metrics(file: Path, step: int) -> None:
+    """Drop the lines of steps that the resumed run takes again."""
+    if file.exists():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        file.write_text("".join(lines[:step]), encoding="utf-8")
+
+
+def _split(pairs: list[Pair], test: Sequence[str], seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs: those of the test files, or a tenth drawn by the seed."""
+    if test:
+        return pairs, read_all_pairs(test)
+    if len(pairs) < 2:
+        raise InputError(f"{pairs[0].where}: a single pair cannot be split; give at least 2, or --test")
+    held_out = set(random.Random(seed).sample(range(len(pairs)), max(1, round(len(pairs) * HELD_OUT_SHARE))))
+    return (
+        [pair for i, pair in enumerate(pairs) if i not in held_out],
+        [pairs[i] for i in sorted(held_out)],
+    )
+
+
+def _check_fit(shape: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> None:
+    """A tokenizer must not know ids that the model lacks; for a new model they must be as many."""
+    if tokenizer.vocab_size > shape.vocab_size or (exact and tokenizer.vocab_size != shape.vocab_size):
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {shape.vocab_size}: "
+            "they do not fit"
+        )
+    for name, id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+        if getattr(shape, name) != id:
+            raise InputError(f"the model's {name} is {getattr(shape, name)}, the tokenizer's is {id}: they do not fit")
+
+
+def _page_validation(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
+    if not job.validation:
+        return []
+    stream = DocumentStream(job.validation, job.text_field, epochs=1)
+    rows = list(islice(PageBatches(stream, tokenizer, 1, config.max_length), VALIDATION_ROWS))
+    if not rows:
+        raise InputError(f"{job.validation[0]}: too little text for a row of {config.max_length} tokens")
+    return rows
+
+
+def _count_micro_batches(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> float:
+    """How many micro-batches one pass over the pages makes: they are read once to know how long an epoch is."""
+    stream = DocumentStream(job.data, job.text_field, epochs=1)
+    ids = sum(len(tokenizer.encode(text, bos=True, eos=True)) for text in stream)
+    return ids / (config.batch_size * config.max_length)
+
+
+def _count(model: Llama) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    try:
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None

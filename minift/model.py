@@ -1,0 +1,280 @@
+"""The Llama, whole: RMSNorm, rotary positions, grouped-query attention, SwiGLU, and a cache for generation.
+
+Legend: B batch, T tokens of the input, S tokens that can be attended to (S = T without a cache), D model width,
+H query heads, K key/value heads, C head width, F feed-forward width, V vocabulary.
+
+    tokens ─ embed_tokens ─▶ x ─▶ layers ─▶ norm ─▶ hidden ─ lm_head ─▶ logits
+    each layer:  x ← x + self_attn(input_layernorm(x));  x ← x + mlp(post_attention_layernorm(x))
+
+Parameters have Hugging Face's names (without its `model.` prefix) and its RoPE layout, so what you know from elsewhere
+is called the same here. There are no buffers: RoPE's tables are computed where they are used, in float32, and a model
+moved to another device or dtype needs no care.
+
+    logits = model(tokens)          # [B, T] -> [B, T, V]
+    hidden = model.hidden(tokens)   # [B, T] -> [B, T, D]: what the loss takes (loss.py), so that logits need not exist
+
+Sources: Touvron et al., "Llama 2" (arXiv 2307.09288); "The Llama 3 Herd of Models" (arXiv 2407.21783).
+Every operation has a slow, obvious twin in `reference.py`. Read next: `loss.py`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minift.config import LlamaConfig
+from minift.errors import InputError
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, with the reduction in float32.
+
+    Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, D] → […, D], in x's dtype."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """The cosines and sines by which RoPE turns each pair of channels, in float32.
+
+    Pair i of a head turns by the angle position · theta^(-2i/C): fast for the first pairs, slow for the last.
+    Source: Su et al., "RoFormer" (arXiv 2104.09864), section 3.2.
+
+    Args:
+        positions: int64 [B, T] or [1, T].
+
+    Returns:
+        cos, sin: float32 [B, 1, T, C], the 1 for the heads. Both halves of C hold the same angles.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
+    frequencies = 1.0 / theta**exponents  # [C/2]
+    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, C/2]
+    angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, C]
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels by its position's angle. The half-split layout: channel i is paired with i + C/2.
+
+        (a, b) → (a cos − b sin, b cos + a sin)      for a = x[…, :C/2], b = x[…, C/2:]
+
+    (Meta's own files pair neighbours, 2i with 2i + 1; `convert` permutes the weights between the two.)
+
+    Args:
+        x: [B, H, T, C]; cos, sin: [B, 1, T, C].
+    """
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """The keys and values of all tokens so far, so that generating a token reads one token, not the whole text.
+
+    Attributes:
+        length: tokens in the cache.
+        keys, values: a tensor [B, K, S_max, C] for each layer.
+        document_ids: [B, S_max], or None where every token may be attended to.
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
+        self.document_ids: Tensor | None = None
+        self.length = 0
+        self.max_length = max_length
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' keys and values, [B, K, T, C] each; return those of all S tokens so far."""
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def append_documents(self, document_ids: Tensor) -> Tensor:
+        """Store the new tokens' document ids, [B, T]; return those of all S tokens so far."""
+        if self.document_ids is None:
+            self.document_ids = document_ids.new_zeros(document_ids.shape[0], self.max_length)
+        end = self.length + document_ids.shape[1]
+        self.document_ids[:, self.length : end] = document_ids
+        return self.document_ids[:, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which H / K query heads share one key/value head.
+
+    Source: Ainslie et al., "GQA" (arXiv 2305.13245). With K = H it is ordinary multi-head attention.
+    """
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(D, H * C, bias=False)
+        self.k_proj = nn.Linear(D, K * C, bias=False)
+        self.v_proj = nn.Linear(D, K * C, bias=False)
+        self.o_proj = nn.Linear(H * C, D, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """[B, T, D] → [B, T, D]. `mask` is bool [B, 1, T, S], True where attention may go; None: plain causal."""
+        B, T, _ = x.shape
+        query = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, C]
+        key = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, C]
+        value = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, C]
+        query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)  # [B, K, S, C]
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,  # a single new token may see everything there is
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # [B, H, T, C]
+        return self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)). Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        D, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, hidden, bias=False)
+        self.up_proj = nn.Linear(D, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] → [B, T, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """One block: attention, then the feed-forward network, each on a normalised copy and added to the stream."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """[B, T, D] → [B, T, D]."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """A Llama with its head.
+
+    Attributes:
+        config: its shape.
+        checkpoint_activations: recompute each layer's activations in the backward pass instead of keeping them
+            (Chen et al., arXiv 1604.06174): memory of one layer instead of all, for one more forward pass.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the matrix that turns hidden states into logits. When tied, it *is* the embedding: one tensor."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Random weights from `generator`: normal, the two matrices that write to the stream scaled down with depth.
+
+        Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
+        """
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = 1 / math.sqrt(2 * self.config.num_hidden_layers) if writes else 1.0
+                parameter.normal_(0.0, std * scale, generator=generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits, [B, T, V]. The arguments are those of `hidden`."""
+        return F.linear(self.hidden(tokens, positions, document_ids, cache), self.head_weight)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The final, normalised hidden states, [B, T, D].
+
+        Args:
+            tokens: int64 [B, T].
+            positions: int64 [B, T], each token's place for RoPE; by default it counts on from the cache.
+            document_ids: int64 [B, T]; attention stays among tokens of the same id. None: every earlier token.
+            cache: keys and values of the tokens before; it takes the new ones in. With `document_ids`, they must
+                have been given from the first call on.
+
+        Raises:
+            InputError: when cache and tokens together are longer than the cache.
+        """
+        past = cache.length if cache is not None else 0
+        if cache is not None and past + tokens.shape[1] > cache.max_length:
+            raise InputError(f"{past + tokens.shape[1]} tokens do not fit a cache of {cache.max_length}")
+        if positions is None:
+            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        mask = self._mask(tokens.shape[1], past, document_ids, cache, tokens.device)
+        x = self.embed_tokens(tokens)  # [B, T, D]
+        for layer in self.layers:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    @staticmethod
+    def _mask(
+        T: int, past: int, document_ids: Tensor | None, cache: KVCache | None, device: torch.device
+    ) -> Tensor | None:
+        """Bool [B, 1, T, S], True where a query may look; None where plain causal attention is right (and faster)."""
+        if document_ids is None and (past == 0 or T == 1):
+            return None
+        queries = torch.arange(past, past + T, device=device)[:, None]
+        causal = torch.arange(past + T, device=device)[None, :] <= queries  # [T, S]
+        if document_ids is None:
+            return causal[None, None]
+        keys = document_ids if cache is None else cache.append_documents(document_ids)  # [B, S]
+        return (causal & (document_ids[:, :, None] == keys[:, None, :]))[:, None]  # [B, 1, T, S]

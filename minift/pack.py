@@ -1,0 +1,247 @@
+"""Documents and pairs → `Batch`: rows of token ids with their targets. The one place where targets are shifted.
+
+Legend: B rows of a batch, T tokens of a row.
+
+The next-token objective asks at every position for the id that comes next. So a text of n ids makes n - 1 training
+positions, and the targets are the same ids moved one to the left:
+
+    text      <s>  What  is  …  ?   Mexico  City  </s>
+    tokens    <s>  What  is  …  ?   Mexico  City
+    targets    ·    ·    ·   ·  Mexico  City  </s>            (· is IGNORE: the prompt is given, not learned)
+
+For a pair only the answer is a target, and its end: a model that is never trained to say EOS never stops. The mask
+comes from construction (the prompt's ids and the answer's are encoded apart), never from searching for a marker, and
+padding is masked by position, never by its id, because the padding id is usually EOS itself.
+
+Several short pairs share a row, each isolated from the others: its positions start at 0 and its attention stays inside
+its own `document_ids`. That computes the same loss as one pair a row, with far less padding. Pages are packed without
+isolation, one behind the other, as is usual in pretraining.
+
+Read next: `model.py`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minift.errors import InputError
+from minift.prompts import Pair, Template
+from minift.stream import DocumentStream
+from minift.tokenizer import Tokenizer
+
+IGNORE = -100  # the target of a position that is not to be learned; the value PyTorch's cross-entropy skips
+PADDING = -1  # the document id of a position that belongs to no document
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. All tensors are int64 [B, T].
+
+    Attributes:
+        tokens: the ids that the model reads.
+        targets: `targets[b, t]` is the id that should follow `tokens[b, t]`, or IGNORE. Nothing shifts again.
+        positions: place of each token in its document, for RoPE.
+        document_ids: which document of the row a token belongs to; PADDING where none.
+        isolated: whether attention must be kept inside documents. False when plain causal attention is already
+            right: one document a row, padding behind it.
+        n_targets: how many targets are not IGNORE.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    document_ids: Tensor
+    isolated: bool
+    n_targets: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device; copies to a GPU run while the CPU goes on."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if device.type == "cuda":
+                return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor.to(device)
+
+        return Batch(
+            move(self.tokens),
+            move(self.targets),
+            move(self.positions),
+            move(self.document_ids),
+            self.isolated,
+            self.n_targets,
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair as ids: the prompt with its one BOS, the answer with its EOS (unless that was cut off)."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        """Positions that the example takes in a row: its last id is a target only."""
+        return len(self.prompt) + len(self.answer) - 1
+
+
+def encode_pair(pair: Pair, template: Template, tokenizer: Tokenizer, max_length: int) -> Example | None:
+    """A pair as ids, cut to `max_length` positions. An answer that does not fit keeps as much as fits.
+
+    Returns:
+        The example, or None if the prompt alone fills `max_length`, so that no target is left.
+    """
+    prompt_text, answer_text = template.format(pair)
+    prompt = tokenizer.encode(prompt_text, bos=True)
+    answer = tokenizer.encode_continuation(answer_text, eos=True)[: max(0, max_length + 1 - len(prompt))]
+    return Example(prompt, answer) if answer else None
+
+
+def encode_pairs(
+    pairs: Iterable[Pair], template: Template, tokenizer: Tokenizer, max_length: int
+) -> tuple[list[Example], int]:
+    """All pairs as ids, and the number of those dropped because no target was left.
+
+    Raises:
+        InputError: when none is left.
+    """
+    encoded = [encode_pair(pair, template, tokenizer, max_length) for pair in pairs]
+    examples = [example for example in encoded if example is not None]
+    if not examples:
+        raise InputError(f"no pair has a target within max_length {max_length}; raise it")
+    return examples, len(encoded) - len(examples)
+
+
+def collate(examples: Sequence[Example], pad_id: int, length: int | None = None, pack: bool = True) -> Batch:
+    """One batch of all `examples`.
+
+    Args:
+        pad_id: any valid id; what it is changes nothing.
+        length: T of the rows; by default that of the longest example, rounded up to a multiple of 8 (fast kernels
+            work on aligned rows). It changes no loss.
+        pack: put several short examples in a row (isolated), or one in each.
+    """
+    T = length or -(-max(map(len, examples)) // 8) * 8
+    rows = _first_fit(examples, T) if pack else [[example] for example in examples]
+    B = len(rows)
+    tokens = torch.full((B, T), pad_id)
+    targets = torch.full((B, T), IGNORE)
+    positions = torch.zeros((B, T), dtype=torch.int64)
+    document_ids = torch.full((B, T), PADDING)
+    for b, row in enumerate(rows):
+        start = 0
+        for document, example in enumerate(row):
+            ids = torch.tensor(example.prompt + example.answer)
+            end = start + len(example)
+            tokens[b, start:end] = ids[:-1]
+            # The shift: the position that reads the prompt's last id is the first to have a target.
+            targets[b, start + len(example.prompt) - 1 : end] = ids[len(example.prompt) :]
+            positions[b, start:end] = torch.arange(len(example))
+            document_ids[b, start:end] = document
+            start = end
+    isolated = any(len(row) > 1 for row in rows)
+    n_targets = sum(len(example.answer) for example in examples)
+    return Batch(tokens, targets, positions, document_ids, isolated, n_targets)
+
+
+def _first_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
+    """Put each example, longest first, into the first row with room for it."""
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=len, reverse=True):
+        for index, free in enumerate(room):
+            if len(example) <= free:
+                rows[index].append(example)
+                room[index] -= len(example)
+                break
+        else:
+            rows.append([example])
+            room.append(length - len(example))
+    return rows
+
+
+class PairBatches:
+    """Micro-batches of pairs, for ever: every epoch has each example once, in an order drawn from the seed.
+
+    The order of an epoch is a function of (seed, epoch) alone, so the whole state is two integers. The last batch of
+    an epoch may be smaller; `len()` is the number of batches in an epoch.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, pad_id: int, seed: int, pack: bool = True):
+        self.examples = examples
+        self.batch_size = batch_size
+        self.pad_id = pad_id
+        self.seed = seed
+        self.pack = pack
+        self.epoch = 0
+        self.position = 0  # batches of this epoch that have been given out
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            order = self._order()
+            while self.position < len(self):
+                chosen = order[self.position * self.batch_size :][: self.batch_size]
+                self.position += 1
+                yield collate([self.examples[i] for i in chosen], self.pad_id, pack=self.pack)
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def _order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(len(self.examples), generator=generator).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch comes from."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the batch that followed when `state` was taken."""
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class PageBatches:
+    """Micro-batches of pages: the documents one behind the other, each as BOS … EOS, cut into full rows.
+
+    Rows follow each other without a gap: a row's last target is the next row's first token, so that every id of the
+    corpus is a target once (but the very first). What does not fill a batch at the end of the stream is left over.
+    """
+
+    def __init__(self, stream: DocumentStream, tokenizer: Tokenizer, batch_size: int, length: int):
+        self.stream = stream
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.length = length
+        self._buffer: list[int] = []  # ids that wait for their row
+
+    def __iter__(self) -> Iterator[Batch]:
+        needed = self.batch_size * self.length
+        for text in self.stream:
+            self._buffer += self.tokenizer.encode(text, bos=True, eos=True)
+            while len(self._buffer) > needed:
+                ids = torch.tensor(self._buffer[: needed + 1])
+                del self._buffer[:needed]
+                yield self._batch(ids)
+
+    def _batch(self, ids: Tensor) -> Batch:
+        shape = (self.batch_size, self.length)
+        return Batch(
+            tokens=ids[:-1].view(shape),
+            targets=ids[1:].view(shape),
+            positions=torch.arange(self.length).expand(shape),
+            document_ids=torch.zeros(shape, dtype=torch.int64),
+            isolated=False,
+            n_targets=len(ids) - 1,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch comes from: the stream's place and the ids of the half-filled rows."""
+        return {"stream": self.stream.state_dict(), "buffer": list(self._buffer)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the batch that followed when `state` was taken."""
+        self.stream.load_state_dict(state["stream"])
+        self._buffer = list(state["buffer"])

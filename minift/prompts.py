@@ -1,0 +1,181 @@
+"""Instruction records → (prompt, answer): which fields hold them, and which text a template makes of them.
+
+A base model only continues text. To finetune it to answer, a question and its answer are written as one text, and the
+model is trained on the answer's part of it. *How* they are written is the template, and there is no right one: what
+matters is that training and use agree, to the character. Here a template is two strings; `prompt + answer` is exactly
+the text that the model sees. A prompt never ends in a space or newline (the separator belongs to the answer), because
+in Llama's vocabulary a space is part of the word that follows it.
+
+    plain    What is the capital of Mexico? Mexico City
+    qa       ### Question:⏎What is the capital of Mexico?⏎⏎### Answer:⏎Mexico City
+    alpaca   Below is an instruction that describes a task. … ### Response:⏎Mexico City
+
+`auto` keeps the template that the questions of a file already carry (`lamini_docs.jsonl` ends each of them in
+"### Answer:"), and takes `plain` where they carry none. Read next: `pack.py`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minift.errors import InputError
+from minift.stream import Record, find_files, read_records
+
+# The names under which data sets hold a question and its answer, in the order in which they are looked for.
+FIELDS = (
+    ("question", "answer"),
+    ("instruction", "response"),
+    ("instruction", "output"),
+    ("input", "output"),
+)
+CARRIED_MARKERS = ("### Answer:", "### Response:")
+METRICS = ("exact_match", "token_f1")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One instruction record: what is asked, what should be answered.
+
+    Attributes:
+        context: extra text that the question speaks of (Alpaca's `input`), or "".
+        metric: the score that fits the answer, one of METRICS; "" when the record does not say.
+        where: `file:line`, for messages.
+    """
+
+    question: str
+    answer: str
+    context: str = ""
+    metric: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a pair becomes text. The strings hold `{question}`, `{context}` and `{answer}`."""
+
+    prompt: str
+    answer: str
+    prompt_with_context: str
+
+    def format(self, pair: Pair) -> tuple[str, str]:
+        """The (prompt, answer) texts of a pair. Their concatenation is what the model reads."""
+        prompt = self.prompt_with_context if pair.context else self.prompt
+        return _fill(prompt, pair), _fill(self.answer, pair)
+
+
+def _fill(text: str, pair: Pair) -> str:
+    # One pass, so that braces inside a question stay what they are.
+    values = {"question": pair.question, "context": pair.context, "answer": pair.answer}
+    return re.sub(r"\{(question|context|answer)\}", lambda match: values[match[1]], text)
+
+
+TEMPLATES = {
+    "plain": Template(
+        prompt="{question}",
+        prompt_with_context="{question}\n{context}",
+        answer=" {answer}",
+    ),
+    "qa": Template(
+        prompt="### Question:\n{question}\n\n### Answer:",
+        prompt_with_context="### Question:\n{question}\n{context}\n\n### Answer:",
+        answer="\n{answer}",
+    ),
+    "alpaca": Template(
+        prompt=(
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\n{question}\n\n### Response:"
+        ),
+        prompt_with_context=(
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\n{question}\n\n### Input:\n{context}\n\n### Response:"
+        ),
+        answer="\n{answer}",
+    ),
+    # The question is the whole prompt already, markers and all.
+    "carried": Template(prompt="{question}", prompt_with_context="{question}\n{context}", answer="\n{answer}"),
+}
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """The instruction pairs of a JSON Lines file (plain or .gz), in order.
+
+    Raises:
+        InputError: for an unreadable file, invalid JSON (`file:line`), a record whose fields are not there or not
+            text, an empty question or answer, or a file without records.
+    """
+    fields: tuple[str, str] | None = None
+    pairs = []
+    for record in read_records(path):
+        fields = fields or find_fields(record)
+        pairs.append(_pair(record, *fields))
+    if not pairs:
+        raise InputError(f"{path}: holds no records")
+    return pairs
+
+
+def read_all_pairs(sources: Iterable[str | Path]) -> list[Pair]:
+    """The pairs of several files, globs or folders. Raises what `find_files` and `read_pairs` raise."""
+    return [pair for file in find_files(sources) for pair in read_pairs(file)]
+
+
+def find_fields(record: Record) -> tuple[str, str]:
+    """The names under which a record holds its question and its answer, from FIELDS.
+
+    Raises:
+        InputError: when it has neither of the known combinations; the message lists the keys that are there.
+    """
+    for question, answer in FIELDS:
+        if question in record.values and answer in record.values:
+            return question, answer
+    known = ", ".join(f"{question}/{answer}" for question, answer in FIELDS)
+    raise InputError(f"{record.where}: no usable fields in {sorted(record.values)}; known: {known}")
+
+
+def _pair(record: Record, question_field: str, answer_field: str) -> Pair:
+    def text(key: str) -> str:
+        value = record.values.get(key)
+        if not isinstance(value, str) or not value.strip():
+            state = "missing" if key not in record.values else "empty" if value in ("", None) else "not a text"
+            raise InputError(f"{record.where}: {key!r} is {'blank' if isinstance(value, str) else state}")
+        return value
+
+    has_context = question_field == "instruction" and record.values.get("input")
+    metric = record.values.get("metric", "")
+    if metric not in ("", *METRICS):
+        raise InputError(f"{record.where}: metric is {metric!r}; known: {', '.join(METRICS)}")
+    return Pair(
+        question=text(question_field).rstrip(),
+        answer=text(answer_field).strip(),
+        context=text("input").rstrip() if has_context else "",
+        metric=metric,
+        where=record.where,
+    )
+
+
+def choose_template(name: str, pairs: Sequence[Pair]) -> str:
+    """The name of the template to use: `name` itself, or for "auto" what the questions call for.
+
+    Raises:
+        InputError: for an unknown name; when only some of the questions carry a template; when `name` would put a
+            second template around the one they carry.
+    """
+    if name != "auto" and name not in TEMPLATES:
+        raise InputError(f"unknown template {name!r}; known: auto, {', '.join(TEMPLATES)}")
+    carrying = [pair.question.endswith(CARRIED_MARKERS) for pair in pairs]
+    if name == "auto":
+        if any(carrying) and not all(carrying):
+            odd = pairs[carrying.index(False)]
+            raise InputError(
+                f"{odd.where}: does not end in {' or '.join(CARRIED_MARKERS)} as other questions of the file do; "
+                "mend it, or choose a --template"
+            )
+        return "carried" if any(carrying) else "plain"
+    if name not in ("plain", "carried") and any(carrying):
+        raise InputError(
+            f"{pairs[carrying.index(True)].where}: the question already carries a template; "
+            f"--template {name} would put a second one around it (use auto)"
+        )
+    return name

@@ -1,0 +1,290 @@
+"""The loop: batches in, changed weights out. `train_step` is the one function to read.
+
+An optimizer step sums the gradients of `grad_accum` micro-batches, so that a step's batch may be larger than memory.
+The one trap in it: micro-batches hold different numbers of targets. Each one's loss is therefore a *sum*, and is
+divided by the targets of the **whole window**, known before its first backward pass. A mean of the micro-batches' means
+would weight a target by how few neighbours it happens to have. The last window of a run may be partial, and is an
+ordinary step with its own count.
+
+Mixed precision: the weights stay float32; under `torch.autocast` the matrix products run in bfloat16 or float16.
+float16 cannot hold small gradients, so a `GradScaler` multiplies the loss by a large number first. The order is then
+fixed: unscale → clip → step → update. A step whose gradients overflowed is skipped, and the schedule does not advance.
+
+Source of mixed precision: Micikevicius et al. (arXiv 1710.03740). Read next: `checkpoint.py`.
+"""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minift.checkpoint import save_step
+from minift.config import TrainConfig
+from minift.errors import InputError, RunError
+from minift.loss import next_token_loss
+from minift.model import Llama
+from minift.optim import learning_rate, make_optimizer
+from minift.pack import PADDING, Batch, PageBatches, PairBatches
+from minift.tokenizer import Tokenizer
+
+
+@dataclass
+class TrainState:
+    """Everything that changes during a run. What is saved, and what a resumed run gets back (`checkpoint.py`)."""
+
+    model: Llama
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    batches: PairBatches | PageBatches
+    step: int = 0  # optimizer steps taken
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports: `loss` is the mean over the step's targets, in nats."""
+
+    loss: float
+    grad_norm: float
+    stepped: bool
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: TrainConfig) -> StepResult:
+    """One optimizer step over a window of micro-batches.
+
+    Args:
+        window: micro-batches on the model's device, with at least one target among them.
+        lr: the learning rate of this step.
+    """
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    n_targets = sum(batch.n_targets for batch in window)  # of the whole window, before its first backward
+
+    total_nll = torch.zeros((), device=model_device(model))
+    for batch in window:
+        with autocast(model, config):
+            nll_sum, _ = batch_loss(model, batch, config.loss_chunk)
+        scaler.scale(nll_sum / n_targets).backward()  # gradients add up in parameter.grad
+        total_nll += nll_sum.detach()
+
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(optimizer)  # gradients back to their true size, to be measured and clipped
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
+    scale = scaler.get_scale()
+    if scaler.is_enabled() or torch.isfinite(grad_norm):
+        scaler.step(optimizer)  # does nothing if a float16 gradient overflowed
+        scaler.update()  # … and then halves the scale
+    optimizer.zero_grad(set_to_none=True)
+
+    stepped = bool(torch.isfinite(grad_norm)) and scaler.get_scale() >= scale
+    return StepResult(float(total_nll) / n_targets, float(grad_norm), stepped)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def batch_loss(model: Llama, batch: Batch, chunk: int) -> tuple[Tensor, Tensor]:
+    """(nll_sum, n_tokens) of one micro-batch."""
+    hidden = model.hidden(batch.tokens, batch.positions, batch.document_ids if batch.isolated else None)
+    return next_token_loss(hidden, model.head_weight, batch.targets, chunk)
+
+
+def autocast(model: Llama, config: TrainConfig) -> AbstractContextManager[Any]:
+    """The context in which matrix products run in the run's dtype; for float32 it does nothing."""
+    dtype = getattr(torch, config.dtype)
+    return torch.autocast(model_device(model).type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def model_device(model: Llama) -> torch.device:
+    """Where the model's weights are."""
+    return model.embed_tokens.weight.device
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """The device that a run trains on.
+
+    Raises:
+        InputError: for a GPU that is not there, and for float16 on a CPU.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch finds no GPU; use --device cpu")
+    if name == "cpu" and config.dtype == "float16":
+        raise InputError(
+            "float16 arithmetic on a CPU is hundreds of times slower than bfloat16; use --dtype bfloat16 or float32"
+        )
+    return torch.device(name)
+
+
+def start_state(model: Llama, batches: PairBatches | PageBatches, config: TrainConfig) -> TrainState:
+    """The state of a run before its first step. The model must be where it will be trained."""
+    model.checkpoint_activations = config.checkpoint_activations
+    if config.compile:
+        for layer in model.layers:  # all layers are alike: one is compiled, the others reuse its code
+            layer.compile()
+    device = model_device(model).type
+    scaler = torch.amp.GradScaler(device, enabled=config.dtype == "float16")
+    return TrainState(model, make_optimizer(model, config), scaler, batches)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run: `steps` optimizer steps over `micro_batches` micro-batches, `grad_accum` in each window."""
+
+    steps: int
+    micro_batches: int
+    grad_accum: int
+
+    @classmethod
+    def make(cls, config: TrainConfig, micro_batches_per_epoch: float) -> "Plan":
+        """From `steps`, or from `epochs`: then the last window holds what is left."""
+        if config.steps is not None:
+            return cls(config.steps, config.steps * config.grad_accum, config.grad_accum)
+        if config.epochs is None:
+            raise InputError("give --steps or --epochs: one of them sets the length of the run")
+        micro_batches = max(1, round(config.epochs * micro_batches_per_epoch))
+        return cls(-(-micro_batches // config.grad_accum), micro_batches, config.grad_accum)
+
+    def window(self, step: int) -> int:
+        """How many micro-batches step `step` sums."""
+        return min(self.grad_accum, self.micro_batches - step * self.grad_accum)
+
+
+def train(
+    state: TrainState,
+    plan: Plan,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    validation: Sequence[Batch],
+    out: Path,
+) -> bool:
+    """Take the steps that are left of `plan`, writing `metrics.jsonl` and checkpoints into `out`.
+
+    Returns:
+        True when the plan is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
+
+    Raises:
+        RunError: when the loss or the gradient is not finite any more.
+    """
+    micro_batches = iter(state.batches)
+    saved = state.step
+    with StopSignal() as stop, (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics, _bar(plan, state) as bar:
+        while state.step < plan.steps and not stop.requested:
+            start = time.perf_counter()
+            window = _next_window(micro_batches, plan.window(state.step), model_device(state.model))
+            lr = learning_rate(state.step, plan.steps, config)
+            result = train_step(state, window, lr, config)
+            seconds = time.perf_counter() - start
+            if not result.stepped:
+                _check_skipped(state, result)
+                continue
+            state.step += 1
+            record = _record(state, result, lr, window, seconds)
+            if validation and _due(state.step, config.eval_every, plan.steps):
+                record["validation_loss"] = validation_loss(state.model, validation, config)
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+            _show(bar, record)
+            if _due(state.step, config.save_every, None):
+                save_step(out, state, tokenizer)
+                saved = state.step
+        done = state.step >= plan.steps
+        if not done and saved != state.step:
+            save_step(out, state, tokenizer)
+    return done
+
+
+@torch.no_grad()
+def validation_loss(model: Llama, batches: Sequence[Batch], config: TrainConfig) -> float:
+    """Mean loss, in nats, over all targets of the held-out batches."""
+    nll, n_targets = 0.0, 0
+    for batch in batches:
+        with autocast(model, config):
+            nll_sum, _ = batch_loss(model, batch.to(model_device(model)), config.loss_chunk)
+        nll += float(nll_sum)
+        n_targets += batch.n_targets
+    return nll / n_targets
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a request that the loop reads between steps. A second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # only there may Python set handlers
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _next_window(micro_batches: Iterator[Batch], size: int, device: torch.device) -> list[Batch]:
+    return [next(micro_batches).to(device) for _ in range(size)]
+
+
+def _due(step: int, every: int, last: int | None) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _check_skipped(state: TrainState, result: StepResult) -> None:
+    """float16 may skip steps until its scale fits; anything else that is not finite ends the run."""
+    if state.scaler.is_enabled() and state.scaler.get_scale() >= 1.0:
+        return
+    what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+    raise RunError(f"step {state.step + 1} is not finite ({what}); lower --lr, or train with --dtype float32")
+
+
+def _record(
+    state: TrainState, result: StepResult, lr: float, window: Sequence[Batch], seconds: float
+) -> dict[str, Any]:
+    tokens = sum(int((batch.document_ids != PADDING).sum()) for batch in window)
+    record = {
+        "step": state.step,
+        "loss": result.loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+    }
+    if state.scaler.is_enabled():
+        record["loss_scale"] = state.scaler.get_scale()
+    return record
+
+
+def _bar(plan: Plan, state: TrainState) -> "tqdm[Any]":
+    return tqdm(total=plan.steps, initial=state.step, unit="step", desc="training", dynamic_ncols=True)
+
+
+def _show(bar: "tqdm[Any]", record: dict[str, Any]) -> None:
+    shown = {"loss": f"{record['loss']:.3f}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
+    if "validation_loss" in record:
+        shown["validation"] = f"{record['validation_loss']:.3f}"
+    bar.set_postfix(shown)
+    bar.update()
