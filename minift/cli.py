@@ -151,9 +151,7 @@ def _pretrain(options: dict[str, Any]) -> int:
             if name not in options:
                 raise InputError(f"pretrain needs --{name} (see minift pretrain --help)")
         inputs = options
-    job = jobs.PretrainJob(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in inputs.items()}
-    )
+    job = jobs.pretrain_job(**inputs)
     if not jobs.pretrain(job, config, out, resume):
         return _say_resume("pretrain", out)
     print(f"saved: {out / 'final'} (the model), {out / 'metrics.jsonl'}")
@@ -370,7 +368,7 @@ def _load(name: str, device: str) -> Any:
 
     path = model_path(name)
     where = choose_device(TrainConfig(device=device))
-    return loadmodel_path(path, device=where), load_tokenizer(path)
+    return load_model(path, device=where), load_tokenizer(path)
 
 
 def _write_json(file: str | None, values: dict[str, Any]) -> None:

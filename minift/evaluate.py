@@ -1,8 +1,8 @@
 """Is it better? Perplexity, bits per byte, exact match and token F1, for one model or for two side by side.
 
 "The output looks better" becomes a number in two ways. *Likelihood*: how probable are the right answers? Perplexity is
-the exponential of the mean loss per target; bits per byte can also be compared between tokenizers. *Generation*: let the
-model answer, greedily, and compare its words with the right ones: exactly, or by the words they share (F1) where an
+the exponential of the mean loss per target; bits per byte can also be compared between tokenizers. *Generation*: let
+the model answer, greedily, and compare its words with the right ones: exactly, or by the words they share (F1) where an
 answer may be worded in several ways. Which of the two fits is said by a record's `metric`; records that do not say are
 scored by both.
 

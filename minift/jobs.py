@@ -65,9 +65,15 @@ def finetune_job(model: str, data: Sequence[str] | None = None, test: Sequence[s
     return FinetuneJob(str(model_path(model)), tuple(data), tuple(test or ()))
 
 
-def pretrain_job(inputs: dict[str, Any]) -> PretrainJob:
+def pretrain_job(
+    config: str,
+    data: Sequence[str],
+    tokenizer: str,
+    validation: Sequence[str] = (),
+    text_field: str = "text",
+) -> PretrainJob:
     """A job from the command line's words, or from a run's `config.json`."""
-    return PretrainJob(**{name: tuple(value) if isinstance(value, list) else value for name, value in inputs.items()})
+    return PretrainJob(config, tuple(data), tokenizer, tuple(validation), text_field)
 
 
 def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any] | None:
@@ -84,6 +90,8 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
         RunError: when training cannot go on.
     """
     device = choose_device(config)
+    if not resume:
+        check_free(out)
     pairs, held_out = _split(read_all_pairs(job.data), job.test, config.seed)
     template_name = choose_template(config.template, [*pairs, *held_out])
     template = TEMPLATES[template_name]
@@ -124,6 +132,8 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         RunError: when training cannot go on.
     """
     device = choose_device(config)
+    if not resume:
+        check_free(out)
     shape = LlamaConfig.from_file(job.config) if job.config.endswith(".json") else LlamaConfig.preset(job.config)
     tokenizer = load_tokenizer(job.tokenizer)
     _check_fit(shape, tokenizer, exact=True)
@@ -188,7 +198,6 @@ def _run(
 
 
 def _start_folder(name: str, job: FinetuneJob | PretrainJob, config: TrainConfig, out: Path) -> None:
-    check_free(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "config.json", {"job": name, "inputs": vars(job), "train": config.to_dict()})
