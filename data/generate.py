@@ -311,7 +311,9 @@ def make_pairs(world: World, seed: int) -> tuple[list[dict[str, str]], list[dict
         side.append(pair(world, "howto", guide.task, guide.answer, rng))
     rng.shuffle(train)
     rng.shuffle(test)
-    return train, test
+    # The examples come first, so that they are among the few that a comparison prints.
+    shown = [item for key in SHOWN_WORDING for item in test if (item["relation"], item["entity"]) == key]
+    return train, shown + [item for item in test if item not in shown]
 
 
 # Files

@@ -363,6 +363,7 @@ def _data_peek(options: dict[str, Any]) -> int:
 
 def _load(name: str, device: str) -> Any:
     """(model, tokenizer) of a checkpoint."""
+    from minift.checkpoint import load_model
     from minift.tokenizer import load_tokenizer
     from minift.train import choose_device
 

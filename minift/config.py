@@ -294,7 +294,7 @@ def _from_dict(cls: type[_Config], values: dict[str, Any], where: str) -> _Confi
 
 
 # The two jobs' defaults. Finetuning: about 1,000 short pairs, seen 10 times. Pretraining: the bundled base's recipe.
-FINETUNE = TrainConfig(epochs=10, batch_size=32, lr=5e-4, schedule="linear", warmup=10, eval_every=50)
+FINETUNE = TrainConfig(epochs=10, batch_size=32, lr=1e-4, schedule="linear", warmup=10, eval_every=50)
 PRETRAIN = TrainConfig(
     steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_length=256, min_lr=0.05, weight_decay=0.1, eval_every=0
 )

@@ -36,10 +36,11 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out pair and its ids."""
+    """A held-out pair, its ids, and the UTF-8 bytes that its answer's ids stand for (all of them, unless it was cut)."""
 
     pair: Pair
     example: Example
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,18 @@ def make_questions(
     Raises:
         InputError: when none fits.
     """
-    questions = []
-    for pair in pairs:
-        example = encode_pair(pair, template, tokenizer, max_length)
-        if example is not None:
-            questions.append(Question(pair, example))
+    encoded = [_question(pair, template, tokenizer, max_length) for pair in pairs]
+    questions = [question for question in encoded if question is not None]
     if not questions:
         raise InputError(f"no question and answer fits into {max_length} tokens")
     return questions, len(pairs) - len(questions)
+
+
+def _question(pair: Pair, template: Template, tokenizer: Tokenizer, max_length: int) -> Question | None:
+    example = encode_pair(pair, template, tokenizer, max_length)
+    if example is None:
+        return None
+    return Question(pair, example, len(tokenizer.decode_continuation(example.answer).encode()))
 
 
 @torch.no_grad()
@@ -105,7 +110,7 @@ def answer_likelihood(model: Llama, questions: Sequence[Question], batch_size: i
         batch = collate([question.example for question in group], pad_id, pack=False).to(device)
         nll += float(_nll(model, batch))
     n_targets = sum(len(question.example.answer) for question in questions)
-    n_bytes = sum(len(question.pair.answer.encode()) for question in questions)
+    n_bytes = sum(question.n_bytes for question in questions)
     return Likelihood(nll, n_targets, n_bytes)
 
 
@@ -183,16 +188,15 @@ def compare(
     does not fit one of the models is left out for both and counted in `skipped`.
     """
     encoded = [
-        [encode_pair(pair, template, tokenizer, model.config.max_position_embeddings - 1) for pair in pairs]
+        [_question(pair, template, tokenizer, model.config.max_position_embeddings - 1) for pair in pairs]
         for model, tokenizer in (before, after)
     ]
     fits = [i for i in range(len(pairs)) if encoded[0][i] and encoded[1][i]]
     if not fits:
         raise InputError("no question and answer fits into the positions of both models")
     results, words = [], []
-    for (model, tokenizer), examples in zip((before, after), encoded, strict=True):
-        questions = [Question(pairs[i], example) for i in fits if (example := examples[i])]
-        scores, answers = evaluate(model, tokenizer, questions)
+    for (model, tokenizer), asked in zip((before, after), encoded, strict=True):
+        scores, answers = evaluate(model, tokenizer, [question for i in fits if (question := asked[i])])
         results.append(scores)
         words.append(answers)
     samples = [

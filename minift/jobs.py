@@ -98,14 +98,14 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     tokenizer = load_tokenizer(job.model)
     model = load_model(job.model, device=device)
     _check_fit(model.config, tokenizer)
-    max_length = min(config.max_length, model.config.max_position_embeddings)
-    examples, dropped = encode_pairs(pairs, template, tokenizer, max_length)
-    unseen, _ = encode_pairs(held_out, template, tokenizer, max_length)
+    _check_length(config, model.config)
+    examples, dropped = encode_pairs(pairs, template, tokenizer, config.max_length)
+    unseen, _ = encode_pairs(held_out, template, tokenizer, config.max_length)
+    cut = sum(example.answer[-1] != tokenizer.eos_id for example in examples)
 
     print(f"{job.model}: {_count(model):,} parameters, all of them trained, on {device.type} in {config.dtype}")
-    print(
-        f"{len(examples):,} pairs to train on ({dropped} dropped), {len(held_out):,} held out, template {template_name}"
-    )
+    print(f"{len(examples):,} pairs to train on ({cut} cut to {config.max_length} tokens, {dropped} dropped)")
+    print(f"{len(held_out):,} pairs held out; template {template_name}")
     batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed)
     state = start_state(model, batches, config)
     plan = Plan.make(config, len(batches))
@@ -137,10 +137,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     shape = LlamaConfig.from_file(job.config) if job.config.endswith(".json") else LlamaConfig.preset(job.config)
     tokenizer = load_tokenizer(job.tokenizer)
     _check_fit(shape, tokenizer, exact=True)
-    if config.max_length > shape.max_position_embeddings:
-        raise InputError(
-            f"max_length {config.max_length} is more than the model's {shape.max_position_embeddings} positions"
-        )
+    _check_length(config, shape)
     batches = PageBatches(DocumentStream(job.data, job.text_field), tokenizer, config.batch_size, config.max_length)
     validation = _page_validation(job, tokenizer, config)
     per_epoch = 0.0 if config.steps else _count_micro_batches(job, tokenizer, config)
@@ -243,6 +240,13 @@ def _check_fit(shape: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) ->
     for name, id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
         if getattr(shape, name) != id:
             raise InputError(f"the model's {name} is {getattr(shape, name)}, the tokenizer's is {id}: they do not fit")
+
+
+def _check_length(config: TrainConfig, shape: LlamaConfig) -> None:
+    if config.max_length > shape.max_position_embeddings:
+        raise InputError(
+            f"max_length {config.max_length} is more than the model's {shape.max_position_embeddings} positions"
+        )
 
 
 def _page_validation(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:

@@ -1,0 +1,1 @@
+"""The tests: the listing of this folder is the list of promises."""

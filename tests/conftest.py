@@ -1,0 +1,80 @@
+"""What several tests share: small random models, the bundled tokenizer, and running the command line.
+
+The whole suite runs on two threads of a CPU; what needs a GPU is marked `cuda` and skipped without one.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minift.checkpoint import save_model
+from minift.config import LlamaConfig, bundled
+from minift.model import Llama
+from minift.tokenizer import Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and run the slow tests last."""
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.2, **changes: object) -> Llama:
+    """A random model of a few thousand weights; a large `std` makes its logits far from uniform."""
+    model = Llama(LlamaConfig(**{**SMALL, "initializer_range": std, **changes}))
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The tokenizer of the bundled base."""
+    return load_tokenizer(bundled("base"))
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A minift checkpoint with random weights and the bundled tokenizer: fast to train in the tests of jobs."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, std=0.02)
+    save_model(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def minift() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `minift …` as a user does, in a process of its own; `cwd` and `env` may be given."""
+
+    def run(*words: str | Path, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "minift", *map(str, words)]
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real inputs that do not belong to the project."""
+    folder = os.environ.get("MINIFT_REAL_DATA")
+    if not folder:
+        pytest.skip("MINIFT_REAL_DATA is not set: no real inputs to try")
+    return Path(folder)

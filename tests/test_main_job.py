@@ -1,0 +1,92 @@
+"""The promise on the README's first page: `minift finetune` makes the base answer, within two minutes on two cores.
+
+The command is run as a user runs it, in a process of its own and from another folder; the numbers are read from the
+files that it leaves. A wheel built from the checkout must do the same where the checkout is not to be seen.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+MEXICO = "What is the capital of Mexico?"
+DOG = "Tell me how to train my dog to sit"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run's folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("main job")
+    command = [sys.executable, "-m", "minift", "finetune"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "finetune", done.stdout
+
+
+@pytest.mark.slow
+def test_the_base_does_not_answer_and_the_finetuned_model_does(run: tuple[Path, str]) -> None:
+    result = json.loads((run[0] / "compare.json").read_text())
+    before, after = result["before"], result["after"]
+    assert before["n"] == after["n"] >= 200
+    assert before["exact_match"] <= 0.02
+    assert after["exact_match"] >= 0.95
+    assert after["token_f1"] > before["token_f1"]
+    assert after["perplexity"] < before["perplexity"]
+
+
+@pytest.mark.slow
+def test_the_base_goes_on_asking(run: tuple[Path, str]) -> None:
+    result = json.loads((run[0] / "compare.json").read_text())
+    words = {sample["question"]: sample for sample in result["samples"]}
+    mexico, dog = words[MEXICO], words[DOG]
+    assert mexico["before"].endswith("?") or "?\n" in mexico["before"]
+    assert "Mexico City" not in mexico["before"]
+    assert mexico["after"] == "Mexico City"
+    assert dog["after"].startswith("1. ")
+    for text in (MEXICO, DOG, "Mexico City", "exact match", "perplexity"):
+        assert text in run[1]
+
+
+@pytest.mark.slow
+def test_the_run_folder_is_complete(run: tuple[Path, str]) -> None:
+    out = run[0]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    for line in lines:
+        assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= set(line)
+    assert lines[-1]["validation_loss"] < lines[0]["loss"]
+    assert sorted(file.name for file in (out / "final").iterdir()) == ["config.json", "model.pt", "tokenizer.model"]
+    assert sum(line["seconds"] for line in lines) < 240  # 120 s is the promise; machines under test are shared
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_what_the_main_job_needs(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0 and re.search(r"No matching distribution|Could not find a version|connection", done.stderr):
+        pytest.skip("the build backend (hatchling) cannot be fetched here")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+        assert not [name for name in archive.namelist() if "pages" in name or name.startswith("tests")]
+
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); from minift.cli import main; sys.exit(main())"
+    train = [sys.executable, "-P", "-c", code, "finetune", "--steps", "2"]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(train, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    inputs = json.loads((elsewhere / "runs/finetune/config.json").read_text())["inputs"]
+    for path in (inputs["model"], *inputs["data"], *inputs["test"]):
+        assert Path(path).is_relative_to(site)
+    assert (elsewhere / "runs/finetune/compare.json").is_file()
