@@ -36,7 +36,7 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out pair, its ids, and the UTF-8 bytes that its answer's ids stand for (all of them, unless it was cut)."""
+    """A held-out pair, its ids, and the UTF-8 bytes that its answer's ids stand for."""
 
     pair: Pair
     example: Example

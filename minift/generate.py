@@ -48,26 +48,27 @@ def generate(
         InputError: for an empty prompt, a prompt as long as the model's positions, or an option out of bounds.
     """
     _check_options(model, prompts, max_new_tokens, temperature, top_k, top_p, generator)
-    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
-    tokens, positions, document_ids = _left_pad(prompts, model.config.eos_token_id, device)
+    device, dtype, eos = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype, model.config.eos_token_id
+    tokens, positions, document_ids = _left_pad(prompts, eos, device)
     B, T = tokens.shape
-    room = model.config.max_position_embeddings - T
-    cache = KVCache(model.config, B, T + min(max_new_tokens, room), device, dtype)
+    # Each text has its own end, so that a long prompt takes nothing from its neighbours.
+    rooms = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in prompts]
+    cache = KVCache(model.config, B, T + max(rooms), device, dtype)
+    ends = torch.tensor(rooms, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     padded = bool((document_ids == PADDING).any())
     columns = []
-    for _ in range(min(max_new_tokens, room)):
+    for n in range(1, max(rooms) + 1):
         hidden = model.hidden(tokens, positions, document_ids if padded else None, cache)
         logits = hidden[:, -1] @ model.head_weight.T  # [B, V]: only the last position's are needed
         chosen = sample(logits, temperature, top_k, top_p, generator)  # [B]
         columns.append(chosen)
-        finished |= chosen == model.config.eos_token_id
+        finished |= (chosen == eos) | (ends == n)
         if finished.all():
             break
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
         document_ids = document_ids[:, -1:]
-    rows = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in range(B)]
-    eos = model.config.eos_token_id
+    rows = [row[:room] for row, room in zip(torch.stack(columns, dim=1).tolist(), rooms, strict=True)]
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
@@ -86,13 +87,16 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)  # or a temperature near 0 would overflow
+    probabilities = torch.softmax(logits / max(temperature, torch.finfo(torch.float32).tiny), dim=-1)
     probabilities, ids = probabilities.sort(dim=-1, descending=True)  # likeliest first
     if top_k:
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
-    mass_before = probabilities.cumsum(-1) - probabilities
-    probabilities[mass_before >= top_p] = 0
+    if top_p < 1:
+        mass_before = probabilities.cumsum(-1) - probabilities
+        probabilities[mass_before >= top_p] = 0
     chosen = torch.multinomial(probabilities, 1, generator=generator)  # [B, 1]; it normalises by itself
     return ids.gather(1, chosen)[:, 0]
 

@@ -40,6 +40,8 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
     """
     keep = targets != IGNORE
     wanted = targets[keep]  # [N]
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # an evaluation: a custom function would prepare the parameter's gradient all the same
     nll_sum = _ChunkedCrossEntropy.apply(hidden[keep], weight, wanted, chunk)
     return nll_sum, keep.sum()
 

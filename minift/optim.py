@@ -30,8 +30,8 @@ def make_optimizer(model: Llama, config: TrainConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """The learning rate of step `step` (the first is 0) of `total_steps`.
 
-    It rises linearly for `warmup` steps, reaches `lr`, then falls to `min_lr · lr` at the last step, along half a
-    cosine (Loshchilov & Hutter, arXiv 1608.03983) or a straight line.
+    It rises linearly for `warmup` steps and reaches `lr`; from there it falls to `min_lr · lr`, which the step behind
+    the last one would have, along half a cosine (Loshchilov & Hutter, arXiv 1608.03983) or a straight line.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / (config.warmup + 1)

@@ -82,13 +82,13 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
         group["lr"] = lr
     scaler.unscale_(optimizer)  # gradients back to their true size, to be measured and clipped
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
-    scale = scaler.get_scale()
-    if scaler.is_enabled() or torch.isfinite(grad_norm):
+    stepped = bool(torch.isfinite(grad_norm))
+    if scaler.is_enabled() or stepped:
+        scale = scaler.get_scale()
         scaler.step(optimizer)  # does nothing if a float16 gradient overflowed
         scaler.update()  # … and then halves the scale
+        stepped = scaler.get_scale() >= scale
     optimizer.zero_grad(set_to_none=True)
-
-    stepped = bool(torch.isfinite(grad_norm)) and scaler.get_scale() >= scale
     return StepResult(float(total_nll) / n_targets, float(grad_norm), stepped)
 
 

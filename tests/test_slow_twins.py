@@ -1,0 +1,484 @@
+"""Every fast path computes what its slow, obvious twin in `minift/reference.py` computes, in value and in gradient.
+
+Held here in float64, where two ways to the same number must agree to ten digits or more, and in float32:
+RMSNorm, RoPE, attention (every head layout, with and without documents), the SwiGLU network, the chunked loss (also by
+`gradcheck`, and with one tensor as embedding and head), clipping, AdamW, the learning-rate schedule at its edges, and
+the probabilities with which `sample` chooses. (`reference.greedy` is in `test_cache_equals_full.py`.)
+
+RMSNorm and RoPE's tables are float32 by contract, whatever the model's dtype; against a float64 formula they are
+therefore held to float32's digits, and `apply_rope` is given float64 tables.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minift import reference
+from minift.config import LlamaConfig, TrainConfig
+from minift.generate import sample
+from minift.loss import next_token_loss
+from minift.model import MLP, Attention, Llama, RMSNorm, apply_rope, rope_tables
+from minift.optim import learning_rate, make_optimizer
+from minift.pack import IGNORE
+from tests.conftest import small_model
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers, the same in every dtype up to rounding; a leaf that wants its gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def difference(fast: Tensor, slow: Tensor) -> float:
+    """The norm of the difference, relative to the slow one's. Both must have the same shape and dtype."""
+    fast, slow = fast.detach(), slow.detach()
+    assert fast.shape == slow.shape
+    assert fast.dtype == slow.dtype
+    assert float(slow.norm()) > 0
+    return float((fast - slow).norm() / slow.norm())
+
+
+def check_twins(fast: Callable[[], Tensor], slow: Callable[[], Tensor], leaves: Sequence[Tensor], tol: float) -> None:
+    """Compare the two values, and the gradients of the same random projection of them with respect to `leaves`."""
+    gradients = []
+    values = [fast(), slow()]
+    assert difference(*values) < tol
+    for value in values:
+        projection = random(*value.shape, seed=99, dtype=value.dtype).detach()
+        gradients.append(torch.autograd.grad((value * projection).sum(), leaves))
+    for i, (ours, twins) in enumerate(zip(*gradients, strict=True)):
+        assert difference(ours, twins) < tol, f"gradient of leaf {i}"
+
+
+# --- RMSNorm, RoPE, attention, MLP ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-6), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_rms_norm(dtype: torch.dtype, tol: float, eps: float, scale: float) -> None:
+    norm = RMSNorm(24, eps)
+    norm.weight.data = random(24, seed=1, dtype=dtype).detach()
+    x = (scale * random(3, 7, 24, dtype=dtype)).detach().requires_grad_()
+    check_twins(lambda: norm(x), lambda: reference.rms_norm(x, norm.weight, eps), [x, norm.weight], tol)
+
+
+def exact_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """What `rope_tables` makes, in float64 and by the formula."""
+    frequency = torch.tensor([theta ** (-2 * k / width) for k in range(width // 2)] * 2, dtype=torch.float64)
+    angle = positions[:, None, :, None].double() * frequency
+    return angle.cos(), angle.sin()
+
+
+@both_dtypes
+@pytest.mark.parametrize("width", [2, 6, 64])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_rope(dtype: torch.dtype, width: int, theta: float) -> None:
+    x = random(2, 3, 9, width, dtype=dtype)
+    positions = torch.stack((torch.arange(9), torch.tensor([0, 1, 2, 0, 1, 40, 41, 0, 7])))
+    make = exact_tables if dtype == torch.float64 else rope_tables
+    cos, sin = make(positions, width, theta)
+    check_twins(lambda: apply_rope(x, cos, sin), lambda: reference.rope(x, positions, theta), [x], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("width", [2, 6, 64, 128])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_rope_tables_are_the_formula_to_float32s_digits(width: int, theta: float) -> None:
+    positions = torch.tensor([[0, 1, 2, 63, 511, 4095]])
+    # An angle of p radians is known to p · 2^-24, and its frequency and product are rounded as well.
+    allowed = 4 * positions[:, None, :, None] * 2**-24 + 1e-7
+    for ours, exact in zip(rope_tables(positions, width, theta), exact_tables(positions, width, theta), strict=True):
+        assert ours.dtype == torch.float32
+        assert ours.shape == (1, 1, 6, width)
+        assert bool(((ours.double() - exact).abs() <= allowed).all())
+
+
+def test_rope_knows_distances_only_and_keeps_lengths() -> None:
+    query, key = random(1, 1, 1, 16).detach(), random(1, 1, 1, 16, seed=1).detach()
+
+    def turned(x: Tensor, position: int) -> Tensor:
+        return apply_rope(x, *exact_tables(torch.tensor([[position]]), 16, 10_000.0))
+
+    near, far = turned(query, 7) * turned(key, 3), turned(query, 1_007) * turned(key, 1_003)
+    assert float(near.sum()) == pytest.approx(float(far.sum()), rel=1e-9)
+    assert float(near.sum()) != pytest.approx(float((turned(query, 7) * turned(key, 4)).sum()), rel=1e-3)
+    assert float(turned(query, 1_007).norm()) == pytest.approx(float(query.norm()), rel=1e-12)
+
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, -1, -1], [-1, -1, 0, 0, 0, 0, 0, 0, 0, 0]])
+
+
+@both_dtypes
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 6), (4, 2, 6), (4, 1, 6), (6, 3, 10)])
+def test_attention(dtype: torch.dtype, documents: Tensor | None, heads: int, kv_heads: int, width: int) -> None:
+    B, T, D = 2, 10, 24
+    config = LlamaConfig(
+        hidden_size=D, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width, rope_theta=100.0
+    )
+    attention = Attention(config, layer=0).to(dtype)
+    for seed, parameter in enumerate(attention.parameters()):
+        parameter.data = 0.4 * random(*parameter.shape, seed=seed + 1, dtype=dtype).detach()
+    x = random(B, T, D, dtype=dtype)
+    positions = torch.arange(T).expand(B, T) if documents is None else torch.stack([counted(r) for r in documents])
+    make = exact_tables if dtype == torch.float64 else rope_tables
+    cos, sin = make(positions, width, config.rope_theta)
+    mask = Llama._mask(T, 0, documents, None, x.device)
+
+    def slow() -> Tensor:
+        def split(projection: torch.nn.Linear) -> Tensor:
+            return (x @ projection.weight.T).view(B, T, -1, width).transpose(1, 2)
+
+        query = reference.rope(split(attention.q_proj), positions, config.rope_theta)
+        key = reference.rope(split(attention.k_proj), positions, config.rope_theta)
+        mixed = reference.attention(query, key, split(attention.v_proj), documents)  # [B, H, T, C]
+        joined = torch.cat([mixed[:, h] for h in range(heads)], dim=-1)  # [B, T, H * C]
+        return joined @ attention.o_proj.weight.T
+
+    leaves = [x, *attention.parameters()]
+    check_twins(lambda: attention(x, cos, sin, mask, None), slow, leaves, TOLERANCE[dtype])
+
+
+def counted(documents: Tensor) -> Tensor:
+    """Positions that start at 0 wherever the document changes."""
+    places: list[int] = []
+    for i, document in enumerate(documents.tolist()):
+        places.append(places[-1] + 1 if i and documents[i - 1] == document else 0)
+    return torch.tensor(places)
+
+
+@both_dtypes
+def test_mlp(dtype: torch.dtype) -> None:
+    mlp = MLP(LlamaConfig(hidden_size=24, intermediate_size=40)).to(dtype)
+    for seed, parameter in enumerate(mlp.parameters()):
+        parameter.data = random(*parameter.shape, seed=seed + 1, dtype=dtype).detach()
+    x = random(3, 5, 24, dtype=dtype)
+    weights = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
+    check_twins(lambda: mlp(x), lambda: reference.swiglu(x, *weights), [x, *weights], TOLERANCE[dtype])
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+N_TARGETS = 17
+
+
+def loss_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [3, 8, 12], weight [31, 12] and targets with 17 positions to learn, a row without any among them."""
+    targets = torch.randint(0, 31, (3, 8), generator=torch.Generator().manual_seed(5))
+    targets[0, :4] = targets[0, -1] = targets[2, :2] = IGNORE
+    targets = torch.cat((targets, torch.full((1, 8), IGNORE)))
+    assert int((targets != IGNORE).sum()) == N_TARGETS
+    return random(4, 8, 12, dtype=dtype), random(31, 12, seed=1, dtype=dtype), targets
+
+
+@both_dtypes
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 16, 17, 18, 2_048])
+def test_loss(dtype: torch.dtype, chunk: int) -> None:
+    hidden, weight, targets = loss_inputs(dtype)
+    nll_sum, n_tokens = next_token_loss(hidden, weight, targets, chunk)
+    assert nll_sum.dtype == dtype
+    assert nll_sum.shape == ()
+    slow_sum, slow_count = reference.cross_entropy(hidden, weight, targets)
+    assert int(n_tokens) == slow_count == N_TARGETS
+    check_twins(
+        lambda: next_token_loss(hidden, weight, targets, chunk)[0],
+        lambda: reference.cross_entropy(hidden, weight, targets)[0],
+        [hidden, weight],
+        TOLERANCE[dtype],
+    )
+    # The same by PyTorch's own, which knows nothing of our twin.
+    theirs = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
+    assert nll_sum.item() == pytest.approx(theirs.item(), rel=TOLERANCE[dtype])
+    assert slow_sum.item() == pytest.approx(theirs.item(), rel=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("chunk", [4, 2_048])
+def test_loss_passes_gradcheck(chunk: int) -> None:
+    hidden, weight, targets = loss_inputs(torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: next_token_loss(h, w, targets, chunk)[0], (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h: next_token_loss(h, weight.detach(), targets, chunk)[0], (hidden,))
+    assert torch.autograd.gradcheck(lambda w: next_token_loss(hidden.detach(), w, targets, chunk)[0], (weight,))
+
+
+def test_loss_of_huge_logits_is_exact() -> None:
+    """Logits of thousands: without subtracting the largest, the exponentials would overflow."""
+    hidden, weight, targets = loss_inputs(torch.float32)
+    hidden = (1e4 * hidden).detach().requires_grad_()
+    check_twins(
+        lambda: next_token_loss(hidden, weight, targets, 3)[0],
+        lambda: reference.cross_entropy(hidden, weight, targets)[0],
+        [hidden, weight],
+        1e-5,
+    )
+
+
+def test_loss_without_targets_is_zero_and_moves_nothing() -> None:
+    hidden, weight, targets = loss_inputs(torch.float64)
+    nll_sum, n_tokens = next_token_loss(hidden, weight, torch.full_like(targets, IGNORE))
+    nll_sum.backward()
+    assert nll_sum.item() == n_tokens.item() == 0
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_loss_of_ignored_positions_has_no_gradient_at_all() -> None:
+    hidden, weight, targets = loss_inputs(torch.float64)
+    next_token_loss(hidden, weight, targets, 4)[0].backward()
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad.abs().sum(-1) == 0, targets == IGNORE)
+
+
+@pytest.mark.parametrize("chunk", [5, 2_048])
+def test_loss_with_a_tied_weight_collects_both_uses(chunk: int) -> None:
+    """The embedding's gradient is the sum of what comes through the head and what comes through the stream."""
+    model = small_model(dtype=torch.float64, tie_word_embeddings=True)
+    tokens = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(3))
+    targets = tokens.roll(-1, 1)
+    weight = model.embed_tokens.weight
+
+    def gradient(hidden: Tensor, head: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(next_token_loss(hidden, head, targets, chunk)[0], weight)
+        return gradient
+
+    whole = gradient(model.hidden(tokens), model.head_weight)
+    as_input = gradient(model.hidden(tokens), weight.detach())
+    as_head = gradient(model.hidden(tokens).detach(), weight)
+    assert float(as_input.norm()) > 0.01 * float(whole.norm())
+    assert float(as_head.norm()) > 0.01 * float(whole.norm())
+    assert difference(whole, as_input + as_head) < 1e-12
+    logits = model(tokens)
+    (plain,) = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), weight)
+    assert difference(whole, plain) < 1e-12
+
+
+def test_loss_under_autocast_multiplies_in_bfloat16_and_sums_in_float32() -> None:
+    hidden, weight, targets = loss_inputs(torch.float32)
+    exact = reference.cross_entropy(hidden, weight, targets)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nll_sum, _ = next_token_loss(hidden, weight, targets, 5)
+    rounded = reference.cross_entropy(hidden.bfloat16().float(), weight.bfloat16().float(), targets)[0]
+    assert nll_sum.dtype == torch.float32
+    assert abs(nll_sum.item() / exact.item() - 1) > 1e-5  # bfloat16 was used …
+    assert nll_sum.item() == pytest.approx(rounded.item(), rel=5e-3)
+    ours = torch.autograd.grad(nll_sum, [hidden, weight])
+    for our, slow in zip(ours, torch.autograd.grad(exact, [hidden, weight]), strict=True):
+        assert our.dtype == torch.float32
+        assert 1e-4 < difference(our, slow) < 2e-2  # … and costs what bfloat16's 8 bits cost, not more
+
+
+class _Multiplications(TorchDispatchMode):
+    """Counts the matrix products that are really made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [("both", 3), ("hidden", 2), ("weight", 2), ("nothing", 1)])
+def test_loss_multiplies_only_what_is_wanted(wanted: str, expected: int) -> None:
+    """One product for the logits, one for each gradient that is asked for; an evaluation asks for none."""
+    hidden, weight, targets = loss_inputs(torch.float32)
+    hidden.requires_grad_(wanted in ("both", "hidden"))
+    with torch.set_grad_enabled(wanted != "nothing"), _Multiplications() as made:
+        next_token_loss(hidden, weight if wanted != "hidden" else weight.detach(), targets)
+    assert made.count == expected
+
+
+# --- clipping and AdamW -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-10), (torch.float32, 1e-6)], ids=["float64", "float32"])
+@pytest.mark.parametrize("share", [0.001, 0.5, 1.5])
+def test_clip(dtype: torch.dtype, tol: float, share: float) -> None:
+    # Gradients of norm 10^5, so that the 1e-6 that PyTorch adds to the norm is beyond the digits compared.
+    gradients = [1e4 * random(*shape, seed=i, dtype=dtype).detach() for i, shape in enumerate([(5, 7), (11,), (3, 4)])]
+    expected, norm = reference.clip(gradients, share * float(sum((g.double() ** 2).sum() for g in gradients)) ** 0.5)
+    parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    assert float(torch.nn.utils.clip_grad_norm_(parameters, share * norm)) == pytest.approx(norm, rel=tol)
+    for parameter, gradient, wanted in zip(parameters, gradients, expected, strict=True):
+        assert parameter.grad is not None
+        assert difference(parameter.grad, wanted) < tol
+        assert torch.equal(parameter.grad, gradient) == (share > 1)  # a small gradient is left as it is
+
+
+@both_dtypes
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw(dtype: torch.dtype, weight_decay: float) -> None:
+    """Five steps with another learning rate each: every weight, and the decay on matrices only."""
+    model = small_model(dtype=dtype, tie_word_embeddings=False)
+    config = TrainConfig(lr=1e-2, weight_decay=weight_decay, beta1=0.8, beta2=0.97)
+    optimizer = make_optimizer(model, config)
+    slow = {
+        name: (p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()
+    }
+    for step in range(1, 6):
+        lr = config.lr / step
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for seed, (name, parameter) in enumerate(model.named_parameters()):
+            parameter.grad = (
+                10.0 ** (seed % 5 - 3) * random(*parameter.shape, seed=100 * step + seed).to(dtype).detach()
+            )
+            decay = weight_decay if parameter.ndim == 2 else 0.0
+            slow[name] = reference.adamw_step(
+                slow[name][0], parameter.grad, slow[name][1], slow[name][2], step, lr, 0.8, 0.97, 1e-8, decay
+            )
+        optimizer.step()
+    start = dict(small_model(dtype=dtype, tie_word_embeddings=False).named_parameters())
+    for name, parameter in model.named_parameters():
+        moved, wanted = parameter.detach() - start[name].detach(), slow[name][0] - start[name].detach()
+        assert difference(moved, wanted) < 20 * TOLERANCE[dtype], name
+
+
+def test_decay_alone_shrinks_matrices_and_leaves_norms() -> None:
+    model = small_model(dtype=torch.float64, tie_word_embeddings=False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, TrainConfig(lr=0.01, weight_decay=0.5))
+    for _ in range(5):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    norms = [name for name in before if "norm" in name]
+    assert len(norms) == 5  # two a layer, and the last
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if name in norms else (1 - 0.01 * 0.5) ** 5
+        assert torch.allclose(parameter, factor * before[name], rtol=1e-14, atol=0), name
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_optimizer_holds_every_parameter_once(tied: bool) -> None:
+    model = small_model(tie_word_embeddings=tied)
+    held = [id(p) for group in make_optimizer(model, TrainConfig()).param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 10, 50])
+@pytest.mark.parametrize("min_lr", [0.0, 0.1, 1.0])
+def test_schedule_at_its_edges(schedule: str, warmup: int, min_lr: float) -> None:
+    config, total = TrainConfig(lr=0.02, warmup=warmup, schedule=schedule, min_lr=min_lr), 50
+    rates = [learning_rate(step, total, config) for step in range(total)]
+    for step in range(min(warmup, total)):  # never 0: the first step already learns
+        assert rates[step] == pytest.approx(0.02 * (step + 1) / (warmup + 1))
+    assert learning_rate(warmup, total, config) == pytest.approx(0.02)  # the peak, right behind the warm-up
+    assert max(rates) <= 0.02 * (1 + 1e-12)
+    end = 0.02 * (1.0 if schedule == "constant" or warmup == total else min_lr)
+    assert learning_rate(total, total, config) == pytest.approx(end, abs=1e-15)  # where a further step would be
+    falling = rates[warmup:]
+    assert falling == sorted(falling, reverse=True)
+    if schedule == "constant":
+        assert set(falling) <= {0.02}
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("min_lr", [0.0, 0.1])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedule_behind_the_warmup_is_that_of_transformers(schedule: str, warmup: int, min_lr: float) -> None:
+    config, total = TrainConfig(lr=0.02, warmup=warmup, schedule=schedule, min_lr=min_lr), 40
+    make = getattr(transformers, f"get_{schedule}_schedule_with_warmup")
+    share = make(torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup, total).lr_lambdas[0]
+    for step in range(warmup, total):
+        expected = 0.02 * (min_lr + (1 - min_lr) * share(step))
+        assert learning_rate(step, total, config) == pytest.approx(expected, rel=1e-12)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([1.3, -0.4, 2.1, 0.2, -2.0, 0.9, 1.7, -1.1])
+DRAWS = 20_000
+
+
+def chi_squared(drawn: Tensor, log_probability: Tensor) -> tuple[float, float]:
+    """Pearson's statistic of the draws, and what it stays below with probability 1 - 10⁻⁶ if they are right.
+
+    The bound is Wilson and Hilferty's: a chi-squared variable over its degrees of freedom n, to the power 1/3, is
+    nearly normal with mean 1 - 2/9n and variance 2/9n.
+    """
+    possible = log_probability > -math.inf
+    counts = torch.bincount(drawn, minlength=len(log_probability)).double()
+    if counts[~possible].any():
+        return math.inf, 0.0
+    expected = len(drawn) * log_probability[possible].exp()
+    n = max(1, int(possible.sum()) - 1)
+    bound = n * (1 - 2 / (9 * n) + 4.753 * math.sqrt(2 / (9 * n))) ** 3
+    return float(((counts[possible] - expected) ** 2 / expected).sum()), bound
+
+
+def draw(temperature: float, top_k: int, top_p: float, seed: int = 0) -> Tensor:
+    rows = LOGITS.expand(DRAWS, -1)
+    return sample(rows, temperature, top_k, top_p, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 2, 5, 8, 100])
+@pytest.mark.parametrize("top_p", [1.0, 0.8, 0.45])
+def test_sample_chooses_with_the_twins_probabilities(temperature: float, top_k: int, top_p: float) -> None:
+    twin = reference.token_log_probability(LOGITS, temperature, top_k, top_p)
+    assert float(twin.exp().sum()) == pytest.approx(1.0, rel=1e-12)
+    statistic, bound = chi_squared(draw(temperature, top_k, top_p), twin)
+    assert statistic < bound
+
+
+@pytest.mark.parametrize(
+    ("drawn_with", "expected"),
+    [
+        ((1.0, 0, 1.0), (1.15, 0, 1.0)),
+        ((1.0, 5, 1.0), (1.0, 4, 1.0)),
+        ((1.0, 4, 1.0), (1.0, 5, 1.0)),
+        ((1.0, 0, 0.8), (1.0, 0, 0.6)),
+        ((1.0, 0, 0.6), (1.0, 0, 0.8)),
+    ],
+)
+def test_the_comparison_of_probabilities_can_fail(
+    drawn_with: tuple[float, int, float], expected: tuple[float, int, float]
+) -> None:
+    statistic, bound = chi_squared(draw(*drawn_with), reference.token_log_probability(LOGITS, *expected))
+    assert statistic > bound
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (0.0, 0, 1.0),
+        (0.0, 5, 0.5),
+        (1.0, 1, 1.0),
+        (5.0, 1, 0.1),
+        (1.0, 0, 1e-9),
+        (5.0, 0, 1e-6),
+        (1e-4, 0, 1.0),
+        (1e-39, 0, 1.0),
+    ],
+)
+def test_sample_at_its_edges_takes_the_likeliest(temperature: float, top_k: int, top_p: float) -> None:
+    rows = torch.randn(200, 50, generator=torch.Generator().manual_seed(8))
+    chosen = sample(rows, temperature, top_k, top_p, torch.Generator().manual_seed(9))
+    assert torch.equal(chosen, rows.argmax(-1))
+
+
+def test_sample_leaves_its_logits_alone_and_rows_apart() -> None:
+    rows = torch.stack((LOGITS, LOGITS.flip(0)))
+    kept = rows.clone()
+    generator = torch.Generator().manual_seed(4)
+    drawn = torch.stack([sample(rows, 1.0, 5, 0.9, generator) for _ in range(4_000)])
+    assert torch.equal(rows, kept)
+    for row in range(2):
+        statistic, bound = chi_squared(drawn[:, row], reference.token_log_probability(rows[row], 1.0, 5, 0.9))
+        assert statistic < bound
