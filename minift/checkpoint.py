@@ -105,7 +105,8 @@ def load_step(folder: Path, state: "TrainState") -> None:
 
 def newest_step(run: Path) -> Path | None:
     """The step folder with the highest number, or None."""
-    return max((folder for folder in run.glob("step_*") if folder.is_dir()), default=None)
+    folders = [folder for folder in run.glob("step_*") if folder.is_dir() and folder.name[5:].isdecimal()]
+    return max(folders, key=lambda folder: int(folder.name[5:]), default=None)
 
 
 def _write_model(folder: Path, model: Llama, tokenizer: Tokenizer, dtype: torch.dtype | None) -> None:
@@ -125,12 +126,26 @@ def _write_folder(folder: Path, write: Any) -> None:
         for file in (*partial.iterdir(), partial):
             _sync(file)
         if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+            _replace(folder, partial)
+        else:
+            partial.rename(folder)
         _sync(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Give `new` the name of `folder`, which is whole under one name or another at every moment."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -169,6 +184,8 @@ def _check_weights(model: Llama, weights: dict[str, Tensor], file: Path) -> None
     for name, tensor in weights.items():
         if name not in wanted:
             raise InputError(f"{file}: tensor {name} is not part of this model")
+        if isinstance(tensor, Tensor) and not tensor.is_floating_point():
+            raise InputError(f"{file}: tensor {name} holds {tensor.dtype}, not floating-point weights")
         if not isinstance(tensor, Tensor) or tensor.shape != wanted[name].shape:
             found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise InputError(f"{file}: tensor {name} is {found}; config.json makes it {list(wanted[name].shape)}")

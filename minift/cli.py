@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from minift import __version__
-from minift.config import FINETUNE, PRETRAIN, TrainConfig, model_path
+from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_path
 from minift.errors import InputError, RunError
 from minift.report import number, samples, shorten, table
 
@@ -208,6 +208,7 @@ def _generate(options: dict[str, Any]) -> int:
     from minift.generate import generate
     from minift.prompts import TEMPLATES, Pair, choose_template
 
+    check_number("seed", options["seed"], least=0)
     model, tokenizer = _load(options["model"], options["device"])
     pair = Pair(options["prompt"], answer="")
     name = choose_template(options["template"], [pair])
@@ -240,6 +241,7 @@ def _compare(options: dict[str, Any]) -> int:
     from minift.evaluate import compare
     from minift.prompts import TEMPLATES, choose_template, read_all_pairs
 
+    check_number("show", options["show"], least=0)
     pairs = read_all_pairs(options["data"])
     template = TEMPLATES[choose_template(options["template"], pairs)]
     before, after = (_load(options[name], options["device"]) for name in ("before", "after"))
@@ -265,6 +267,7 @@ def _evaluate(options: dict[str, Any]) -> int:
     from minift.prompts import TEMPLATES, choose_template, read_all_pairs
     from minift.stream import DocumentStream, find_files, read_records
 
+    check_number("max_length", options["max_length"], least=1)
     model, tokenizer = _load(options["model"], options["device"])
     positions = model.config.max_position_embeddings
     first = next(read_records(find_files(options["data"])[0]), None)
@@ -342,7 +345,6 @@ def _add_data(commands: Any) -> None:
 def _data_peek(options: dict[str, Any]) -> int:
     from itertools import chain, islice
 
-    from minift.config import check_number
     from minift.stream import find_files, read_records
 
     check_number("-n", options["n"], least=1)
@@ -364,12 +366,14 @@ def _data_peek(options: dict[str, Any]) -> int:
 def _load(name: str, device: str) -> Any:
     """(model, tokenizer) of a checkpoint."""
     from minift.checkpoint import load_model
-    from minift.tokenizer import load_tokenizer
+    from minift.tokenizer import check_fit, load_tokenizer
     from minift.train import choose_device
 
     path = model_path(name)
     where = choose_device(TrainConfig(device=device))
-    return load_model(path, device=where), load_tokenizer(path)
+    model, tokenizer = load_model(path, device=where), load_tokenizer(path)
+    check_fit(model.config, tokenizer)
+    return model, tokenizer
 
 
 def _write_json(file: str | None, values: dict[str, Any]) -> None:

@@ -94,14 +94,19 @@ class LlamaConfig:
         """From the keys of a minift `config.json`; `where` is named in errors.
 
         Raises:
-            InputError: for a key that is not a field, a value of the wrong type, or another architecture.
+            InputError: for a key that is not a field, a missing one (a shape is never guessed), a value of the wrong
+                type, or another architecture.
         """
         values = dict(values)
         for key, expected in _FIXED_KEYS.items():
             found = values.pop(key, expected)
             if found != expected:
                 raise InputError(f"{where}: {key} is {found!r}; minift implements {expected!r}")
-        return _from_dict(LlamaConfig, values, where)
+        config = _from_dict(LlamaConfig, values, where)
+        missing = sorted(_REQUIRED_KEYS - set(values))
+        if missing:
+            raise InputError(f"{where}: key {missing[0]!r} is missing")
+        return config
 
     @classmethod
     def from_file(cls, path: str | Path) -> "LlamaConfig":
@@ -117,6 +122,19 @@ class LlamaConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
+# What two models cannot be expected to share; the other fields have a default that a file may leave out.
+_REQUIRED_KEYS = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+}
 _FIXED_KEYS: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -265,7 +283,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None) -> None:
-    """Raise InputError unless `value` is finite, more than `above` and at least `least`."""
+    """Raise InputError unless `value` is finite, more than `above`, at least `least` and, if whole, below 2³¹."""
+    if isinstance(value, int) and abs(value) >= 2**31:
+        raise InputError(f"{name} is {value}; it must be below {2**31}")
     if not math.isfinite(value):
         raise InputError(f"{name} is {value}; it must be a finite number")
     if above is not None and not value > above:

@@ -154,7 +154,9 @@ def answer_questions(
         prompts = [questions[i].example.prompt for i in group]
         longest = max(len(questions[i].example.answer) for i in group)
         for i, ids in zip(group, generate(model, prompts, longest + EXTRA_TOKENS), strict=True):
-            answers[i] = tokenizer.decode_continuation(ids)
+            # The same limit as alone: the group ran on to the longest's.
+            limit = len(questions[i].example.answer) + EXTRA_TOKENS
+            answers[i] = tokenizer.decode_continuation(ids[:limit])
     return [answers[i] for i in range(len(questions))]
 
 

@@ -12,6 +12,7 @@ folder is kept. A run folder holds
 so `--resume` needs only the folder. Read next: `cli.py`, or back to `train.py`.
 """
 
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
 from minift.prompts import TEMPLATES, Pair, choose_template, read_all_pairs
 from minift.stream import DocumentStream
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
 from minift.train import Plan, TrainState, choose_device, start_state, train
 
 VALIDATION_ROWS = 64  # rows of held-out pages on which a pretraining run is evaluated
@@ -55,6 +56,9 @@ class PretrainJob:
     tokenizer: str
     validation: tuple[str, ...] = ()
     text_field: str = "text"
+
+
+JOBS: dict[str, type[FinetuneJob] | type[PretrainJob]] = {"finetune": FinetuneJob, "pretrain": PretrainJob}
 
 
 def finetune_job(model: str, data: Sequence[str] | None = None, test: Sequence[str] | None = None) -> FinetuneJob:
@@ -97,7 +101,7 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     template = TEMPLATES[template_name]
     tokenizer = load_tokenizer(job.model)
     model = load_model(job.model, device=device)
-    _check_fit(model.config, tokenizer)
+    check_fit(model.config, tokenizer)
     _check_length(config, model.config)
     examples, dropped = encode_pairs(pairs, template, tokenizer, config.max_length)
     unseen, _ = encode_pairs(held_out, template, tokenizer, config.max_length)
@@ -136,8 +140,10 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         check_free(out)
     shape = LlamaConfig.from_file(job.config) if job.config.endswith(".json") else LlamaConfig.preset(job.config)
     tokenizer = load_tokenizer(job.tokenizer)
-    _check_fit(shape, tokenizer, exact=True)
+    check_fit(shape, tokenizer, exact=True)
     _check_length(config, shape)
+    # The first document is read before anything is written: an empty or unreadable corpus fails here.
+    next(iter(DocumentStream(job.data, job.text_field)))
     batches = PageBatches(DocumentStream(job.data, job.text_field), tokenizer, config.batch_size, config.max_length)
     validation = _page_validation(job, tokenizer, config)
     per_epoch = 0.0 if config.steps else _count_micro_batches(job, tokenizer, config)
@@ -160,10 +166,14 @@ def read_run(out: Path) -> tuple[str, dict[str, Any], TrainConfig]:
     if not (out / "config.json").is_file():
         raise InputError(f"{out}: holds no run to resume (no config.json)")
     run = read_json(out / "config.json")
-    try:
-        return run["job"], run["inputs"], TrainConfig.from_dict(run["train"], where=f"{out / 'config.json'}: train")
-    except KeyError as error:
-        raise InputError(f"{out / 'config.json'}: not the settings of a run: {error} is missing") from None
+    where = out / "config.json"
+    job, inputs, train = run.get("job"), run.get("inputs"), run.get("train")
+    if job not in JOBS or not isinstance(inputs, dict) or not isinstance(train, dict):
+        raise InputError(f"{where}: not the settings of a run (job, inputs, train)")
+    names = {item.name for item in dataclasses.fields(JOBS[job])}
+    if set(inputs) != names:
+        raise InputError(f"{where}: inputs are {sorted(inputs)}; a {job} run has {sorted(names)}")
+    return job, inputs, TrainConfig.from_dict(train, where=f"{where}: train")
 
 
 def _run(
@@ -228,18 +238,6 @@ def _split(pairs: list[Pair], test: Sequence[str], seed: int) -> tuple[list[Pair
         [pair for i, pair in enumerate(pairs) if i not in held_out],
         [pairs[i] for i in sorted(held_out)],
     )
-
-
-def _check_fit(shape: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> None:
-    """A tokenizer must not know ids that the model lacks; for a new model they must be as many."""
-    if tokenizer.vocab_size > shape.vocab_size or (exact and tokenizer.vocab_size != shape.vocab_size):
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {shape.vocab_size}: "
-            "they do not fit"
-        )
-    for name, id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        if getattr(shape, name) != id:
-            raise InputError(f"the model's {name} is {getattr(shape, name)}, the tokenizer's is {id}: they do not fit")
 
 
 def _check_length(config: TrainConfig, shape: LlamaConfig) -> None:

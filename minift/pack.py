@@ -91,8 +91,10 @@ def encode_pair(pair: Pair, template: Template, tokenizer: Tokenizer, max_length
     """A pair as ids, cut to `max_length` positions. An answer that does not fit keeps as much as fits.
 
     Returns:
-        The example, or None if the prompt alone fills `max_length`, so that no target is left.
+        The example, or None if there is no target: the answer is empty, or the prompt alone fills `max_length`.
     """
+    if not pair.answer.strip():
+        return None
     prompt_text, answer_text = template.format(pair)
     prompt = tokenizer.encode(prompt_text, bos=True)
     answer = tokenizer.encode_continuation(answer_text, eos=True)[: max(0, max_length + 1 - len(prompt))]
@@ -102,7 +104,7 @@ def encode_pair(pair: Pair, template: Template, tokenizer: Tokenizer, max_length
 def encode_pairs(
     pairs: Iterable[Pair], template: Template, tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[Example], int]:
-    """All pairs as ids, and the number of those dropped because no target was left.
+    """All pairs as ids, and the number of those dropped because they have no target.
 
     Raises:
         InputError: when none is left.

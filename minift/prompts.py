@@ -38,6 +38,7 @@ class Pair:
     """One instruction record: what is asked, what should be answered.
 
     Attributes:
+        answer: "" where a data set holds a question that nobody answered; such a pair has no target.
         context: extra text that the question speaks of (Alpaca's `input`), or "".
         metric: the score that fits the answer, one of METRICS; "" when the record does not say.
         where: `file:line`, for messages.
@@ -104,7 +105,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
     Raises:
         InputError: for an unreadable file, invalid JSON (`file:line`), a record whose fields are not there or not
-            text, an empty question or answer, or a file without records.
+            text, a blank question, or a file without records.
     """
     fields: tuple[str, str] | None = None
     pairs = []
@@ -137,11 +138,13 @@ def find_fields(record: Record) -> tuple[str, str]:
 def _pair(record: Record, question_field: str, answer_field: str) -> Pair:
     def text(key: str) -> str:
         value = record.values.get(key)
-        if not isinstance(value, str) or not value.strip():
-            state = "missing" if key not in record.values else "empty" if value in ("", None) else "not a text"
-            raise InputError(f"{record.where}: {key!r} is {'blank' if isinstance(value, str) else state}")
+        if not isinstance(value, str):
+            state = "missing" if key not in record.values else f"{type(value).__name__}, not a text"
+            raise InputError(f"{record.where}: {key!r} is {state}")
         return value
 
+    if not text(question_field).strip():
+        raise InputError(f"{record.where}: {question_field!r} is blank")
     has_context = question_field == "instruction" and record.values.get("input")
     metric = record.values.get("metric", "")
     if metric not in ("", *METRICS):

@@ -11,6 +11,7 @@ Read next: `prompts.py` for instruction pairs, `pack.py` for pages.
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any, BinaryIO, cast
 
 from minift.errors import InputError
 
+# JSON can write half of a UTF-16 pair ("\\ud83d" alone); no text encoding can, and no tokenizer can read it.
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
@@ -99,6 +102,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{where}: holds {type(values).__name__}, not a JSON object")
+    if b"\\u" in line and _HALF_PAIR.search(json.dumps(values, ensure_ascii=False)):
+        raise InputError(f"{where}: not Unicode text: holds half of a surrogate pair")
     return values
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from minift.config import LlamaConfig, check_number
 from minift.errors import InputError
 
 
@@ -108,6 +109,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(serialized, where=str(file))
 
 
+def check_fit(shape: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> None:
+    """Raise InputError unless a tokenizer and a model belong together.
+
+    The tokenizer must not know ids that the model lacks, and their BOS and EOS must be the same. A published model may
+    have spare ids; where a model is made for a tokenizer (`exact`), it has as many.
+    """
+    if tokenizer.vocab_size > shape.vocab_size or (exact and tokenizer.vocab_size != shape.vocab_size):
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {shape.vocab_size}: "
+            "they do not fit"
+        )
+    for name, id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+        if getattr(shape, name) != id:
+            raise InputError(f"the model's {name} is {getattr(shape, name)}, the tokenizer's is {id}: they do not fit")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A new BPE vocabulary of `vocab_size` pieces with byte fallback, made as Llama's was.
 
@@ -121,6 +138,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         InputError: when there is no text, or too little for so many pieces.
     """
+    check_number("vocab_size", vocab_size, least=1)
     lines = [line for text in texts for line in text.split("\n") if line]
     if not lines:
         raise InputError("no text to train a tokenizer on")
@@ -141,7 +159,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             num_threads=1,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"cannot make {vocab_size} pieces from this text: {reason}") from None
     return Tokenizer(model.getvalue())
