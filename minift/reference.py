@@ -7,7 +7,7 @@ one against it, in value and in gradient (`tests/test_slow_twins.py`).
     here                     fast twin
     rms_norm                 model.RMSNorm
     rope                     model.apply_rope, model.rope_tables
-    attention                F.scaled_dot_product_attention in model.Attention
+    attention                model.attend
     swiglu                   model.MLP
     cross_entropy            loss.next_token_loss
     adamw_step               torch.optim.AdamW(fused=True)
