@@ -1,7 +1,8 @@
-"""The promise on the README's first page: `minift finetune` makes the base answer, within two minutes on two cores.
+"""The promise on the README's first page: `minift finetune` makes the base answer.
 
 The command is run as a user runs it, in a process of its own and from another folder; the numbers are read from the
-files that it leaves. A wheel built from the checkout must do the same where the checkout is not to be seen.
+files that it leaves. Then the README's other commands are run, word for word, on the model that it made. A wheel built
+from the checkout must do the same where the checkout is not to be seen.
 """
 
 import json
@@ -64,7 +65,30 @@ def test_the_run_folder_is_complete(run: tuple[Path, str]) -> None:
         assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= set(line)
     assert lines[-1]["validation_loss"] < lines[0]["loss"]
     assert sorted(file.name for file in (out / "final").iterdir()) == ["config.json", "model.pt", "tokenizer.model"]
-    assert sum(line["seconds"] for line in lines) < 240  # 120 s is the promise; machines under test are shared
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_as_they_stand(run: tuple[Path, str]) -> None:
+    folder = run[0].parent.parent
+    (folder / "data").symlink_to(ROOT / "data")
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Use it")[1].split("\n## ")[0]
+    shell, python = section.split("```sh\n")[1].split("```")[0], section.split("```python\n")[1].split("```")[0]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    minift = f'"{sys.executable}" -m minift '
+    printed = []
+    for line in [line for line in shell.splitlines() if line.startswith("minift ")]:
+        command = line.replace("minift ", minift, 1)
+        done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        assert not done.stderr, line
+        printed.append(done.stdout)
+    assert len(printed) == 6
+    assert printed[0].strip().endswith("?") or "?\n" in printed[0]
+    assert printed[1] == "Mexico City\n"
+    assert json.loads((folder / "compare.json").read_text()) == json.loads((run[0] / "compare.json").read_text())
+
+    done = subprocess.run([sys.executable, "-c", python], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "Mexico City", done.stderr
 
 
 @pytest.mark.slow
