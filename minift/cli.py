@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a file that may not be read
+        print(f"minift: error: {_one_line(error)}", file=sys.stderr)
+        return 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,11 +82,13 @@ def _command(commands: Any, name: str, run: Callable[[dict[str, Any]], int], tex
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig) -> None:
-    """A flag for every field of TrainConfig. One that is not given is absent from the result."""
+def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, without: tuple[str, ...] = ()) -> None:
+    """A flag for every field of TrainConfig (but `without`). One that is not given is absent from the result."""
     group = command.add_argument_group("training")
     hints = get_type_hints(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
+        if item.name in without:
+            continue
         flag, default = "--" + item.name.replace("_", "-"), getattr(defaults, item.name)
         text = item.metadata["help"] + ("" if default is None else f" (default: {default})")
         kind = next(kind for kind in (*get_args(hints[item.name]), hints[item.name]) if kind is not type(None))
@@ -118,7 +124,7 @@ def _add_pretrain(commands: Any) -> None:
     command.add_argument("--text-field", default=given, metavar="NAME", help="key of a page's text (text)")
     command.add_argument("--out", default="runs/pretrain", metavar="DIR", help="the run's folder (runs/pretrain)")
     command.add_argument("--resume", action="store_true", help="continue the run that --out holds")
-    _add_train_flags(command, PRETRAIN)
+    _add_train_flags(command, PRETRAIN, without=("template",))  # pages have none
 
 
 def _finetune(options: dict[str, Any]) -> int:
@@ -136,6 +142,11 @@ def _finetune(options: dict[str, Any]) -> int:
         return _say_resume("finetune", out)
     print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
     print(f"saved: {out / 'final'} (the model), {out / 'compare.json'}, {out / 'metrics.jsonl'}")
+    template = result["template"]
+    if template == "carried":  # the questions brought it with them; a new one has to be put into it
+        template = "alpaca" if result["samples"][0]["question"].endswith("### Response:") else "qa"
+    if template != "plain":
+        print(f'ask it as it was trained: minift generate --model {out / "final"} --template {template} --prompt "…"')
     return 0
 
 
@@ -180,7 +191,8 @@ def _resumed(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[str, A
 
 
 def _say_resume(name: str, out: Path) -> int:
-    print(f"stopped and saved; continue with: minift {name} --resume --out {shlex.quote(str(out))}")
+    program = "minift" if shutil.which("minift") else f"{shlex.quote(sys.executable)} -m minift"
+    print(f"stopped and saved; continue with: {program} {name} --resume --out {shlex.quote(str(out))}")
     return 1
 
 
@@ -210,7 +222,7 @@ def _generate(options: dict[str, Any]) -> int:
 
     check_number("seed", options["seed"], least=0)
     model, tokenizer = _load(options["model"], options["device"])
-    pair = Pair(options["prompt"], answer="")
+    pair = Pair(options["prompt"].rstrip(), answer="")  # as in training: no prompt ends in a space
     name = choose_template(options["template"], [pair])
     prompt, _ = TEMPLATES[name].format(pair)
     ids = generate(
@@ -220,7 +232,7 @@ def _generate(options: dict[str, Any]) -> int:
         options["temperature"],
         options["top_k"],
         options["top_p"],
-        torch.Generator(model.embed_tokens.weight.device).manual_seed(options["seed"]),
+        torch.Generator(model.device).manual_seed(options["seed"]),
     )
     print(tokenizer.decode_continuation(ids[0]).strip())
     return 0
@@ -243,9 +255,9 @@ def _compare(options: dict[str, Any]) -> int:
 
     check_number("show", options["show"], least=0)
     pairs = read_all_pairs(options["data"])
-    template = TEMPLATES[choose_template(options["template"], pairs)]
+    template = choose_template(options["template"], pairs)
     before, after = (_load(options[name], options["device"]) for name in ("before", "after"))
-    result = compare(before, after, pairs, template)
+    result = {"template": template, **compare(before, after, pairs, TEMPLATES[template])}
     print(f"{table(result)}\n\n{samples(result, options['show'])}")
     _write_json(options["json"], result)
     return 0
@@ -257,25 +269,24 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="JSON Lines of pairs, or of pages")
     command.add_argument("--template", default="auto", metavar="NAME")
     command.add_argument("--text-field", default="text", metavar="NAME", help="key of a page's text (text)")
-    command.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens of a page's window (256)")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a page's window (256)")
     command.add_argument("--json", metavar="FILE", help="write the scores to FILE")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
 
 
 def _evaluate(options: dict[str, Any]) -> int:
     from minift.evaluate import evaluate, make_questions, page_likelihood
-    from minift.prompts import TEMPLATES, choose_template, read_all_pairs
+    from minift.prompts import TEMPLATES, choose_template, has_pair, read_all_pairs
     from minift.stream import DocumentStream, find_files, read_records
 
-    check_number("max_length", options["max_length"], least=1)
     model, tokenizer = _load(options["model"], options["device"])
     positions = model.config.max_position_embeddings
+    window = min(256, positions) if options["max_length"] is None else options["max_length"]
+    check_number("max_length", window, least=1, below=positions + 1)
     first = next(read_records(find_files(options["data"])[0]), None)
-    if first is not None and options["text_field"] in first.values:
+    if first is not None and not has_pair(first) and options["text_field"] in first.values:
         stream = DocumentStream(options["data"], options["text_field"], epochs=1)
-        scores: dict[str, Any] = page_likelihood(
-            model, stream, tokenizer, min(options["max_length"], positions)
-        ).scores()
+        scores: dict[str, Any] = page_likelihood(model, stream, tokenizer, window).scores()
     else:
         pairs = read_all_pairs(options["data"])
         template = TEMPLATES[choose_template(options["template"], pairs)]

@@ -21,7 +21,7 @@ from minift.errors import InputError
 
 _Config = TypeVar("_Config", "LlamaConfig", "TrainConfig")
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -166,7 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "stories42m": _shape(32_000, 512, 8, 8, 8, 1_376, 1_024, True),
     "stories110m": _shape(32_000, 768, 12, 12, 12, 2_048, 1_024, True),
     "smollm2-135m": _shape(
-        49_152, 576, 30, 9, 3, 1_536, 8_192, True, rope_theta=100_000.0, bos_token_id=1, eos_token_id=2
+        49_152, 576, 30, 9, 3, 1_536, 8_192, True, rope_theta=100_000.0, bos_token_id=0, eos_token_id=0
     ),
     "tinyllama-1.1b": _shape(32_000, 2_048, 22, 32, 4, 5_632, 2_048, False),
     "llama2-7b": _shape(32_000, 4_096, 32, 32, 32, 11_008, 4_096, False),
@@ -205,15 +205,23 @@ class TrainConfig:
     beta1: float = _flag(0.9, "AdamW's decay rate of the gradient's mean", least=0)
     beta2: float = _flag(0.95, "AdamW's decay rate of the gradient's second moment", least=0)
     clip: float = _flag(1.0, "largest norm of the whole gradient; 0 switches clipping off", least=0)
-    dtype: str = _flag("bfloat16", "dtype of the arithmetic (the weights stay float32)", choices=DTYPES)
+    dtype: str = _flag(
+        "auto",
+        "dtype of the arithmetic; the weights stay float32. auto: bfloat16 in hardware, or float32",
+        choices=DTYPES,
+    )
     device: str = _flag("auto", "where to train; auto takes a GPU if there is one", choices=DEVICES)
     compile: bool = _flag(False, "compile the model with torch.compile (pays on long runs)")
     checkpoint_activations: bool = _flag(False, "recompute activations in the backward pass: less memory, more time")
     loss_chunk: int = _flag(2_048, "targets whose logits exist at the same time", least=1)
-    seed: int = _flag(0, "seed of the data's order, and of the weights when pretraining", least=0)
+    seed: int = _flag(
+        0, "seed of the order of pairs and of what is held out; for pretraining, of the first weights", least=0
+    )
     eval_every: int = _flag(0, "steps between evaluations on the held-out split; 0: only at the end", least=0)
-    save_every: int = _flag(0, "steps between resumable checkpoints; 0: only when interrupted", least=0)
-    template: str = _flag("auto", "how a question and its answer become text: auto, plain, qa or alpaca")
+    save_every: int = _flag(
+        0, "steps between resumable checkpoints, which are all kept; 0: only when interrupted", least=0
+    )
+    template: str = _flag("auto", "how a question and its answer become text: auto, plain, qa, alpaca or carried")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -274,7 +282,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise InputError(f"{path}:{line}: not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
     if not isinstance(values, dict):
@@ -282,14 +290,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None) -> None:
-    """Raise InputError unless `value` is finite, more than `above`, at least `least` and, if whole, below 2³¹."""
+def check_number(
+    name: str, value: float, *, above: float | None = None, least: float | None = None, below: float | None = None
+) -> None:
+    """Raise InputError unless `value` is finite, more than `above`, at least `least`, less than `below`.
+
+    A whole number must also be below 2³¹.
+    """
     if isinstance(value, int) and abs(value) >= 2**31:
         raise InputError(f"{name} is {value}; it must be below {2**31}")
     if not math.isfinite(value):
         raise InputError(f"{name} is {value}; it must be a finite number")
     if above is not None and not value > above:
         raise InputError(f"{name} is {value}; it must be more than {above:g}")
+    if below is not None and not value < below:
+        raise InputError(f"{name} is {value}; it must be below {below}")
     if least is not None and not value >= least:
         raise InputError(f"{name} is {value}; it must be at least {least:g}")
 
@@ -315,6 +330,4 @@ def _from_dict(cls: type[_Config], values: dict[str, Any], where: str) -> _Confi
 
 # The two jobs' defaults. Finetuning: about 1,000 short pairs, seen 10 times. Pretraining: the bundled base's recipe.
 FINETUNE = TrainConfig(epochs=10, batch_size=32, lr=1e-4, schedule="linear", warmup=10, eval_every=50)
-PRETRAIN = TrainConfig(
-    steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_length=256, min_lr=0.05, weight_decay=0.1, eval_every=0
-)
+PRETRAIN = TrainConfig(steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_length=256, min_lr=0.05, weight_decay=0.1)

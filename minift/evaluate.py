@@ -104,7 +104,7 @@ def _question(pair: Pair, template: Template, tokenizer: Tokenizer, max_length: 
 @torch.no_grad()
 def answer_likelihood(model: Llama, questions: Sequence[Question], batch_size: int = 64) -> Likelihood:
     """How probable the right answers are, each after its own prompt."""
-    device, pad_id = model.embed_tokens.weight.device, model.config.eos_token_id
+    device, pad_id = model.device, model.config.eos_token_id
     nll = 0.0
     for group in _groups(sorted(questions, key=lambda question: len(question.example)), batch_size):
         batch = collate([question.example for question in group], pad_id, pack=False).to(device)
@@ -121,7 +121,7 @@ def page_likelihood(model: Llama, stream: DocumentStream, tokenizer: Tokenizer, 
     Raises:
         InputError: when the stream holds no text.
     """
-    device, pad_id = model.embed_tokens.weight.device, model.config.eos_token_id
+    device, pad_id = model.device, model.config.eos_token_id
     nll, n_targets, n_bytes = 0.0, 0, 0
 
     def windows() -> Iterator[Example]:

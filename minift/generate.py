@@ -48,7 +48,7 @@ def generate(
         InputError: for an empty prompt, a prompt as long as the model's positions, or an option out of bounds.
     """
     _check_options(model, prompts, max_new_tokens, temperature, top_k, top_p, generator)
-    device, dtype, eos = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype, model.config.eos_token_id
+    device, dtype, eos = model.device, model.embed_tokens.weight.dtype, model.config.eos_token_id
     tokens, positions, document_ids = _left_pad(prompts, eos, device)
     B, T = tokens.shape
     # Each text has its own end, so that a long prompt takes nothing from its neighbours.

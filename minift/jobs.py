@@ -14,6 +14,7 @@ so `--resume` needs only the folder. Read next: `cli.py`, or back to `train.py`.
 
 import dataclasses
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
 from minift.prompts import TEMPLATES, Pair, choose_template, read_all_pairs
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
-from minift.train import Plan, TrainState, choose_device, start_state, train
+from minift.train import Plan, TrainState, check_compiler, choose_device, choose_dtype, start_state, train
 
 VALIDATION_ROWS = 64  # rows of held-out pages on which a pretraining run is evaluated
 HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given
@@ -94,22 +95,25 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
         RunError: when training cannot go on.
     """
     device = choose_device(config)
+    check_compiler(config, device)
+    config = config.replace(dtype=choose_dtype(config, device))
     if not resume:
         check_free(out)
     pairs, held_out = _split(read_all_pairs(job.data), job.test, config.seed)
     template_name = choose_template(config.template, [*pairs, *held_out])
     template = TEMPLATES[template_name]
+    config = config.replace(template=template_name)
     tokenizer = load_tokenizer(job.model)
     model = load_model(job.model, device=device)
     check_fit(model.config, tokenizer)
     _check_length(config, model.config)
     examples, dropped = encode_pairs(pairs, template, tokenizer, config.max_length)
-    unseen, _ = encode_pairs(held_out, template, tokenizer, config.max_length)
+    unseen, unseen_dropped = encode_pairs(held_out, template, tokenizer, config.max_length)
     cut = sum(example.answer[-1] != tokenizer.eos_id for example in examples)
 
     print(f"{job.model}: {_count(model):,} parameters, all of them trained, on {device.type} in {config.dtype}")
     print(f"{len(examples):,} pairs to train on ({cut} cut to {config.max_length} tokens, {dropped} dropped)")
-    print(f"{len(held_out):,} pairs held out; template {template_name}")
+    print(f"{len(held_out):,} pairs held out ({unseen_dropped} without a target); template {template_name}")
     batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed)
     state = start_state(model, batches, config)
     plan = Plan.make(config, len(batches))
@@ -118,9 +122,13 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     if not _run("finetune", job, config, plan, state, tokenizer, validation, out, resume):
         return None
 
+    del model, state, batches  # the weights' gradients and moments make room for the two models
     before = load_model(job.model, device=device)
     after = load_model(out / "final", device=device)
-    result = compare((before, tokenizer), (after, tokenizer), held_out, template)
+    result = {
+        "template": template_name,
+        **compare((before, tokenizer), (after, tokenizer), held_out, template),
+    }
     _write_json(out / "compare.json", result)
     return result
 
@@ -136,6 +144,8 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         RunError: when training cannot go on.
     """
     device = choose_device(config)
+    check_compiler(config, device)
+    config = config.replace(dtype=choose_dtype(config, device))
     if not resume:
         check_free(out)
     shape = LlamaConfig.from_file(job.config) if job.config.endswith(".json") else LlamaConfig.preset(job.config)
@@ -198,6 +208,8 @@ def _run(
         print(f"{out}: continues behind step {state.step} of {plan.steps}")
     else:
         _start_folder(name, job, config, out)
+    if state.step == 0 and config.warmup >= plan.steps:
+        print(f"note: the run of {plan.steps} steps ends inside its warm-up of {config.warmup}, below --lr")
     if not train(state, plan, config, tokenizer, validation, out):
         return False
     save_model(out / "final", state.model, tokenizer)
@@ -224,7 +236,9 @@ def _cut_metrics(file: Path, step: int) -> None:
     """Drop the lines of steps that the resumed run takes again."""
     if file.exists():
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        file.write_text("".join(lines[:step]), encoding="utf-8")
+        kept = file.with_name(f".{file.name}.partial")
+        kept.write_text("".join(lines[:step]), encoding="utf-8")
+        os.replace(kept, file)
 
 
 def _split(pairs: list[Pair], test: Sequence[str], seed: int) -> tuple[list[Pair], list[Pair]]:

@@ -93,7 +93,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     Returns:
         [B, H, T, C], in value's dtype.
     """
-    dtype = value.dtype
+    dtype, shared = value.dtype, query.shape[1] // key.shape[1]
+    if query.device.type == "cuda" and shared > 1 and (mask is not None or dtype == torch.float32):
+        # No fused CUDA kernel takes shared heads together with a mask, or in float32: give each query head its own.
+        key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
     widen = dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled()
     if widen:
         query, key, value = query.float(), key.float(), value.float()
@@ -104,7 +107,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
             value,
             attn_mask=mask,
             is_causal=mask is None and query.shape[2] > 1,  # a single new token may see everything there is
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=shared > 1,
         )
     return mixed.to(dtype)
 
@@ -226,6 +229,11 @@ class Llama(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, D]: the matrix that turns hidden states into logits. When tied, it *is* the embedding: one tensor."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.weight.device
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

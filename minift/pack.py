@@ -62,7 +62,8 @@ class Batch:
 
         def move(tensor: Tensor) -> Tensor:
             if device.type == "cuda":
-                return tensor.pin_memory().to(device, non_blocking=True)
+                # Expanded tensors share memory between rows, which pinning cannot copy.
+                return tensor.contiguous().pin_memory().to(device, non_blocking=True)
             return tensor.to(device)
 
         return Batch(
@@ -198,10 +199,15 @@ class PairBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch comes from."""
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.position, "examples": len(self.examples)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the batch that followed when `state` was taken."""
+        if state["examples"] != len(self.examples):
+            raise InputError(
+                f"the run was saved with {state['examples']} pairs to train on, and now there are "
+                f"{len(self.examples)}: the data has changed"
+            )
         self.epoch, self.position = state["epoch"], state["position"]
 
 

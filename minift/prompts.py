@@ -122,6 +122,11 @@ def read_all_pairs(sources: Iterable[str | Path]) -> list[Pair]:
     return [pair for file in find_files(sources) for pair in read_pairs(file)]
 
 
+def has_pair(record: Record) -> bool:
+    """Whether a record holds a question and an answer under one of the names in FIELDS."""
+    return any(question in record.values and answer in record.values for question, answer in FIELDS)
+
+
 def find_fields(record: Record) -> tuple[str, str]:
     """The names under which a record holds its question and its answer, from FIELDS.
 

@@ -21,6 +21,8 @@ def table(result: dict[str, Any]) -> str:
     for label, key in rows:
         if before[key] is not None:
             lines.append(f"{label:<38}{number(before[key]):>12}{number(after[key]):>12}")
+    if result["skipped"]:
+        lines.append(f"{result['skipped']} held-out pairs were left out: no answer, or too long for the model")
     return "\n".join(lines)
 
 

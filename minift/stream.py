@@ -143,12 +143,22 @@ class DocumentStream:
                 raise InputError(f"{self.files[0]}: the corpus holds no documents")
             self.epoch, self._file = self.epoch + 1, 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream is: plain integers."""
-        return {"epoch": self.epoch, "file": self._file, "line": self._line}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, and in which files."""
+        names = [file.name for file in self.files]
+        return {"epoch": self.epoch, "file": self._file, "line": self._line, "files": names}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue behind the document that was last given out when `state` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the document that was last given out when `state` was taken.
+
+        Raises:
+            InputError: when the corpus has other files now.
+        """
+        names = [file.name for file in self.files]
+        if state["files"] != names:
+            raise InputError(
+                f"the run was saved with {len(state['files'])} data files, now there are {len(names)}, or others"
+            )
         self.epoch, self._file, self._line = state["epoch"], state["file"], state["line"]
 
     def _text(self, record: Record) -> str:

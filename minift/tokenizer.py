@@ -49,10 +49,16 @@ class Tokenizer:
             raise InputError(f"{where}: has no BOS or no EOS piece; minift needs both")
         # Text after this newline gets no added space, because it is not at the start. See `encode_continuation`.
         self._anchor: list[int] = self._processor.encode("\n")
+        if self._processor.decode(self._anchor) != "\n":
+            raise InputError(f"{where}: drops line breaks; minift needs a tokenizer that keeps a text as it is")
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """The ids of a text that stands alone, with BOS in front and, if asked, EOS behind."""
-        ids: list[int] = self._processor.encode(text)
+        """The ids of a text that stands alone, with BOS in front and, if asked, EOS behind.
+
+        Raises:
+            InputError: for a string that is not Unicode text (half a surrogate pair).
+        """
+        ids = self._ids(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_continuation(self, text: str, eos: bool = False) -> list[int]:
@@ -61,12 +67,10 @@ class Tokenizer:
         The text is encoded behind a newline, whose ids are then taken off again: newlines are byte pieces in Llama's
         vocabulary and never merge with what follows.
         """
-        anchored: list[int] = self._processor.encode("\n" + text)
-        if anchored[: len(self._anchor)] == self._anchor:
-            ids = anchored[len(self._anchor) :]
-        else:  # a vocabulary in which the newline is part of longer pieces
-            ids = self._processor.encode(text)
-        return ids + [self.eos_id] * eos
+        anchored = self._ids("\n" + text)
+        if anchored[: len(self._anchor)] != self._anchor:
+            raise InputError("this tokenizer joins a line break with what follows it; minift cannot mask such a prompt")
+        return anchored[len(self._anchor) :] + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids that begin a text. BOS and EOS leave no trace. Raises InputError for an id out of range."""
@@ -83,6 +87,16 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.model` into `folder`."""
         (Path(folder) / "tokenizer.model").write_bytes(self.serialized)
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                "the text is not Unicode: it holds bytes that are not UTF-8, or half a character"
+            ) from None
+        ids: list[int] = self._processor.encode(text)
+        return ids
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         for id in ids:
@@ -132,7 +146,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     normalisation) and digits are separate pieces. Training is deterministic.
 
     Args:
-        texts: any number of documents; they are read once.
+        texts: the documents; they are read once, and their lines are held in memory.
         vocab_size: pieces, the 259 above included.
 
     Raises:

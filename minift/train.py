@@ -14,6 +14,8 @@ Source of mixed precision: Micikevicius et al. (arXiv 1710.03740). Read next: `c
 """
 
 import json
+import os
+import shutil
 import signal
 import threading
 import time
@@ -29,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minift.checkpoint import save_step
-from minift.config import TrainConfig
+from minift.config import TrainConfig, check_number
 from minift.errors import InputError, RunError
 from minift.loss import next_token_loss
 from minift.model import Llama
@@ -51,7 +53,13 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports: `loss` is the mean over the step's targets, in nats."""
+    """What one optimizer step reports.
+
+    Attributes:
+        loss: mean over the step's targets, in nats.
+        grad_norm: 2-norm of the whole gradient, before clipping.
+        stepped: False when the gradient was not finite and the weights were left as they are.
+    """
 
     loss: float
     grad_norm: float
@@ -71,7 +79,7 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     n_targets = sum(batch.n_targets for batch in window)  # of the whole window, before its first backward
 
-    total_nll = torch.zeros((), device=model_device(model))
+    total_nll = torch.zeros((), device=model.device)
     for batch in window:
         with autocast(model, config):
             nll_sum, _ = batch_loss(model, batch, config.loss_chunk)
@@ -103,13 +111,8 @@ def batch_loss(model: Llama, batch: Batch, chunk: int) -> tuple[Tensor, Tensor]:
 
 def autocast(model: Llama, config: TrainConfig) -> AbstractContextManager[Any]:
     """The context in which matrix products run in the run's dtype; for float32 it does nothing."""
-    dtype = getattr(torch, config.dtype)
-    return torch.autocast(model_device(model).type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def model_device(model: Llama) -> torch.device:
-    """Where the model's weights are."""
-    return model.embed_tokens.weight.device
+    dtype = getattr(torch, choose_dtype(config, model.device))
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -130,13 +133,34 @@ def choose_device(config: TrainConfig) -> torch.device:
     return torch.device(name)
 
 
+def choose_dtype(config: TrainConfig, device: torch.device) -> str:
+    """The dtype that a run computes in: the one asked for, or for "auto" the fastest that is safe.
+
+    That is bfloat16 where the machine multiplies it in hardware: GPUs from Ampere on, CPUs with AVX-512-BF16 or AMX.
+    Elsewhere it is emulated, at a tenth of float32's speed.
+    """
+    if config.dtype != "auto":
+        return config.dtype
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    in_hardware = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not public: guarded
+    return "bfloat16" if in_hardware is not None and in_hardware() else "float32"
+
+
+def check_compiler(config: TrainConfig, device: torch.device) -> None:
+    """Raise InputError when `compile` is asked for on a CPU and there is no C++ compiler to do it."""
+    names = (os.environ.get("CXX") or "g++", "g++", "clang++")
+    if config.compile and device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise InputError("--compile on a CPU needs a C++ compiler (g++ or clang++), and none is installed")
+
+
 def start_state(model: Llama, batches: PairBatches | PageBatches, config: TrainConfig) -> TrainState:
     """The state of a run before its first step. The model must be where it will be trained."""
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         for layer in model.layers:  # all layers are alike: one is compiled, the others reuse its code
             layer.compile()
-    device = model_device(model).type
+    device = model.device.type
     scaler = torch.amp.GradScaler(device, enabled=config.dtype == "float16")
     return TrainState(model, make_optimizer(model, config), scaler, batches)
 
@@ -151,11 +175,12 @@ class Plan:
 
     @classmethod
     def make(cls, config: TrainConfig, micro_batches_per_epoch: float) -> "Plan":
-        """From `steps`, or from `epochs`: then the last window holds what is left."""
+        """From `steps`, or from `epochs`: then the last window holds what is left. Raises InputError without either."""
         if config.steps is not None:
             return cls(config.steps, config.steps * config.grad_accum, config.grad_accum)
         if config.epochs is None:
             raise InputError("give --steps or --epochs: one of them sets the length of the run")
+        check_number("the number of micro-batches", config.epochs * micro_batches_per_epoch, below=2**31)
         micro_batches = max(1, round(config.epochs * micro_batches_per_epoch))
         return cls(-(-micro_batches // config.grad_accum), micro_batches, config.grad_accum)
 
@@ -178,34 +203,53 @@ def train(
         True when the plan is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
 
     Raises:
-        RunError: when the loss or the gradient is not finite any more.
+        RunError: when the loss or the gradient is not finite any more, or memory or the disk is full.
+        InputError: for a bad record in the data. In both cases the steps before it are saved.
     """
-    micro_batches = iter(state.batches)
     saved = state.step
-    with StopSignal() as stop, (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics, _bar(plan, state) as bar:
+    try:
+        with StopSignal() as stop, (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+            for record in _steps(state, plan, config, validation, stop):
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+                if _due(state.step, config.save_every, None):
+                    save_step(out, state, tokenizer)
+                    saved = state.step
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{reason} (lower --batch-size and raise --grad-accum, or --checkpoint-activations)") from None
+    except (InputError, RunError):  # a bad record, a loss that is not finite: the steps before it are good
+        if saved != state.step:
+            save_step(out, state, tokenizer)
+        raise
+    done = state.step >= plan.steps
+    if not done and saved != state.step:
+        save_step(out, state, tokenizer)
+    return done
+
+
+def _steps(
+    state: TrainState, plan: Plan, config: TrainConfig, validation: Sequence[Batch], stop: "StopSignal"
+) -> Iterator[dict[str, Any]]:
+    """Take the steps that are left, one at a time; yield what each has to report."""
+    micro_batches = iter(state.batches)
+    with _bar(plan, state) as bar:
         while state.step < plan.steps and not stop.requested:
             start = time.perf_counter()
-            window = _next_window(micro_batches, plan.window(state.step), model_device(state.model))
+            window = _next_window(micro_batches, plan.window(state.step), state.model.device)
             lr = learning_rate(state.step, plan.steps, config)
             result = train_step(state, window, lr, config)
             seconds = time.perf_counter() - start
             if not result.stepped:
                 _check_skipped(state, result)
+                bar.write(f"step {state.step + 1}: float16 overflowed; again, at scale {state.scaler.get_scale():g}")
                 continue
             state.step += 1
             record = _record(state, result, lr, window, seconds)
             if validation and _due(state.step, config.eval_every, plan.steps):
                 record["validation_loss"] = validation_loss(state.model, validation, config)
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
             _show(bar, record)
-            if _due(state.step, config.save_every, None):
-                save_step(out, state, tokenizer)
-                saved = state.step
-        done = state.step >= plan.steps
-        if not done and saved != state.step:
-            save_step(out, state, tokenizer)
-    return done
+            yield record
 
 
 @torch.no_grad()
@@ -214,7 +258,7 @@ def validation_loss(model: Llama, batches: Sequence[Batch], config: TrainConfig)
     nll, n_targets = 0.0, 0
     for batch in batches:
         with autocast(model, config):
-            nll_sum, _ = batch_loss(model, batch.to(model_device(model)), config.loss_chunk)
+            nll_sum, _ = batch_loss(model, batch.to(model.device), config.loss_chunk)
         nll += float(nll_sum)
         n_targets += batch.n_targets
     return nll / n_targets
@@ -257,7 +301,7 @@ def _check_skipped(state: TrainState, result: StepResult) -> None:
     if state.scaler.is_enabled() and state.scaler.get_scale() >= 1.0:
         return
     what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
-    raise RunError(f"step {state.step + 1} is not finite ({what}); lower --lr, or train with --dtype float32")
+    raise RunError(f"step {state.step + 1} is not finite ({what}); lower --lr, or try another --dtype")
 
 
 def _record(

@@ -33,6 +33,7 @@ from minift.train import (
     TrainState,
     autocast,
     choose_device,
+    choose_dtype,
     start_state,
     train,
     train_step,
@@ -371,3 +372,34 @@ def test_a_compiled_model_gives_the_same_gradients() -> None:
     start_state(model, pairs(), FLOAT32.replace(compile=True))
     assert list(model.state_dict()) == names  # a compiled model's checkpoint is a checkpoint
     assert all(layer._compiled_call_impl is not None for layer in model.layers)
+
+
+def test_a_gpu_copy_is_made_of_tensors_that_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that share memory (an expanded range of positions) cannot be pinned; every GPU run copies batches so."""
+    tokens = torch.arange(8).view(2, 4)
+    shared = torch.arange(4).expand(2, 4)
+    pinned = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert 0 not in tensor.stride()
+        pinned.append(tensor.clone())
+        raise RuntimeError("no GPU here")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = Batch(shared, tokens, tokens, tokens, False, 8)
+    with pytest.raises(RuntimeError, match="no GPU here"):
+        batch.to(torch.device("cuda"))
+    assert torch.equal(pinned[0], shared)
+
+
+@pytest.mark.parametrize("in_hardware", [True, False, None])
+def test_auto_computes_in_bfloat16_only_where_it_is_in_hardware(
+    monkeypatch: pytest.MonkeyPatch, in_hardware: bool | None
+) -> None:
+    if in_hardware is None:  # a torch that cannot say
+        monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: in_hardware, raising=False)
+    expected = "bfloat16" if in_hardware else "float32"
+    assert choose_dtype(TrainConfig(), torch.device("cpu")) == expected
+    assert choose_dtype(TrainConfig(dtype="bfloat16"), torch.device("cpu")) == "bfloat16"

@@ -277,6 +277,7 @@ def test_compare_writes_and_prints_the_comparison(
     assert main([str(word) for word in words]) == 0
     written = json.loads((tmp_path / "x.json").read_text())
     models = [(load_model(files[name]), tokenizer) for name in ("before", "after")]
+    assert written.pop("template") == "plain"
     assert written == compare(*models, read_pairs(files["pairs.jsonl"]), TEMPLATES["plain"])
     shown = capsys.readouterr().out
     assert f"(n = {written['before']['n']})" in shown
@@ -320,3 +321,13 @@ def test_evaluate_recognises_pages(
         "bits_per_byte": nll / math.log(2) / sum(map(len, texts)),
     }
     assert json.loads((tmp_path / "x.json").read_text()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_file_of_pairs_is_scored_as_pairs_even_if_it_also_has_texts(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alpaca's own file has the whole prompt under `text`, beside its parts."""
+    record = {"instruction": "Name a fruit.", "input": "", "output": "Apple.", "text": "Name a fruit. Apple."}
+    file = write_jsonl(tmp_path / "alpaca.jsonl", [record])
+    assert main(["evaluate", "--model", str(files["before"]), "--data", str(file)]) == 0
+    assert "exact_match" in capsys.readouterr().out

@@ -87,7 +87,9 @@ def test_the_commands_of_the_readme_run_as_they_stand(run: tuple[Path, str]) -> 
     assert printed[1] == "Mexico City\n"
     assert json.loads((folder / "compare.json").read_text()) == json.loads((run[0] / "compare.json").read_text())
 
-    done = subprocess.run([sys.executable, "-c", python], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", python], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.strip() == "Mexico City", done.stderr
 
 

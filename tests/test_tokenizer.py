@@ -4,6 +4,7 @@ Every property is checked with the bundled vocabulary, with one trained here and
 Llama 2's own. The ids are compared with what SentencePiece itself gives for the same file.
 """
 
+import io
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +174,18 @@ def test_show_prints_each_piece_with_its_id(tokenizer: Tokenizer, capsys: pytest
     assert ids == tokenizer.encode(text)
     assert "".join(row.split()[1] for row in rows[1:]).replace("\u2581", " ") == " " + text
     assert summary.startswith(f"{len(ids)} ids")
+
+
+def test_a_tokenizer_that_drops_line_breaks_is_refused() -> None:
+    """SentencePiece's default normaliser does; the start of every answer would be lost behind the line break."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Mexico City is the capital of Mexico."] * 9),
+        model_writer=model,
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(InputError, match="drops line breaks"):
+        Tokenizer(model.getvalue())

@@ -183,7 +183,9 @@ def test_a_bad_page_in_the_middle_of_a_run(
     stderr = capsys.readouterr().err
     assert re.search(rf"^minift: error: {file}:{len(PAGES) + 1}: not valid JSON", stderr.splitlines()[-1])
     assert "Traceback" not in stderr
-    assert (tmp_path / "out" / "metrics.jsonl").read_text().count("\n") > 2
+    taken = (tmp_path / "out" / "metrics.jsonl").read_text().count("\n")
+    assert taken > 2
+    assert (tmp_path / "out" / f"step_{taken:06d}").is_dir()  # the steps before it are not lost
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
@@ -624,3 +626,26 @@ def test_a_json_file_that_cannot_be_written(
         else [command, "--model", small_checkpoint]
     )
     assert "nowhere" in refuse(*words, "--data", pairs, "--json", tmp_path / "nowhere" / "x.json")
+
+
+def test_resuming_on_other_data(finetune: list[str | Path], pairs: Path, tmp_path: Path) -> None:
+    """A run that was saved in the middle of an epoch would otherwise go on with other pairs, and say nothing."""
+    words = [*finetune, "--steps", "4", "--batch-size", "2", "--save-every", "3"]
+    assert main([str(word) for word in words]) == 0
+    shutil.rmtree(tmp_path / "out" / "final")
+    pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[:-2]))
+    assert main(["finetune", "--resume", "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def test_a_text_that_is_not_unicode(refuse: Refuse, finetune: list[str | Path]) -> None:
+    """What a shell passes on when an argument is not UTF-8."""
+    assert "not Unicode" in refuse("generate", "--model", finetune[2], "--prompt", "caf\udce9")
+
+
+def test_compiling_without_a_compiler(
+    refuse: Refuse, finetune: list[str | Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "C++ compiler" in refuse(*finetune, "--compile", "--device", "cpu")
