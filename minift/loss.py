@@ -13,8 +13,11 @@ wrong, and one is easy to make slow.
   chunk of positions can be finished on the spot: logits, loss, gradient into `hidden` and `weight`, and forget them.
   The backward pass then only scales what is already there. Nothing is computed twice.
 
-The plain version is `reference.cross_entropy`. Source of the closed form: Goodfellow et al., "Deep Learning" (2016),
-section 6.2.2.3. Read next: `optim.py`.
+The plain version is `reference.cross_entropy`; the two are held together by
+
+    python -m pytest tests/test_slow_twins.py -k loss
+
+Source of the closed form: Goodfellow et al., "Deep Learning" (2016), section 6.2.2.3. Read next: `optim.py`.
 """
 
 from typing import Any
