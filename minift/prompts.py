@@ -11,7 +11,9 @@ in Llama's vocabulary a space is part of the word that follows it.
     alpaca   Below is an instruction that describes a task. … ### Response:⏎Mexico City
 
 `auto` keeps the template that the questions of a file already carry (`lamini_docs.jsonl` ends each of them in
-"### Answer:"), and takes `plain` where they carry none. Try `minift generate --model bundled --template qa --prompt "Who?"`.
+"### Answer:"), and takes `plain` where they carry none. See what a model makes of a template it was not trained with:
+
+    minift generate --model bundled --template qa --prompt "What is the capital of Mexico?"
 
 Read next: `pack.py`.
 """
