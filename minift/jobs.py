@@ -94,9 +94,7 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
         InputError: for wrong input; nothing is written before all of it has been read.
         RunError: when training cannot go on.
     """
-    device = choose_device(config)
-    check_compiler(config, device)
-    config = config.replace(dtype=choose_dtype(config, device))
+    device, config = _machine(config)
     if not resume:
         check_free(out)
     pairs, held_out = _split(read_all_pairs(job.data), job.test, config.seed)
@@ -143,9 +141,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         InputError: for wrong input.
         RunError: when training cannot go on.
     """
-    device = choose_device(config)
-    check_compiler(config, device)
-    config = config.replace(dtype=choose_dtype(config, device))
+    device, config = _machine(config)
     if not resume:
         check_free(out)
     shape = LlamaConfig.from_file(job.config) if job.config.endswith(".json") else LlamaConfig.preset(job.config)
@@ -214,6 +210,13 @@ def _run(
         return False
     save_model(out / "final", state.model, tokenizer)
     return True
+
+
+def _machine(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
+    """The device to train on, and the config with its dtype chosen. Raises InputError for what cannot be had."""
+    device = choose_device(config)
+    check_compiler(config, device)
+    return device, config.replace(dtype=choose_dtype(config, device))
 
 
 def _start_folder(name: str, job: FinetuneJob | PretrainJob, config: TrainConfig, out: Path) -> None:
