@@ -169,10 +169,10 @@ def read_run(out: Path) -> tuple[str, dict[str, Any], TrainConfig]:
     Raises:
         InputError: when there is no run in it.
     """
-    if not (out / "config.json").is_file():
-        raise InputError(f"{out}: holds no run to resume (no config.json)")
-    run = read_json(out / "config.json")
     where = out / "config.json"
+    if not where.is_file():
+        raise InputError(f"{out}: holds no run to resume (no config.json)")
+    run = read_json(where)
     job, inputs, train = run.get("job"), run.get("inputs"), run.get("train")
     if job not in JOBS or not isinstance(inputs, dict) or not isinstance(train, dict):
         raise InputError(f"{where}: not the settings of a run (job, inputs, train)")

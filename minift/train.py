@@ -39,6 +39,9 @@ from minift.optim import learning_rate, make_optimizer
 from minift.pack import PADDING, Batch, PageBatches, PairBatches
 from minift.tokenizer import Tokenizer
 
+# What can end a run in the middle of a step: a bad record, a gradient that is not finite, a GPU that is full.
+STEP_FAILURES = (InputError, RunError, torch.OutOfMemoryError)
+
 
 @dataclass
 class TrainState:
@@ -137,7 +140,7 @@ def choose_dtype(config: TrainConfig, device: torch.device) -> str:
     """The dtype that a run computes in: the one asked for, or for "auto" the fastest that is safe.
 
     That is bfloat16 where the machine multiplies it in hardware: GPUs from Ampere on, CPUs with AVX-512-BF16 or AMX.
-    Elsewhere it is emulated, at a tenth of float32's speed.
+    Elsewhere it is emulated, several times slower than float32.
     """
     if config.dtype != "auto":
         return config.dtype
@@ -203,7 +206,7 @@ def train(
         True when the plan is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
 
     Raises:
-        RunError: when the loss or the gradient is not finite any more, or memory or the disk is full.
+        RunError: when the gradient is not finite any more, or the GPU's memory is full.
         InputError: for a bad record in the data. In both cases the steps before it are saved.
     """
     saved = state.step
@@ -215,12 +218,12 @@ def train(
                 if _due(state.step, config.save_every, None):
                     save_step(out, state, tokenizer)
                     saved = state.step
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{reason} (lower --batch-size and raise --grad-accum, or --checkpoint-activations)") from None
-    except (InputError, RunError):  # a bad record, a loss that is not finite: the steps before it are good
+    except STEP_FAILURES as error:  # the steps before it are good
         if saved != state.step:
             save_step(out, state, tokenizer)
+        if isinstance(error, torch.OutOfMemoryError):
+            remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
+            raise RunError(f"{str(error).splitlines()[0]} ({remedy})") from None
         raise
     done = state.step >= plan.steps
     if not done and saved != state.step:
@@ -236,12 +239,18 @@ def _steps(
     with _bar(plan, state) as bar:
         while state.step < plan.steps and not stop.requested:
             start = time.perf_counter()
-            window = _next_window(micro_batches, plan.window(state.step), state.model.device)
-            lr = learning_rate(state.step, plan.steps, config)
-            result = train_step(state, window, lr, config)
-            seconds = time.perf_counter() - start
+            place = state.batches.state_dict()
+            try:
+                window = _next_window(micro_batches, plan.window(state.step), state.model.device)
+                lr = learning_rate(state.step, plan.steps, config)
+                result = train_step(state, window, lr, config)
+                seconds = time.perf_counter() - start
+                if not result.stepped:
+                    _check_skipped(state, result)
+            except STEP_FAILURES:  # no step was made of this window: a resumed run draws it again
+                state.batches.load_state_dict(place)
+                raise
             if not result.stepped:
-                _check_skipped(state, result)
                 bar.write(f"step {state.step + 1}: float16 overflowed; again, at scale {state.scaler.get_scale():g}")
                 continue
             state.step += 1

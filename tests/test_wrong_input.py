@@ -188,6 +188,31 @@ def test_a_bad_page_in_the_middle_of_a_run(
     assert (tmp_path / "out" / f"step_{taken:06d}").is_dir()  # the steps before it are not lost
 
 
+def test_a_run_goes_on_where_a_bad_page_ended_it(pretrain: list[str | Path], tmp_path: Path) -> None:
+    """The micro-batches that waited for the bad one's window are drawn again, once the page is mended."""
+    file, good = tmp_path / "bad.jsonl", write_jsonl(tmp_path / "good.jsonl", [*PAGES, PAGES[0]])
+    flags = ["--steps", "12", "--batch-size", "1", "--grad-accum", "3", "--max-length", "7", "--device", "cpu"]
+    words = [*pretrain, *flags, "--data", file]
+
+    def losses(out: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    file.write_bytes(good.read_bytes())
+    assert main([str(word) for word in [*words, "--out", tmp_path / "whole"]]) == 0
+    ends_early = 0
+    for pages in range(3, 7):
+        write_jsonl(file, [*PAGES[:pages], b"{oops"])
+        out = tmp_path / f"run{pages}"
+        assert main([str(word) for word in [*words, "--out", out]]) == 2
+        taken = len(losses(out))
+        ends_early += taken > 0
+        file.write_bytes(good.read_bytes())
+        if taken:
+            assert main(["pretrain", "--resume", "--out", str(out)]) == 0
+            assert losses(out) == losses(tmp_path / "whole")
+    assert ends_early
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_an_empty_set(
     refuse: Refuse, finetune: list[str | Path], pretrain: list[str | Path], tmp_path: Path, content: bytes
