@@ -1,8 +1,9 @@
 """Models on disk, and runs that can be continued: folders that are either whole or not there.
 
 A minift checkpoint is a folder of `config.json` (the shape, under Hugging Face's names), `model.pt` (the weights) and
-`tokenizer.model`. A step folder, `step_000300/`, is such a checkpoint and, beside it, `training.pt`: the optimizer's
-moments, the scaler, the step and the data's place, all that the loop needs to go on as if it had not been stopped.
+the tokenizer's files; what other programs write is read as well (`formats/`). A step folder, `step_000300/`, is such a
+checkpoint and, beside it, `training.pt`: the optimizer's moments, the scaler, the step and the data's place, all that
+the loop needs to go on as if it had not been stopped.
 
 Every folder is written under another name, flushed to the disk and then renamed, so a run that is killed in the middle
 of a save leaves the older checkpoint, never half of a new one. Files are read with `weights_only=True`: a checkpoint
@@ -12,61 +13,81 @@ Read next: `generate.py`.
 """
 
 import os
-import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minift.config import LlamaConfig
+from minift.config import SAVE_FORMATS
 from minift.errors import InputError, RunError
+from minift.formats import open_model
+from minift.formats.files import Spec, load_pt, open_tensors
+from minift.formats.huggingface import write_huggingface
+from minift.formats.native import write_native
+from minift.formats.opened import Source, check_names, check_specs
 from minift.model import Llama
-from minift.tokenizer import Tokenizer
+from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 
 if TYPE_CHECKING:
     from minift.train import TrainState
 
 
-def save_model(folder: str | Path, model: Llama, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> None:
-    """Write a minift checkpoint: the folder appears whole, or not at all. An older one of that name is replaced.
+def save_model(
+    folder: str | Path,
+    model: Llama,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    format: str = "native",
+) -> None:
+    """Write a model and its tokenizer: the folder appears whole, or not at all. An older one of that name is replaced.
 
     Args:
         dtype: of the weights in the file; by default the model's own.
+        format: native, or hf for a Hugging Face folder.
 
     Raises:
+        InputError: when the `hf` extra is missing.
         RunError: when the disk refuses.
     """
-    _write_folder(Path(folder), lambda partial: _write_model(partial, model, tokenizer, dtype))
+    if format not in SAVE_FORMATS:
+        raise InputError(f"format is {format!r}; choose from {', '.join(SAVE_FORMATS)}")
+    write_folder(Path(folder), lambda partial: _write_model(partial, model, tokenizer, dtype, format))
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> Llama:
-    """The model of a minift checkpoint.
+    """The model of a minift checkpoint, a Hugging Face or Meta folder, or a llama2.c file.
+
+    Where the file has the wanted dtype and layout, its tensors become the parameters as they lie, mapped into memory;
+    otherwise they are converted one by one. Either way no more is held than the model itself.
 
     Args:
-        dtype: of the weights in memory; None keeps the file's.
+        dtype: of the weights in memory; None keeps the file's (the widest, where it has several).
 
     Raises:
-        InputError: when the folder is no checkpoint, or a tensor is missing, unexpected or of the wrong shape.
+        InputError: when there is no model, or a tensor is missing, unexpected, of the wrong shape or not finite.
     """
-    folder = Path(path)
-    config_file, weights_file = folder / "config.json", folder / "model.pt"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise InputError(f"{folder}: not a minift checkpoint: it has no {file.name}")
-    config = LlamaConfig.from_file(config_file)
-    with torch.device("meta"):  # shapes only; the file's tensors become the parameters
-        model = Llama(config)
-    weights = _load(weights_file)
-    _check_weights(model, weights, weights_file)
+    opened, device = open_model(path), torch.device(device)
+    dtype = dtype or opened.dtype
+    specs = opened.specs
+    as_they_lie = device.type == "cpu" and all(
+        specs[name].dtype == dtype and source.lies_whole for name, source in opened.sources.items()
+    )
+    weights = {}
+    for name in specs:
+        tensor = opened.read(name)
+        weights[name] = tensor if as_they_lie else tensor.to(device=device, dtype=dtype, copy=True)
+    with torch.device("meta"):  # shapes only; the tensors above become the parameters
+        model = Llama(opened.config)
     model.load_state_dict(weights, assign=True)
-    return model.to(device=device, dtype=dtype).eval()
+    return model.eval()
 
 
-def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer) -> Path:
+def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None) -> Path:
     """Write `step_NNNNNN/` into a run's folder. Raises RunError when the disk refuses."""
     folder = run / f"step_{state.step:06d}"
 
@@ -80,7 +101,7 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer) -> Path:
         }
         _save(training, partial / "training.pt")
 
-    _write_folder(folder, write)
+    write_folder(folder, write)
     return folder
 
 
@@ -90,10 +111,13 @@ def load_step(folder: Path, state: "TrainState") -> None:
     Raises:
         InputError: when a file is missing or damaged, or the weights are not of this model.
     """
-    weights = _load(folder / "model.pt")
-    _check_weights(state.model, weights, folder / "model.pt")
-    state.model.load_state_dict(weights)
-    training = _load(folder / "training.pt")
+    file = open_tensors(folder / "model.pt")
+    parameters = state.model.state_dict()
+    check_names(parameters, dict.fromkeys(file.specs, file), file.path)
+    check_specs({name: Source((file,), name) for name in parameters}, state.model.config)
+    for name, parameter in parameters.items():
+        parameter.copy_(file.read(name))
+    training = load_pt(folder / "training.pt")
     try:
         state.optimizer.load_state_dict(training["optimizer"])
         state.scaler.load_state_dict(training["scaler"])
@@ -109,15 +133,42 @@ def newest_step(run: Path) -> Path | None:
     return max(folders, key=lambda folder: int(folder.name[5:]), default=None)
 
 
-def _write_model(folder: Path, model: Llama, tokenizer: Tokenizer, dtype: torch.dtype | None) -> None:
-    weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
-    _save(weights, folder / "model.pt")
-    (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
+def _write_model(
+    folder: Path, model: Llama, tokenizer: Tokenizer | None, dtype: torch.dtype | None, format: str = "native"
+) -> None:
+    weights = model.state_dict()
+    specs = {name: Spec(dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+
+    def read(name: str) -> Tensor:
+        return weights[name].detach().to("cpu", specs[name].dtype)
+
+    write = {"native": write_native, "hf": write_huggingface}[format]
+    if tokenizer is not None:
+        save_tokenizer(folder, tokenizer, format)
+    write(folder, model.config, specs, read)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, format: str) -> None:
+    """Write a tokenizer's files, and those that a format's own programs look for.
+
+    Hugging Face's tools read `tokenizer.json`, which is made from a SentencePiece model where there is none. llama2.c's
+    read `tokenizer.bin`. Raises InputError when the `hf` extra is missing.
+    """
     tokenizer.save(folder)
+    if format == "hf":
+        from minift.tokenizer_json import huggingface_files
+
+        for name, text in huggingface_files(tokenizer).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    if format == "llama2c" and isinstance(tokenizer, SentencePieceTokenizer):
+        (folder / "tokenizer.bin").write_bytes(tokenizer_bin(tokenizer))
 
 
-def _write_folder(folder: Path, write: Any) -> None:
-    """Let `write` fill a folder beside `folder`, flush it to the disk, then give it its name."""
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `folder`, flush it to the disk, then give it its name.
+
+    Whatever goes wrong, nothing new is left behind. Raises RunError when the disk refuses.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -130,9 +181,33 @@ def _write_folder(folder: Path, write: Any) -> None:
         else:
             partial.rename(folder)
         _sync(folder.parent)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        if isinstance(error, OSError):
+            raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        raise
+
+
+def write_file(file: Path, write: Callable[[Path], None], then: Callable[[], None]) -> None:
+    """Let `write` make a file beside `file`, flush it to the disk, call `then`, and give it its name.
+
+    Raises:
+        RunError: when the disk refuses.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        write(partial)
+        _sync(partial)
+        then()
+        partial.replace(file)
+        _sync(file.parent)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None
+        raise
 
 
 def _replace(folder: Path, new: Path) -> None:
@@ -161,31 +236,3 @@ def _save(values: dict[str, Any], file: Path) -> None:
         torch.save(values, file)
     except RuntimeError as error:  # torch's file writer reports a full disk so
         raise OSError(str(error).splitlines()[0]) from None
-
-
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise InputError(f"{file}: missing") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{file}: damaged, or not a file of tensors: {reason[0]}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: holds {type(values).__name__}, not named values")
-    return values
-
-
-def _check_weights(model: Llama, weights: dict[str, Tensor], file: Path) -> None:
-    wanted = model.state_dict()
-    for name in wanted:
-        if name not in weights:
-            raise InputError(f"{file}: tensor {name} is missing")
-    for name, tensor in weights.items():
-        if name not in wanted:
-            raise InputError(f"{file}: tensor {name} is not part of this model")
-        if isinstance(tensor, Tensor) and not tensor.is_floating_point():
-            raise InputError(f"{file}: tensor {name} holds {tensor.dtype}, not floating-point weights")
-        if not isinstance(tensor, Tensor) or tensor.shape != wanted[name].shape:
-            found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(f"{file}: tensor {name} is {found}; config.json makes it {list(wanted[name].shape)}")

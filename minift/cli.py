@@ -16,15 +16,21 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from minift import __version__
 from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_path
 from minift.errors import InputError, RunError
-from minift.report import number, samples, shorten, table
+from minift.report import number, samples, shorten, size, table
 
-MODEL_HELP = "a minift checkpoint's folder, or `bundled` for the base that comes with minift"
+MODEL_HELP = (
+    "a model of any format (a minift, Hugging Face or Meta folder, a llama2.c .bin), "
+    "or `bundled` for the base that comes with minift"
+)
+
+FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_compare(commands)
     _add_evaluate(commands)
+    _add_convert(commands)
+    _add_info(commands)
     _add_tokenizer(commands)
     _add_data(commands)
     return parser
@@ -217,24 +225,32 @@ def _add_generate(commands: Any) -> None:
 def _generate(options: dict[str, Any]) -> int:
     import torch
 
-    from minift.generate import generate
+    from minift.generate import stream
     from minift.prompts import TEMPLATES, Pair, choose_template
+    from minift.tokenizer import TextStream
 
     check_number("seed", options["seed"], least=0)
     model, tokenizer = _load(options["model"], options["device"])
     pair = Pair(options["prompt"].rstrip(), answer="")  # as in training: no prompt ends in a space
     name = choose_template(options["template"], [pair])
     prompt, _ = TEMPLATES[name].format(pair)
-    ids = generate(
+    ids = stream(
         model,
-        [tokenizer.encode(prompt)],
+        tokenizer.encode(prompt),
         options["max_new_tokens"],
         options["temperature"],
         options["top_k"],
         options["top_p"],
         torch.Generator(model.device).manual_seed(options["seed"]),
     )
-    print(tokenizer.decode_continuation(ids[0]).strip())
+    text, shown, waiting = TextStream(tokenizer), False, ""
+    for id in chain(ids, [None]):
+        waiting += text.end() if id is None else text.add(id)
+        ready = waiting.rstrip()  # no blank lines around the text: white space is shown when something follows it
+        if ready:
+            print(ready if shown else ready.lstrip(), end="", flush=True)
+            shown, waiting = True, waiting[len(ready) :]
+    print()
     return 0
 
 
@@ -299,6 +315,81 @@ def _evaluate(options: dict[str, Any]) -> int:
     return 0
 
 
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def _add_convert(commands: Any) -> None:
+    command = _command(commands, "convert", _convert, "write a model in another format")
+    command.add_argument("source", metavar="SRC", help=MODEL_HELP)
+    command.add_argument("destination", metavar="DST", help="a folder to make; for llama2c a file")
+    command.add_argument("--to", required=True, metavar="native|hf|meta|llama2c")
+    command.add_argument("--dtype", metavar="|".join(FILE_DTYPES), help="of the weights written (the source's)")
+    command.add_argument("--shards", type=int, default=1, metavar="N", help="for meta: model-parallel shards (1)")
+    command.add_argument(
+        "--llama2c-version", type=int, default=0, metavar="0|1", help="of its header: 0, the legacy one (0), or 1"
+    )
+    command.add_argument("--tokenizer", metavar="DIR|FILE", help="put this tokenizer with it (the source's)")
+    command.add_argument("--force", action="store_true", help="replace a checkpoint that DST already is")
+
+
+def _convert(options: dict[str, Any]) -> int:
+    import torch
+
+    from minift.convert import convert
+
+    name, out = options["dtype"], options["destination"]
+    if name is not None and name not in FILE_DTYPES:
+        raise InputError(f"--dtype is {name!r}; choose from {', '.join(FILE_DTYPES)}")
+    result = convert(
+        model_path(options["source"]),
+        out,
+        options["to"],
+        getattr(torch, name) if name else None,
+        options["shards"],
+        options["llama2c_version"],
+        options["tokenizer"],
+        options["force"],
+    )
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    total, nbytes = (sum(getattr(spec, what) for spec in result.specs.values()) for what in ("numel", "nbytes"))
+    kinds = " and ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in result.specs.values()}))
+    print(f"saved: {out} ({options['to']}, from {result.opened.format}; {total:,} parameters, {kinds}, {size(nbytes)})")
+    return 0
+
+
+def _add_info(commands: Any) -> None:
+    command = _command(commands, "info", _info, "what a model is, and what it costs: parameters, FLOPs, memory")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="DIR", help=MODEL_HELP)
+    which.add_argument("--config", metavar="NAME|FILE", help="only a shape: a preset's name, or a config.json")
+    command.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows that the ledger counts (1)")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (the model's positions)")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="that the ledger is for")
+    command.add_argument("--json", metavar="FILE", help="write the same to FILE, in bytes")
+
+
+def _info(options: dict[str, Any]) -> int:
+    import torch
+
+    from minift.info import info, info_text
+
+    device = TrainConfig(device=options["device"]).device  # it need not be here: this is on paper
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    result = info(
+        model_path(options["model"]) if options["model"] else None,
+        options["config"],
+        options["batch_size"],
+        options["max_length"],
+        device,
+    )
+    print(info_text(result))
+    _write_json(options["json"], result)
+    return 0
+
+
 # Tokenizer and data ---------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +417,7 @@ def _tokenizer_train(options: dict[str, Any]) -> int:
     tokenizer = train_tokenizer(stream, options["vocab_size"])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(tokenizer.serialized)
+        out.write_bytes(tokenizer.files["tokenizer.model"])
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
     print(f"saved: {out} ({tokenizer.vocab_size} pieces)")
@@ -354,7 +445,7 @@ def _add_data(commands: Any) -> None:
 
 
 def _data_peek(options: dict[str, Any]) -> int:
-    from itertools import chain, islice
+    from itertools import islice
 
     from minift.stream import find_files, read_records
 

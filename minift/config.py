@@ -19,16 +19,57 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from minift.errors import InputError
 
-_Config = TypeVar("_Config", "LlamaConfig", "TrainConfig")
+_Config = TypeVar("_Config", "LlamaConfig", "RopeScaling", "TrainConfig")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+SAVE_FORMATS = ("native", "hf")
 SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 stretches RoPE to texts longer than those it was pretrained on: `rope_scaling` of rope_type llama3.
+
+    Channels that turn slowly are slowed down by `factor`, fast ones stay as they are, and the ones between are blended;
+    the formula is in `model.rope_frequencies`. Source: "The Llama 3 Herd of Models" (arXiv 2407.21783), section 3.4.
+    Raises InputError when the numbers do not fit together.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            check_number(f"rope_scaling: {item.name}", getattr(self, item.name), above=0)
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise InputError("rope_scaling: low_freq_factor must be below high_freq_factor")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> "RopeScaling":
+        """From a config's `rope_scaling`. Raises InputError for another type of scaling, or keys that do not fit it."""
+        values = dict(values)
+        kind = values.pop("rope_type", values.pop("type", None))
+        if kind != "llama3":
+            raise InputError(f"{where}: rope_type is {kind!r}; minift implements 'llama3' and the plain kind (null)")
+        missing = sorted({item.name for item in dataclasses.fields(cls)} - set(values))
+        if missing:
+            raise InputError(f"{where}: key {missing[0]!r} is missing")
+        return _from_dict(RopeScaling, values, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of `rope_scaling` in a config.json."""
+        return {"rope_type": "llama3", **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama, under Hugging Face's names (`transformers.LlamaConfig`).
+
+    `eos_token_id` may be several: a chat model ends its turn with one id and a document with another. Generation stops
+    at each of them (`eos_token_ids`).
 
     Raises:
         InputError: when a size is not positive or the sizes do not fit together.
@@ -44,10 +85,11 @@ class LlamaConfig:
     max_position_embeddings: int = 256
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | tuple[int, ...] = 2
 
     def __post_init__(self) -> None:
         if self.head_dim == 0 and self.num_attention_heads > 0:
@@ -71,6 +113,7 @@ class LlamaConfig:
             "initializer_range",
         ):
             check_number(name, getattr(self, name), above=0)
+        check_number("num_hidden_layers", self.num_hidden_layers, below=10_000)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -78,9 +121,16 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs of channels")
-        for name in ("bos_token_id", "eos_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise InputError(f"{name} {getattr(self, name)} is not an id below vocab_size {self.vocab_size}")
+        if not self.eos_token_ids:
+            raise InputError("eos_token_id is empty; generation would never end")
+        for name, id in (("bos_token_id", self.bos_token_id), *(("eos_token_id", id) for id in self.eos_token_ids)):
+            if not 0 <= id < self.vocab_size:
+                raise InputError(f"{name} {id} is not an id below vocab_size {self.vocab_size}")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text."""
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @classmethod
     def preset(cls, name: str) -> "LlamaConfig":
@@ -88,6 +138,11 @@ class LlamaConfig:
         if name not in PRESETS:
             raise InputError(f"unknown preset {name!r}; known: {', '.join(PRESETS)} (or a config.json)")
         return LlamaConfig(**PRESETS[name])
+
+    @classmethod
+    def named(cls, name: str) -> "LlamaConfig":
+        """A preset, or a `config.json` of minift. Raises InputError when there is none."""
+        return cls.from_file(name) if name.endswith(".json") else cls.preset(name)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> "LlamaConfig":
@@ -102,6 +157,11 @@ class LlamaConfig:
             found = values.pop(key, expected)
             if found != expected:
                 raise InputError(f"{where}: {key} is {found!r}; minift implements {expected!r}")
+        if isinstance(values.get("rope_scaling"), dict):
+            values["rope_scaling"] = RopeScaling.from_dict(values["rope_scaling"], f"{where}: rope_scaling")
+        ends = values.get("eos_token_id")
+        if isinstance(ends, list) and all(isinstance(id, int) and not isinstance(id, bool) for id in ends):
+            values["eos_token_id"] = tuple(ends)
         config = _from_dict(LlamaConfig, values, where)
         missing = sorted(_REQUIRED_KEYS - set(values))
         if missing:
@@ -114,8 +174,10 @@ class LlamaConfig:
         return cls.from_dict(read_json(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, with the two keys by which other tools recognise a Llama."""
-        return {**_FIXED_KEYS, **dataclasses.asdict(self)}
+        """The fields, with the keys by which other tools recognise a Llama, as a config.json has them."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values["rope_scaling"] = self.rope_scaling and self.rope_scaling.to_dict()
+        return {**_FIXED_KEYS, **values}
 
     def to_json(self) -> str:
         """The text of a `config.json`."""
@@ -220,6 +282,9 @@ class TrainConfig:
     eval_every: int = _flag(0, "steps between evaluations on the held-out split; 0: only at the end", least=0)
     save_every: int = _flag(
         0, "steps between resumable checkpoints, which are all kept; 0: only when interrupted", least=0
+    )
+    save_format: str = _flag(
+        "native", "what final/ is: native, or a Hugging Face folder (needs the hf extra)", choices=SAVE_FORMATS
     )
     template: str = _flag("auto", "how a question and its answer become text: auto, plain, qa, alpaca or carried")
 

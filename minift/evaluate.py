@@ -104,7 +104,7 @@ def _question(pair: Pair, template: Template, tokenizer: Tokenizer, max_length: 
 @torch.no_grad()
 def answer_likelihood(model: Llama, questions: Sequence[Question], batch_size: int = 64) -> Likelihood:
     """How probable the right answers are, each after its own prompt."""
-    device, pad_id = model.device, model.config.eos_token_id
+    device, pad_id = model.device, model.config.eos_token_ids[0]
     nll = 0.0
     for group in _groups(sorted(questions, key=lambda question: len(question.example)), batch_size):
         batch = collate([question.example for question in group], pad_id, pack=False).to(device)
@@ -121,14 +121,14 @@ def page_likelihood(model: Llama, stream: DocumentStream, tokenizer: Tokenizer, 
     Raises:
         InputError: when the stream holds no text.
     """
-    device, pad_id = model.device, model.config.eos_token_id
+    device, pad_id = model.device, model.config.eos_token_ids[0]
     nll, n_targets, n_bytes = 0.0, 0, 0
 
     def windows() -> Iterator[Example]:
         nonlocal n_bytes
         for text in stream:
             n_bytes += len(text.encode())
-            ids = tokenizer.encode(text, bos=True, eos=True)
+            ids = tokenizer.encode(text, bos=True, eos=True, special=False)
             for start in range(0, len(ids) - 1, max_length):
                 window = ids[start : start + max_length + 1]
                 yield Example(prompt=window[:1], answer=window[1:])

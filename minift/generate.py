@@ -14,7 +14,8 @@ prompt's continuation is the same alone and in company.
 Read next: `evaluate.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ from minift.model import KVCache, Llama
 from minift.pack import PADDING
 
 
-@torch.inference_mode()
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -48,28 +48,70 @@ def generate(
         InputError: for an empty prompt, a prompt as long as the model's positions, or an option out of bounds.
     """
     _check_options(model, prompts, max_new_tokens, temperature, top_k, top_p, generator)
-    device, dtype, eos = model.device, model.embed_tokens.weight.dtype, model.config.eos_token_id
-    tokens, positions, document_ids = _left_pad(prompts, eos, device)
+    steps = _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, generator)
+    columns = list(zip(*steps, strict=True))  # one tuple of ids for each prompt
+    return [_until_end(column, model.config.eos_token_ids) for column in columns]
+
+
+def stream(
+    model: Llama,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """What `generate` returns for one prompt, each id as soon as it is chosen. `TextStream` makes text of it.
+
+    Raises:
+        InputError: as `generate`, when the first id is asked for.
+    """
+    _check_options(model, [prompt], max_new_tokens, temperature, top_k, top_p, generator)
+    for (chosen,) in _steps(model, [prompt], max_new_tokens, temperature, top_k, top_p, generator):
+        if chosen in model.config.eos_token_ids:
+            return
+        assert chosen is not None  # one text has no neighbour to wait for
+        yield chosen
+
+
+@torch.inference_mode()
+def _steps(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator | None,
+) -> Iterator[list[int | None]]:
+    """For each new position, the id chosen for each prompt (None behind its last position), until all have ended."""
+    device, dtype = model.device, model.embed_tokens.weight.dtype
+    eos = torch.tensor(model.config.eos_token_ids, device=device)
+    tokens, positions, document_ids = _left_pad(prompts, model.config.eos_token_ids[0], device)
     B, T = tokens.shape
     # Each text has its own end, so that a long prompt takes nothing from its neighbours.
     rooms = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in prompts]
     cache = KVCache(model.config, B, T + max(rooms), device, dtype)
-    ends = torch.tensor(rooms, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
+    ends = torch.tensor(rooms, device=device)
     padded = bool((document_ids == PADDING).any())
-    columns = []
     for n in range(1, max(rooms) + 1):
         hidden = model.hidden(tokens, positions, document_ids if padded else None, cache)
         logits = hidden[:, -1] @ model.head_weight.T  # [B, V]: only the last position's are needed
         chosen = sample(logits, temperature, top_k, top_p, generator)  # [B]
-        columns.append(chosen)
-        finished |= (chosen == eos) | (ends == n)
+        yield [id if n <= room else None for id, room in zip(chosen.tolist(), rooms, strict=True)]
+        finished |= torch.isin(chosen, eos) | (ends == n)
         if finished.all():
-            break
+            return
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
         document_ids = document_ids[:, -1:]
-    rows = [row[:room] for row, room in zip(torch.stack(columns, dim=1).tolist(), rooms, strict=True)]
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+def _until_end(ids: Sequence[int | None], ends: tuple[int, ...]) -> list[int]:
+    """The ids before the first that ends a text."""
+    text = takewhile(lambda id: id is not None and id not in ends, ids)
+    return [id for id in text if id is not None]
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:

@@ -28,6 +28,7 @@ from minift.checkpoint import load_model, load_step, newest_step, save_model
 from minift.config import LlamaConfig, TrainConfig, bundled, model_path, read_json
 from minift.errors import InputError, RunError
 from minift.evaluate import compare
+from minift.extras import need
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
 from minift.prompts import TEMPLATES, Pair, choose_template, read_all_pairs
@@ -144,7 +145,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     device, config = _machine(config)
     if not resume:
         check_free(out)
-    shape = LlamaConfig.from_file(job.config) if job.config.endswith(".json") else LlamaConfig.preset(job.config)
+    shape = LlamaConfig.named(job.config)
     tokenizer = load_tokenizer(job.tokenizer)
     check_fit(shape, tokenizer, exact=True)
     _check_length(config, shape)
@@ -208,7 +209,7 @@ def _run(
         print(f"note: the run of {plan.steps} steps ends inside its warm-up of {config.warmup}, below --lr")
     if not train(state, plan, config, tokenizer, validation, out):
         return False
-    save_model(out / "final", state.model, tokenizer)
+    save_model(out / "final", state.model, tokenizer, format=config.save_format)
     return True
 
 
@@ -216,6 +217,9 @@ def _machine(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     """The device to train on, and the config with its dtype chosen. Raises InputError for what cannot be had."""
     device = choose_device(config)
     check_compiler(config, device)
+    if config.save_format == "hf":  # or a run would find out at its end
+        need("tokenizers", "hf", "--save-format hf")
+        need("safetensors", "hf", "--save-format hf")
     return device, config.replace(dtype=choose_dtype(config, device))
 
 
@@ -277,7 +281,7 @@ def _page_validation(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig
 def _count_micro_batches(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> float:
     """How many micro-batches one pass over the pages makes: they are read once to know how long an epoch is."""
     stream = DocumentStream(job.data, job.text_field, epochs=1)
-    ids = sum(len(tokenizer.encode(text, bos=True, eos=True)) for text in stream)
+    ids = sum(len(tokenizer.encode(text, bos=True, eos=True, special=False)) for text in stream)
     return ids / (config.batch_size * config.max_length)
 
 

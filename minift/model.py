@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minift.config import LlamaConfig
+from minift.config import LlamaConfig, RopeScaling
 from minift.errors import InputError
 
 
@@ -47,11 +47,32 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * scale).to(x.dtype)
 
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """The cosines and sines by which RoPE turns each pair of channels, in float32.
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
+) -> Tensor:
+    """By how many radians each pair of channels turns from one position to the next, float32 [C/2].
 
-    Pair i of a head turns by the angle position · theta^(-2i/C): fast for the first pairs, slow for the last.
-    Source: Su et al., "RoFormer" (arXiv 2104.09864), section 3.2.
+    Pair i turns by theta^(-2i/C): fast for the first pairs, slow for the last. Source: Su et al., "RoFormer" (arXiv
+    2104.09864), section 3.2.
+
+    With `scaling`, as Llama 3.1 has it: a pair that makes more than `high_freq_factor` turns within the original
+    positions is left alone, one that makes fewer than `low_freq_factor` is slowed down by `factor`, and between the two
+    the share that is left alone rises from 0 to 1.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def rope_tables(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """The cosines and sines by which RoPE turns each pair of channels, in float32.
 
     Args:
         positions: int64 [B, T] or [1, T].
@@ -59,8 +80,7 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     Returns:
         cos, sin: float32 [B, 1, T, C], the 1 for the heads. Both halves of C hold the same angles.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    frequencies = 1.0 / theta**exponents  # [C/2]
+    frequencies = rope_frequencies(head_dim, theta, scaling, positions.device)  # [C/2]
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, C/2]
     angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, C]
     return angles.cos(), angles.sin()
@@ -284,7 +304,7 @@ class Llama(nn.Module):
             raise InputError(f"{past + tokens.shape[1]} tokens do not fit a cache of {cache.max_length}")
         if positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         mask = self._mask(tokens.shape[1], past, document_ids, cache, tokens.device)
         x = self.embed_tokens(tokens)  # [B, T, D]
         for layer in self.layers:

@@ -98,7 +98,7 @@ def encode_pair(pair: Pair, template: Template, tokenizer: Tokenizer, max_length
         return None
     prompt_text, answer_text = template.format(pair)
     prompt = tokenizer.encode(prompt_text, bos=True)
-    answer = tokenizer.encode_continuation(answer_text, eos=True)[: max(0, max_length + 1 - len(prompt))]
+    answer = tokenizer.encode_continuation(answer_text, eos=True, special=False)[: max(0, max_length + 1 - len(prompt))]
     return Example(prompt, answer) if answer else None
 
 
@@ -228,7 +228,7 @@ class PageBatches:
     def __iter__(self) -> Iterator[Batch]:
         needed = self.batch_size * self.length
         for text in self.stream:
-            self._buffer += self.tokenizer.encode(text, bos=True, eos=True)
+            self._buffer += self.tokenizer.encode(text, bos=True, eos=True, special=False)
             while len(self._buffer) > needed:
                 ids = torch.tensor(self._buffer[: needed + 1])
                 del self._buffer[:needed]

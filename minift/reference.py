@@ -137,7 +137,7 @@ def greedy(model: Llama, prompt: Sequence[int], max_new_tokens: int) -> list[int
     for _ in range(max_new_tokens):
         logits = model(torch.tensor([ids]))[0, -1]
         best = int(logits.argmax())
-        if best == model.config.eos_token_id:
+        if best in model.config.eos_token_ids:
             break
         ids.append(best)
     return ids[len(prompt) :]

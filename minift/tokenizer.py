@@ -1,11 +1,14 @@
-"""Text ⇄ ids with SentencePiece: encode, decode, and train a new vocabulary.
+"""Text ⇄ ids: encode, decode, and train a new vocabulary.
 
-A tokenizer cuts text into pieces that it knows by number. Llama's way has three habits that matter downstream:
+A tokenizer cuts text into pieces that it knows by number. Two kinds are read: SentencePiece's `tokenizer.model`, here,
+and Hugging Face's `tokenizer.json`, in `tokenizer_json.py`. Llama's way has three habits that matter downstream:
 
 * a space is part of the piece that follows it ("▁Mexico"), and a text's *first* piece gets such a space too, so
-  that a word has the same id at the start of a text and inside it;
+  that a word has the same id at the start of a text and inside it (Llama 3's byte-level pieces add none);
 * a character without a piece falls back to its UTF-8 bytes (`<0x0A>` is the newline), so nothing is unknown;
-* BOS and EOS are ids that no text can produce: `encode("<s>")` is three characters, not BOS.
+* BOS and EOS are ids that no text can produce: `encode("<s>")` is three characters, not BOS. In a `tokenizer.json`
+  there are *added* tokens too (`<|im_start|>`), which a text does produce, as chat templates need it; `special=False`
+  is for text from strangers, in which they are only characters.
 
 The added first space is why there are two ways to encode. `encode` is for a text that stands alone.
 `encode_continuation` is for text that continues another text: nothing is added, so that
@@ -17,7 +20,9 @@ Source: Kudo & Richardson, "SentencePiece" (arXiv 1808.06226). Read next: `strea
 """
 
 import io
-from collections.abc import Iterable, Sequence
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -25,78 +30,103 @@ import sentencepiece
 from minift.config import LlamaConfig, check_number
 from minift.errors import InputError
 
+# Everything that a tokenizer may consist of. All of it travels with every save, used here or not: chat templates and
+# added tokens are what other tools need to go on with the model.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
-class Tokenizer:
-    """A SentencePiece model: text to ids and back.
+
+class Tokenizer(ABC):
+    """Text to ids and back, whatever the kind of vocabulary.
 
     Attributes:
-        vocab_size: number of pieces; every id is below it.
+        vocab_size: every id is below it.
         bos_id, eos_id: the ids that begin and end a document.
-        serialized: the bytes of the `tokenizer.model` file, so that every save can carry a copy.
+        files: the bytes of the tokenizer's files by name, so that every save can carry a copy.
     """
 
-    def __init__(self, serialized: bytes, where: str = "tokenizer"):
-        self.serialized = serialized
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(serialized)
-        except RuntimeError:
-            raise InputError(f"{where}: not a SentencePiece model") from None
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise InputError(f"{where}: has no BOS or no EOS piece; minift needs both")
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    files: Mapping[str, bytes]
+    _anchor: list[int]
+    _adds_space: bool
+
+    def _probe(self, where: str) -> None:
+        """Find out how this vocabulary treats the start of a text. Raises InputError for one that changes texts."""
         # Text after this newline gets no added space, because it is not at the start. See `encode_continuation`.
-        self._anchor: list[int] = self._processor.encode("\n")
-        if self._processor.decode(self._anchor) != "\n":
+        self._anchor = self._ids("\n", special=False)
+        self._adds_space = self._ids("\na", special=False) != self._anchor + self._ids("a", special=False)
+        if self._text(self._anchor) != "\n":
             raise InputError(f"{where}: drops line breaks; minift needs a tokenizer that keeps a text as it is")
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
         """The ids of a text that stands alone, with BOS in front and, if asked, EOS behind.
+
+        Args:
+            special: whether the name of a special token, such as `<|im_start|>`, stands for that token. (SentencePiece
+                never takes a text so.)
 
         Raises:
             InputError: for a string that is not Unicode text (half a surrogate pair).
         """
-        ids = self._ids(text)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return [self.bos_id] * bos + self._checked_ids(text, special) + [self.eos_id] * eos
 
-    def encode_continuation(self, text: str, eos: bool = False) -> list[int]:
+    def encode_continuation(self, text: str, eos: bool = False, special: bool = True) -> list[int]:
         """The ids of a text that continues another one: no BOS, and no space added in front.
 
-        The text is encoded behind a newline, whose ids are then taken off again: newlines are byte pieces in Llama's
-        vocabulary and never merge with what follows.
+        Where a space would be added, the text is encoded behind a newline, whose ids are then taken off again: newlines
+        are byte pieces in Llama's vocabulary and never merge with what follows. Raises InputError as `encode`.
         """
-        anchored = self._ids("\n" + text)
+        if not self._adds_space:
+            return self._checked_ids(text, special) + [self.eos_id] * eos
+        anchored = self._checked_ids("\n" + text, special)
         if anchored[: len(self._anchor)] != self._anchor:
             raise InputError("this tokenizer joins a line break with what follows it; minift cannot mask such a prompt")
         return anchored[len(self._anchor) :] + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids that begin a text. BOS and EOS leave no trace. Raises InputError for an id out of range."""
-        return self._processor.decode(self._text_ids(ids))
+        return self._text(self._text_ids(ids))
 
     def decode_continuation(self, ids: Sequence[int]) -> str:
         """The inverse of `encode_continuation`: a leading space is kept."""
-        return self._processor.decode(self._anchor + self._text_ids(ids))[1:]
+        if not self._adds_space:
+            return self.decode(ids)
+        return self._text(self._anchor + self._text_ids(ids))[1:]
 
+    @abstractmethod
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The pieces as they stand in the vocabulary, for people to look at ("▁" is a space)."""
-        return [self._processor.id_to_piece(id) for id in self._checked(ids)]
+        """The pieces as they stand in the vocabulary, for people to look at ("▁" or "Ġ" is a space)."""
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.model` into `folder`."""
-        (Path(folder) / "tokenizer.model").write_bytes(self.serialized)
+        """Write the tokenizer's files into `folder`."""
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
 
-    def _ids(self, text: str) -> list[int]:
+    @abstractmethod
+    def _ids(self, text: str, special: bool) -> list[int]:
+        """The ids of Unicode text, nothing added but what the vocabulary itself adds."""
+
+    @abstractmethod
+    def _text(self, ids: list[int]) -> str:
+        """The text of ids that are in range."""
+
+    def _checked_ids(self, text: str, special: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError:
             raise InputError(
                 "the text is not Unicode: it holds bytes that are not UTF-8, or half a character"
             ) from None
-        ids: list[int] = self._processor.encode(text)
-        return ids
+        return self._ids(text, special)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         for id in ids:
@@ -108,19 +138,126 @@ class Tokenizer:
         return [id for id in self._checked(ids) if id not in (self.bos_id, self.eos_id)]
 
 
+class SentencePieceTokenizer(Tokenizer):
+    """A `tokenizer.model`.
+
+    Args:
+        serialized: the bytes of that file.
+        files: further files that belong to it, by name.
+    """
+
+    def __init__(self, serialized: bytes, where: str = "tokenizer", files: Mapping[str, bytes] | None = None):
+        self.files = {**(files or {}), "tokenizer.model": serialized}
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(serialized)
+        except RuntimeError:
+            raise InputError(f"{where}: not a SentencePiece model{_tiktoken_hint(serialized)}") from None
+        self.vocab_size = self.processor.vocab_size()
+        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise InputError(f"{where}: has no BOS or no EOS piece; minift needs both")
+        self._probe(where)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The pieces as they stand in the vocabulary ("▁" is a space)."""
+        return [self.processor.id_to_piece(id) for id in self._checked(ids)]
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self.processor.encode(text)
+        return ids
+
+    def _text(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
+
+
+def _tiktoken_hint(content: bytes) -> str:
+    """Llama 3's own `tokenizer.model` has the name, but lines of "base64 rank"."""
+    first = content[:100].split(b"\n")[0].split()
+    looks = len(first) == 2 and first[1].isdigit()
+    return " but tiktoken's ranks, as Llama 3 has them; put the model's tokenizer.json beside it" if looks else ""
+
+
+def tokenizer_bin(tokenizer: SentencePieceTokenizer) -> bytes:
+    """A vocabulary as llama2.c's `run.c` reads it: for each piece its score, its length and its bytes.
+
+    Source: `tokenizer.py` in karpathy/llama2.c.
+    """
+    processor, pieces = tokenizer.processor, []
+    for id, piece in enumerate(tokenizer.pieces(range(tokenizer.vocab_size))):
+        text = f"\n{piece}\n" if id in (tokenizer.bos_id, tokenizer.eos_id) else piece.replace("▁", " ")
+        pieces.append((processor.GetScore(id), text.encode()))
+    head = struct.pack("<I", max(len(text) for _, text in pieces))
+    return head + b"".join(struct.pack("<fI", score, len(text)) + text for score, text in pieces)
+
+
+class TextStream:
+    """The text of ids that come one by one: shown as soon as it is certain, and never half a character.
+
+    A character may be spread over several ids; until its last one has come, `add` returns the empty string. The parts
+    joined are the text of the whole, leading space included.
+
+        stream = TextStream(tokenizer)
+        for id in generate.stream(model, prompt, 64):
+            print(stream.add(id), end="", flush=True)
+        print(stream.end())
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._waiting: list[int] = []
+
+    def add(self, id: int) -> str:
+        """The text that this id completes."""
+        self._waiting.append(id)
+        text = self._tokenizer.decode_continuation(self._waiting)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the start of a character, or (rarely) that character itself
+            return ""
+        self._waiting.clear()
+        return text
+
+    def end(self) -> str:
+        """What was still waiting: empty, unless the text ends inside a character."""
+        text = self._tokenizer.decode_continuation(self._waiting)
+        self._waiting.clear()
+        return text
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder, or of a `tokenizer.model` file.
+    """The tokenizer of a model's folder, beside a model's `.bin` file, or in a tokenizer's own file.
+
+    Where a folder has both kinds, `tokenizer.json` counts: that is what `transformers` uses.
 
     Raises:
-        InputError: when there is none, or the file is not a SentencePiece model.
+        InputError: when there is none, the file is damaged, or a `tokenizer.json` needs the `hf` extra.
     """
     path = Path(path)
-    file = path / "tokenizer.model" if path.is_dir() else path
+    folder = path if path.is_dir() else path.parent
+    named = not path.is_dir() and path.suffix != ".bin"  # the file itself, not something in its folder
+    file = path if named else next((folder / n for n in _KINDS if (folder / n).is_file()), folder / "tokenizer.model")
     try:
-        serialized = file.read_bytes()
+        content = file.read_bytes()
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    except FileNotFoundError:
+        reason = "No such file or directory" if named else "no tokenizer.model and no tokenizer.json there"
+        raise InputError(f"{file if named else folder}: cannot be read: {reason}") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
-    return Tokenizer(serialized, where=str(file))
+    if file.suffix == ".json":
+        from minift.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer(content.decode(errors="replace"), folder, files if not named else {file.name: content})
+    if named:
+        return SentencePieceTokenizer(content, str(file))
+    from minift.tokenizer_json import added_tokens, with_added_tokens
+
+    tokenizer, added = SentencePieceTokenizer(content, str(file), files), added_tokens(folder)
+    if any(id >= tokenizer.vocab_size for id in added.values()):
+        return with_added_tokens(tokenizer, folder, added)
+    return tokenizer
+
+
+_KINDS = ("tokenizer.json", "tokenizer.model")
 
 
 def check_fit(shape: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> None:
@@ -134,12 +271,17 @@ def check_fit(shape: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> 
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {shape.vocab_size}: "
             "they do not fit"
         )
-    for name, id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        if getattr(shape, name) != id:
-            raise InputError(f"the model's {name} is {getattr(shape, name)}, the tokenizer's is {id}: they do not fit")
+    if shape.bos_token_id != tokenizer.bos_id:
+        raise InputError(
+            f"the model's bos_token_id is {shape.bos_token_id}, the tokenizer's is {tokenizer.bos_id}: they do not fit"
+        )
+    if tokenizer.eos_id not in shape.eos_token_ids:
+        raise InputError(
+            f"the model's eos_token_id is {shape.eos_token_id}, the tokenizer's is {tokenizer.eos_id}: they do not fit"
+        )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
     """A new BPE vocabulary of `vocab_size` pieces with byte fallback, made as Llama's was.
 
     The first ids are those of Llama: 0 unknown, 1 BOS, 2 EOS, then the 256 bytes. Text is kept as it is (no
@@ -176,4 +318,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"cannot make {vocab_size} pieces from this text: {reason}") from None
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())

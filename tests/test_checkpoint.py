@@ -19,6 +19,7 @@ from minift import checkpoint
 from minift.checkpoint import load_model, load_step, newest_step, save_model, save_step
 from minift.config import LlamaConfig, TrainConfig
 from minift.errors import InputError, RunError
+from minift.formats import files, native
 from minift.model import Llama
 from minift.pack import Example, PairBatches
 from minift.tokenizer import Tokenizer, load_tokenizer
@@ -66,7 +67,7 @@ def test_weights_come_back_bit_for_bit(tmp_path: Path, tokenizer: Tokenizer, tie
     again = load_model(tmp_path / "a", dtype=None)
     assert same(bits(model), bits(again))
     assert again.config == model.config
-    assert load_tokenizer(tmp_path / "a").serialized == tokenizer.serialized
+    assert load_tokenizer(tmp_path / "a").files["tokenizer.model"] == tokenizer.files["tokenizer.model"]
     stored = torch.load(tmp_path / "a" / "model.pt", weights_only=True)
     assert ("lm_head.weight" in stored) == (not tied)
     assert stored.keys() == model.state_dict().keys()
@@ -343,19 +344,10 @@ def test_an_incomplete_training_state_is_named(tmp_path: Path, tokenizer: Tokeni
 
 
 def failing_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(values: Any, file: Path) -> None:
-        file.write_bytes(b"the first half")
+    def write(tensor: torch.Tensor) -> memoryview:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", save)
-
-
-def failing_writer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(values: Any, file: Path) -> None:  # torch's own file writer reports a full disk like this
-        file.write_bytes(b"the first half")
-        raise RuntimeError("[enforce fail at inline_container.cc:1] . PytorchStreamWriter failed writing file\nmore")
-
-    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(files, "tensor_bytes", write)
 
 
 def failing_flush(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +379,7 @@ def failing_last_rename(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "rename", some)
 
 
-FAILURES = [failing_save, failing_writer, failing_flush, failing_rename, failing_last_rename]
+FAILURES = [failing_save, failing_flush, failing_rename, failing_last_rename]
 
 
 @pytest.mark.parametrize("fail", FAILURES)
@@ -417,7 +409,20 @@ def test_a_failed_save_leaves_no_folder_that_looks_whole(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("killed_in", ["_save", "_sync", "rmtree"])
+def test_a_full_disk_under_torchs_own_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's file writer, which makes training.pt, reports it as a RuntimeError of several lines."""
+
+    def save(values: Any, file: Path) -> None:
+        file.write_bytes(b"the first half")
+        raise RuntimeError("[enforce fail at inline_container.cc:1] . PytorchStreamWriter failed writing file\nmore")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RunError, match=r"cannot be written: .*failed writing file$"):
+        save_step(tmp_path, new_state(), None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("killed_in", ["write_pt", "_sync", "rmtree"])
 def test_a_killed_save_leaves_the_older_checkpoint(
     folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
@@ -435,7 +440,8 @@ def test_a_killed_save_leaves_the_older_checkpoint(
 
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(shutil if killed_in == "rmtree" else checkpoint, killed_in, die)
+        homes = {"rmtree": shutil, "_sync": checkpoint, "write_pt": native}
+        monkeypatch.setattr(homes[killed_in], killed_in, die)
         save_model(folder, model, tokenizer)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77

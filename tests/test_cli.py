@@ -51,6 +51,7 @@ EVERY_FLAG: dict[str, Any] = {
     "seed": 11,
     "eval_every": 5,
     "save_every": 9,
+    "save_format": "hf",
     "template": "qa",
 }
 
@@ -317,4 +318,7 @@ def test_pretrain_stories15m_with_llamas_tokenizer(
     config = model.config
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (288, 6, 6)
     assert (config.intermediate_size, config.vocab_size) == (768, 32_000)
-    assert load_tokenizer(tmp_path / "out" / "final").serialized == (real_data / "tokenizer.model").read_bytes()
+    assert (
+        load_tokenizer(tmp_path / "out" / "final").files["tokenizer.model"]
+        == (real_data / "tokenizer.model").read_bytes()
+    )

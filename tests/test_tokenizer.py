@@ -15,7 +15,7 @@ import sentencepiece
 from minift.cli import main
 from minift.config import bundled
 from minift.errors import InputError
-from minift.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from minift.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "What is the capital of Mexico?",
@@ -131,9 +131,10 @@ def test_an_id_out_of_range_is_refused(each: Tokenizer, wrong: int | str) -> Non
 
 def test_training_is_deterministic_and_leaves_nothing_unknown(trained: Tokenizer) -> None:
     texts = ["The capital of Mexico is Mexico City.\nThe capital of Peru is Lima. " * 3, "12 34\n"]
-    assert train_tokenizer(iter(texts), 300).serialized == trained.serialized
+    assert train_tokenizer(iter(texts), 300).files["tokenizer.model"] == trained.files["tokenizer.model"]
     assert (
-        train_tokenizer(["The capital of Peru is Lima, and nothing else. " * 3], 290).serialized != trained.serialized
+        train_tokenizer(["The capital of Peru is Lima, and nothing else. " * 3], 290).files["tokenizer.model"]
+        != trained.files["tokenizer.model"]
     )
     pieces = trained.pieces(range(trained.vocab_size))
     assert trained.vocab_size == 300
@@ -188,4 +189,4 @@ def test_a_tokenizer_that_drops_line_breaks_is_refused() -> None:
         minloglevel=2,
     )
     with pytest.raises(InputError, match="drops line breaks"):
-        Tokenizer(model.getvalue())
+        SentencePieceTokenizer(model.getvalue())

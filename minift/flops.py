@@ -1,0 +1,120 @@
+"""What a model costs, on paper: parameters, floating-point operations, and a ledger of memory.
+
+Legend: B batch, T sequence, D model width, H query heads, K key/value heads, C head width, F feed-forward width, V
+vocabulary, L layers.
+
+*Operations.* A product of [m, k] and [k, n] is 2·m·k·n operations: a multiplication and an addition each. Counted are
+the matrix products, which are nearly all: 2 per weight and token, and in attention 4·H·C for each pair of tokens of
+which one may see the other (q·kᵀ and the weighted sum of v). Causal attention makes (T + 1) / 2 such pairs a token, and
+only those are counted. The backward pass is twice the forward pass; operations that are repeated to save memory do not
+count. (The "model FLOPs" of Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B, without the half that causality
+masks.)
+
+*Memory.* The ledger has a line for everything that is there at once when a training step is at its fullest, between the
+forward and the backward pass, or when the last token of a full context is generated. It counts bytes of tensors; the
+allocator's rounding and the workspaces of kernels come on top.
+
+    minift info --model bundled
+
+Read next: `report.py`.
+"""
+
+from dataclasses import dataclass
+
+from minift.config import LlamaConfig
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many weights: all, those of the embedding and (where it is a matrix of its own) the head, and the rest."""
+
+    total: int
+    embedding: int
+
+    @property
+    def without_embedding(self) -> int:
+        """Weights of the layers and norms: what scaling laws call N."""
+        return self.total - self.embedding
+
+
+def count_parameters(config: LlamaConfig) -> Parameters:
+    """The number of weights of a shape. A tied matrix counts once."""
+    D, F, C, V = config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size
+    H, K, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    attention = D * H * C + 2 * D * K * C + H * C * D
+    layer = attention + 3 * D * F + 2 * D  # three matrices of the feed-forward network, two norms
+    embedding = V * D * (1 if config.tie_word_embeddings else 2)
+    return Parameters(L * layer + D + embedding, embedding)
+
+
+def forward_flops_per_token(config: LlamaConfig, length: int) -> float:
+    """Operations of the forward pass for each token of a text of `length`, the head included."""
+    D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    weights = L * (2 * D * H * C + 2 * D * K * C + 3 * D * F) + config.vocab_size * D
+    pairs = (length + 1) / 2
+    return 2 * weights + L * 4 * H * C * pairs
+
+
+def training_flops_per_token(config: LlamaConfig, length: int) -> float:
+    """Operations of a training step for each token: the forward pass, and twice as many backward."""
+    return 3 * forward_flops_per_token(config, length)
+
+
+def training_memory(
+    config: LlamaConfig, dtype: str, batch_size: int, length: int, loss_chunk: int = 2_048, device: str = "cpu"
+) -> dict[str, int]:
+    """Bytes at the fullest moment of a training step in one process, by what they are for.
+
+    Args:
+        dtype: of the arithmetic: float32, or bfloat16 or float16 by autocast. The weights are float32 in any case.
+        batch_size, length: B rows of T tokens in a micro-batch.
+        loss_chunk: targets whose logits exist at the same time.
+        device: on a CPU, attention is trained in float32 (`model.attend`).
+    """
+    total = count_parameters(config).total
+    low = dtype != "float32"
+    ledger = {"weights": 4 * total, "gradients": 4 * total, "AdamW's two moments": 8 * total}
+    if low:
+        ledger["autocast's copies of matrices"] = 2 * _matrices(config)
+    tokens = batch_size * length
+    ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype, device)
+    ledger["the loss's own gradients"] = 4 * config.vocab_size * config.hidden_size + 4 * tokens * config.hidden_size
+    ledger["logits of a chunk"] = min(loss_chunk, tokens) * config.vocab_size * (4 + (2 if low else 0))
+    return ledger
+
+
+def inference_memory(config: LlamaConfig, dtype: str, batch_size: int, length: int) -> dict[str, int]:
+    """Bytes while `batch_size` texts are generated up to `length` tokens, by what they are for."""
+    size = BYTES[dtype]
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    return {
+        "weights": size * count_parameters(config).total,
+        "keys and values": batch_size * length * cache,
+    }
+
+
+def _matrices(config: LlamaConfig) -> int:
+    """Weights that autocast copies: the matrices of the layers, and the head."""
+    parameters = count_parameters(config)
+    norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
+    return parameters.without_embedding - norms + config.vocab_size * config.hidden_size
+
+
+def _activation_bytes(config: LlamaConfig, dtype: str, device: str) -> int:
+    """Bytes that each token leaves behind for the backward pass: what autograd saves, operation by operation."""
+    D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    low = BYTES[dtype]
+    attention = 4 if device == "cpu" else low
+    # The stream is float32: each norm saves it as it came and normalised, and one number a token.
+    norm = 4 * D + 4 * D + 4
+    # What the norm gives is read by three matrices in attention and by two in the feed-forward network. They share it
+    # in float32; under autocast each makes a copy of its own.
+    layer = 2 * norm + (low * 5 * D if low < 4 else 4 * 2 * D)
+    layer += attention * (2 * H * C + 2 * K * C) + 4 * H  # q, k, v, the result, and the sum of each softmax
+    layer += low * H * C if low < attention else 0  # what o_proj reads, where it is not that result itself
+    layer += low * 4 * F  # gate, silu(gate), up, and their product
+    return config.num_hidden_layers * layer + norm

@@ -1,0 +1,282 @@
+"""Hugging Face's folder: `config.json` and the weights, in one file or in shards with an index.
+
+The names are minift's own with `model.` in front (but for `lm_head`), and the layout is the same, so the weights are
+used as they lie. The work is in the config. Its keys fall into four groups: those that are a field of `LlamaConfig`,
+those that must have a certain value because the model implements nothing else, those known to make no difference here,
+and the rest. `transformers` ignores the rest, so they are ignored here too, but noted; one that differs from a known
+key by a letter or two is refused, because it is a misspelling.
+
+`transformers` 4 writes `rope_theta` and `rope_scaling`, 5 writes both as `rope_parameters`; both are read. What is
+written has version 4's keys, which version 5 understands.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minift.config import LlamaConfig, read_json
+from minift.errors import InputError
+from minift.formats.files import Read, Specs, TensorFile, open_tensors, write_safetensors
+from minift.formats.opened import Opened, Source, check_names, check_specs, parameter_shapes
+
+SHARD_BYTES = 5 * 10**9  # of weights in one file, as `transformers` 4 has it
+
+# In the order in which `transformers` prefers them: the file of all weights, or the index of the shards.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What older files leave out, and the value that `transformers` then takes.
+_DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 2_048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+# What the model implements; another value means another model.
+_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+    "is_decoder": (True, False),
+    "add_cross_attention": (False,),
+}
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "head_dim", "num_key_value_heads")
+_NO_DIFFERENCE = {
+    "_name_or_path",
+    "architectures",
+    "chunk_size_feed_forward",
+    "dtype",
+    "is_llama_config",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",  # slices the same matrix products
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "unk_token_id",
+    "use_cache",
+}
+
+
+def table(config: LlamaConfig) -> dict[str, str]:
+    """minift's name → Hugging Face's, for every tensor of a model."""
+    return {name: name if name == "lm_head.weight" else f"model.{name}" for name in parameter_shapes(config)}
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights in one of Hugging Face's ways."""
+    return any((folder / name).is_file() for name in _WEIGHTS)
+
+
+def open_huggingface(folder: Path) -> Opened:
+    """A Hugging Face folder.
+
+    Raises:
+        InputError: for a model that minift does not implement, with the key; for a damaged or incomplete file, with
+            the tensor; without the `hf` extra, for safetensors.
+    """
+    config, notes = read_config(folder / "config.json")
+    config = _with_generation_ends(config, folder / "generation_config.json")
+    holders = _holders(folder)
+    names = table(config)
+    tied_head = config.tie_word_embeddings and "lm_head.weight" in holders
+    # Written by early versions, and computed here.
+    ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_hidden_layers)}
+    paths = {file.path for file in holders.values()}
+    where = folder if len(paths) > 1 else paths.pop()
+    check_names(names.values(), holders, where, ignored | ({"lm_head.weight"} if tied_head else set()))
+    sources = {ours: Source((holders[theirs],), theirs) for ours, theirs in names.items()}
+    check_specs(sources, config)
+    if tied_head:
+        head, embedding = holders["lm_head.weight"], sources["embed_tokens.weight"]
+        if not torch.equal(head.read("lm_head.weight"), embedding.read()):
+            raise InputError(f"{head.path}: tensor lm_head.weight is not the embedding, but config.json ties them")
+    return Opened(folder, "hf", config, sources, notes)
+
+
+def _holders(folder: Path) -> dict[str, TensorFile]:
+    """For every tensor's name, the file that holds it."""
+    found = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
+    if found.suffix != ".json":
+        file = open_tensors(found)
+        return dict.fromkeys(file.specs, file)
+    weight_map = read_json(found).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{found}: has no weight_map")
+    files: dict[str, TensorFile] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise InputError(f"{found}: tensor {tensor} is said to be in {shard!r}, which is not a file of this folder")
+        if shard not in files:
+            if not (folder / shard).is_file():
+                raise InputError(f"{folder / shard}: missing; the index says that it holds tensor {tensor}")
+            files[shard] = open_tensors(folder / shard)
+        if tensor not in files[shard].specs:
+            raise InputError(f"{folder / shard}: tensor {tensor} is missing; the index says that it is there")
+    for shard, file in files.items():
+        for tensor in file.specs:
+            if weight_map.get(tensor) != shard:
+                raise InputError(f"{file.path}: tensor {tensor} is not where the index says")
+    return {tensor: files[shard] for tensor, shard in weight_map.items()}
+
+
+# The config -----------------------------------------------------------------------------------------------------------
+
+
+def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
+    """A Hugging Face `config.json` as minift's, and notes on the keys that are not used.
+
+    Raises:
+        InputError: for a model that minift does not implement, or a misspelled key.
+    """
+    values, where = read_json(file), str(file)
+    kind = values.get("model_type")
+    if kind not in _MODEL_TYPES:
+        raise InputError(f"{where}: model_type is {kind!r}; minift implements llama (and mistral without its window)")
+    for name in values.get("architectures") or ():
+        if name not in _MODEL_TYPES.values():
+            raise InputError(f"{where}: architectures names {name!r}; minift implements {_MODEL_TYPES[kind]}")
+    for key, allowed in _IMPLEMENTED.items():
+        if values.get(key, allowed[0]) not in allowed:
+            raise InputError(f"{where}: {key} is {values[key]!r}; minift implements {allowed[0]!r} only")
+    for key in _SIZES:
+        if key not in values:
+            raise InputError(f"{where}: key {key!r} is missing")
+    shape = {key: values[key] for key in _SIZES}
+    shape |= {key: values.get(key, default) for key, default in _DEFAULTS.items()}
+    if kind == "mistral" and "num_key_value_heads" not in values:
+        raise InputError(f"{where}: key 'num_key_value_heads' is missing")
+    heads = values.get("num_key_value_heads")
+    shape["num_key_value_heads"] = values["num_attention_heads"] if heads is None else heads
+    shape["head_dim"] = values.get("head_dim") or 0
+    shape["rope_theta"], shape["rope_scaling"] = _rope(values, where)
+    _check_window(values, shape, kind, where)
+    config = LlamaConfig.from_dict(shape, where)
+    return config, _unused_keys(values, where)
+
+
+def _with_generation_ends(config: LlamaConfig, file: Path) -> LlamaConfig:
+    """The config with the ids at which `transformers` stops, which chat models have in `generation_config.json`."""
+    ends = read_json(file).get("eos_token_id") if file.is_file() else None
+    more = [ends] if isinstance(ends, int) else ends or []
+    merged = tuple(dict.fromkeys([*config.eos_token_ids, *more]))
+    if merged == config.eos_token_ids:
+        return config
+    values = {**config.to_dict(), "eos_token_id": list(merged)}
+    return LlamaConfig.from_dict(values, str(file))
+
+
+def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | None]:
+    """(rope_theta, rope_scaling) from the keys of either version."""
+    theta, scaling = values.get("rope_theta"), values.get("rope_scaling")
+    if (parameters := values.get("rope_parameters")) is not None:  # version 5
+        if not isinstance(parameters, dict):
+            raise InputError(f"{where}: rope_parameters is {parameters!r}; it must be an object")
+        if scaling is not None:
+            raise InputError(f"{where}: has both rope_parameters and rope_scaling")
+        if theta is not None and parameters.get("rope_theta", theta) != theta:
+            raise InputError(f"{where}: rope_theta is {theta!r}, but rope_parameters says otherwise")
+        scaling = dict(parameters)
+        theta = scaling.pop("rope_theta", theta)
+    if scaling is not None and not isinstance(scaling, dict):
+        raise InputError(f"{where}: rope_scaling is {scaling!r}; it must be an object or null")
+    if scaling is not None:
+        scaling = dict(scaling)
+        if scaling.get("partial_rotary_factor") == 1:
+            del scaling["partial_rotary_factor"]
+        if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+            unknown = sorted(set(scaling) - {"rope_type", "type"})
+            if unknown:
+                raise InputError(f"{where}: {unknown[0]} is set, but the rope_type is 'default'")
+            scaling = None
+    return 10_000.0 if theta is None else theta, scaling
+
+
+def _check_window(values: Mapping[str, Any], shape: Mapping[str, Any], kind: str, where: str) -> None:
+    """Attention here goes to every earlier token: the same, where the window is at least as long as any text."""
+    window = values.get("sliding_window", 4_096 if kind == "mistral" else None)  # MistralConfig's default
+    positions = shape["max_position_embeddings"]
+    if isinstance(window, int) and isinstance(positions, int) and window < positions:
+        raise InputError(
+            f"{where}: sliding_window {window} binds below max_position_embeddings {positions}; minift attends to "
+            f"every token. Up to {window} the two are the same: for those, set max_position_embeddings to {window}"
+        )
+
+
+def _unused_keys(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    read = {*_SIZES, *_DEFAULTS, *_IMPLEMENTED, *_ROPE}
+    unused = sorted(set(values) - read - _NO_DIFFERENCE)
+    for key in unused:
+        if close := difflib.get_close_matches(key, read - set(values), n=1, cutoff=0.85):
+            raise InputError(f"{where}: unknown key {key!r}; did you mean {close[0]!r}?")
+    return (f"config.json has keys that Llama does not use: {', '.join(unused)}",) if unused else ()
+
+
+def config_json(config: LlamaConfig, dtype: torch.dtype) -> str:
+    """The text of a `config.json` for `transformers` 4 and 5."""
+    ends = config.eos_token_ids
+    values = {
+        **config.to_dict(),
+        "eos_token_id": list(ends) if len(ends) > 1 else ends[0],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "pad_token_id": None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+    return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def write_huggingface(
+    folder: Path, config: LlamaConfig, specs: Specs, read: Read, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        specs, read: minift's tensors; one is held at a time.
+        shard_bytes: a file takes tensors until one more would make it larger than this.
+    """
+    names = table(config)
+    ours = {theirs: name for name, theirs in names.items()}
+    shards: list[dict[str, Any]] = [{}]
+    for name, spec in specs.items():
+        if shards[-1] and sum(entry.nbytes for entry in shards[-1].values()) + spec.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][names[name]] = spec
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        write_safetensors(folder / file, shard, lambda name: read(ours[name]))
+        index |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(spec.nbytes for spec in specs.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    ends = config.eos_token_ids
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": list(ends) if len(ends) > 1 else ends[0]}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    dtype = next(iter(specs.values())).dtype
+    (folder / "config.json").write_text(config_json(config, dtype), encoding="utf-8")

@@ -1,0 +1,24 @@
+"""minift's own folder: `config.json` with the shape, `model.pt` with the weights under minift's names."""
+
+from pathlib import Path
+
+from minift.config import LlamaConfig
+from minift.formats.files import Read, Specs, open_tensors, write_pt
+from minift.formats.opened import Opened, Source, check_names, check_specs, parameter_shapes
+
+
+def open_native(folder: Path) -> Opened:
+    """A minift checkpoint. Raises InputError when it is damaged, or does not hold what its config says."""
+    config = LlamaConfig.from_file(folder / "config.json")
+    file = open_tensors(folder / "model.pt")
+    names = parameter_shapes(config)
+    check_names(names, dict.fromkeys(file.specs, file), file.path)
+    sources = {name: Source((file,), name) for name in names}
+    check_specs(sources, config)
+    return Opened(folder, "native", config, sources)
+
+
+def write_native(folder: Path, config: LlamaConfig, specs: Specs, read: Read) -> None:
+    """Write `model.pt` and `config.json` into a folder; the config, by which it is recognised, comes last."""
+    write_pt(folder / "model.pt", specs, read)
+    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
