@@ -4,7 +4,7 @@ Read the modules in the order in which data flows through them:
 
     config → tokenizer → stream → prompts → pack → model → loss → optim → train → checkpoint → generate → evaluate
 
-and then `jobs.py`, which puts them together into the two main jobs. Try it:
+and then `jobs.py`, which puts them together into the two main jobs. What other programs write is in `formats/`. Try it:
 
     minift finetune                # the bundled base on the bundled pairs
     python -c "import minift; print(minift.load_model(minift.bundled('base')).config)"

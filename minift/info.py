@@ -22,7 +22,7 @@ from minift.flops import (
 )
 from minift.formats import Opened, open_model
 from minift.report import size
-from minift.tokenizer import check_fit, load_tokenizer
+from minift.tokenizer import TOKENIZER_FILES, check_fit, load_tokenizer
 
 
 def info(
@@ -67,12 +67,14 @@ def _file_facts(opened: Opened) -> dict[str, Any]:
         name = str(spec.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + spec.nbytes
     files = {file.path: None for source in opened.sources.values() for file in source.files}
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
     try:
         tokenizer = load_tokenizer(opened.path)
         check_fit(opened.config, tokenizer)
         said = f"{type(tokenizer).__name__.removesuffix('Tokenizer')}, {tokenizer.vocab_size:,} ids"
     except InputError as error:
-        said = f"none that can be used ({error})"
+        lies_there = any((folder / name).is_file() for name in TOKENIZER_FILES)
+        said = f"none that can be used ({error})" if lies_there else "none"
     return {
         "model": str(opened.path),
         "format": opened.format,

@@ -47,6 +47,29 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * scale).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """nn.Linear without a bias, which draws no numbers when there is no memory for them (a model on "meta").
+
+    There a model is only a plan, whose weights come from a file; and PyTorch would import its compiler, which takes
+    longer than loading, to draw numbers that nobody sees.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, which draws no numbers when there is no memory for them. See `Linear`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 def rope_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
 ) -> Tensor:
@@ -177,10 +200,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(D, H * C, bias=False)
-        self.k_proj = nn.Linear(D, K * C, bias=False)
-        self.v_proj = nn.Linear(D, K * C, bias=False)
-        self.o_proj = nn.Linear(H * C, D, bias=False)
+        self.q_proj = Linear(D, H * C)
+        self.k_proj = Linear(D, K * C)
+        self.v_proj = Linear(D, K * C)
+        self.o_proj = Linear(H * C, D)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """[B, T, D] → [B, T, D]. `mask` is bool [B, 1, T, S], True where attention may go; None: plain causal."""
@@ -201,9 +224,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, hidden, bias=False)
-        self.up_proj = nn.Linear(D, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, D, bias=False)
+        self.gate_proj = Linear(D, hidden)
+        self.up_proj = Linear(D, hidden)
+        self.down_proj = Linear(hidden, D)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
@@ -239,11 +262,11 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     @property
     def head_weight(self) -> Tensor:

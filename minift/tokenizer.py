@@ -163,6 +163,11 @@ class SentencePieceTokenizer(Tokenizer):
         """The pieces as they stand in the vocabulary ("▁" is a space)."""
         return [self.processor.id_to_piece(id) for id in self._checked(ids)]
 
+    def piece_id(self, piece: str) -> int | None:
+        """The id of a piece by its name, or None."""
+        id: int = self.processor.piece_to_id(piece)  # of an unknown one, the id of <unk>
+        return id if self.processor.id_to_piece(id) == piece else None
+
     def _ids(self, text: str, special: bool) -> list[int]:
         ids: list[int] = self.processor.encode(text)
         return ids
@@ -232,28 +237,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         InputError: when there is none, the file is damaged, or a `tokenizer.json` needs the `hf` extra.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
     named = not path.is_dir() and path.suffix != ".bin"  # the file itself, not something in its folder
-    file = path if named else next((folder / n for n in _KINDS if (folder / n).is_file()), folder / "tokenizer.model")
+    folder = path if path.is_dir() else path.parent
+    file = path if named else next((folder / n for n in _KINDS if (folder / n).is_file()), None)
+    if file is None:
+        raise InputError(f"{folder}: has no tokenizer.model and no tokenizer.json")
     try:
         content = file.read_bytes()
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    except FileNotFoundError:
-        reason = "No such file or directory" if named else "no tokenizer.model and no tokenizer.json there"
-        raise InputError(f"{file if named else folder}: cannot be read: {reason}") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
-    if file.suffix == ".json":
-        from minift.tokenizer_json import JsonTokenizer
+    from minift.tokenizer_json import JsonTokenizer, added_tokens, named_ids, with_added_tokens
 
-        return JsonTokenizer(content.decode(errors="replace"), folder, files if not named else {file.name: content})
+    if file.suffix == ".json":
+        if file.name != "tokenizer.json":
+            files = {"tokenizer.json": content}
+        return JsonTokenizer(content.decode(errors="replace"), folder, files)
     if named:
         return SentencePieceTokenizer(content, str(file))
-    from minift.tokenizer_json import added_tokens, with_added_tokens
-
     tokenizer, added = SentencePieceTokenizer(content, str(file), files), added_tokens(folder)
     if any(id >= tokenizer.vocab_size for id in added.values()):
         return with_added_tokens(tokenizer, folder, added)
+    special = named_ids(folder, tokenizer.piece_id)
+    tokenizer.bos_id, tokenizer.eos_id = special.get("bos", tokenizer.bos_id), special.get("eos", tokenizer.eos_id)
     return tokenizer
 
 

@@ -11,7 +11,7 @@ Read next: `stream.py`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,32 +66,40 @@ class JsonTokenizer(Tokenizer):
         return text
 
 
-def special_ids(folder: Path, token_to_id: Any) -> tuple[int, int]:
-    """(BOS, EOS), by the first of the folder's files that says so.
+def named_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> dict[str, int]:
+    """The ids of the tokens that a folder names as its "bos" and "eos", as far as it does.
 
-    `tokenizer_config.json` and `special_tokens_map.json` name the tokens, `config.json` (the model's) gives the ids.
-
-    Raises:
-        InputError: when none of them does, or a named token is not in the vocabulary.
+    `tokenizer_config.json` counts before `special_tokens_map.json`. Raises InputError for a token that is not in the
+    vocabulary.
     """
     found: dict[str, int] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        values = read_json(file)
+    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        values = read_json(file) if file.is_file() else {}
         for kind in ("bos", "eos"):
             token = values.get(f"{kind}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            ids = values.get(f"{kind}_token_id")
-            id = ids[0] if isinstance(ids, list) and ids else ids
-            if isinstance(token, str):
-                id = token_to_id(token)
-                if id is None:
-                    raise InputError(f"{file}: {kind}_token {token!r} is not in the vocabulary")
-            if isinstance(id, int) and not isinstance(id, bool):
-                found.setdefault(kind, id)
+            if not isinstance(token, str) or kind in found:
+                continue
+            id = token_to_id(token)
+            if id is None:
+                raise InputError(f"{file}: {kind}_token {token!r} is not in the vocabulary")
+            found[kind] = id
+    return found
+
+
+def special_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> tuple[int, int]:
+    """(BOS, EOS): the named tokens, or else the ids in the model's `config.json`.
+
+    Raises:
+        InputError: when neither says so, or a named token is not in the vocabulary.
+    """
+    found = named_ids(folder, token_to_id)
+    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     for kind in ("bos", "eos"):
+        id = values.get(f"{kind}_token_id")
+        id = id[0] if isinstance(id, list) and id else id
+        if isinstance(id, int) and not isinstance(id, bool):
+            found.setdefault(kind, id)
         if kind not in found:
             raise InputError(f"{folder}: no file says which token is {kind.upper()}; add tokenizer_config.json")
     return found["bos"], found["eos"]

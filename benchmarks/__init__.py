@@ -1,0 +1,1 @@
+"""Measurements of minift: `python -m benchmarks NAME`; see README.md."""

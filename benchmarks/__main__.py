@@ -1,0 +1,29 @@
+"""`python -m benchmarks NAME [options]`: one measurement each. Read next: `README.md`."""
+
+import argparse
+import sys
+
+from benchmarks import load
+from minift.errors import InputError
+
+BENCHMARKS = {"load": load}
+
+
+def main() -> int:
+    """Run one benchmark. Returns the exit code: 2 for wrong input, in one line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure minift.")
+    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, module in BENCHMARKS.items():
+        text = (module.__doc__ or "").splitlines()[0]
+        module.add_arguments(names.add_parser(name, help=text, description=text))
+    options = parser.parse_args()
+    try:
+        BENCHMARKS[options.name].run(options)
+    except InputError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

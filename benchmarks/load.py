@@ -1,0 +1,191 @@
+"""How long a checkpoint takes to load and to convert, and how much memory: minift beside transformers.
+
+A checkpoint of random weights is made, of any preset's shape, and each loader is run in a fresh process: the time from
+the call to a model, and from there to the first logits (which touches every weight, wherever it lies by then), and the
+highest resident memory of the process above what its imports had taken. The two take turns, so that whatever else
+the machine does hits both. Then minift converts the checkpoint, and the same is measured.
+
+    python -m benchmarks load                                          # TinyLlama-1.1B's shape, 2.2 GB of disk
+    python -m benchmarks load --config llama2-7b --repeats 3           # 13.5 GB of disk, and as much memory
+
+Resident memory includes pages of mapped files. It is read from /proc, so this needs Linux.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import record
+from minift.config import LlamaConfig
+from minift.errors import InputError
+from minift.formats.files import Spec
+from minift.formats.huggingface import write_huggingface
+from minift.formats.opened import parameter_shapes
+from minift.report import size
+
+TOKENS = 8  # of the forward pass that touches every weight
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--config", default="tinyllama-1.1b", help="a preset's name, or a config.json (%(default)s)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the file (%(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each loader (%(default)s)")
+    parser.add_argument("--folder", help="where to make the checkpoint (the system's temporary folder)")
+    parser.add_argument("--convert", nargs="*", default=["native", "meta"], help="formats to convert to (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # what a fresh process is asked to do
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table and write the JSON."""
+    if options.measure:
+        print(json.dumps(_measure(*options.measure)))
+        return
+    if options.repeats < 1:
+        raise InputError("--repeats must be at least 1")
+    config = LlamaConfig.named(options.config)
+    loaders = ["minift"] + ["transformers"] * (importlib.util.find_spec("transformers") is not None)
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        folder = Path(scratch) / "hf"
+        nbytes = _make(folder, config, getattr(torch, options.dtype))
+        print(f"{options.config} in {options.dtype}: {size(nbytes)} of weights, in {folder}")
+        if len(loaders) == 1:
+            print("transformers is not installed: skipped")
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
+        for turn in range(options.repeats + 1):
+            for name in loaders if turn % 2 else reversed(loaders):
+                measured = _in_fresh_process(name, folder, options.dtype)
+                if turn:  # the first turn warms the page cache
+                    runs[name].append(measured)
+        conversions = {}
+        for to in options.convert:
+            target = Path(scratch) / to
+            conversions[to] = _in_fresh_process(f"convert {to}", folder, str(target))
+            subprocess.run(["rm", "-r", str(target)], check=True)
+    result = {
+        "benchmark": "load",
+        **record.environment(),
+        "config": options.config,
+        "dtype": options.dtype,
+        "weights_bytes": nbytes,
+        "load": {name: _summary(measured) for name, measured in runs.items()},
+        "convert_from_hf": conversions,
+    }
+    print(_table(result))
+    record.write(options.json, result)
+
+
+def _make(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> int:
+    """Write a Hugging Face folder of random weights, one tensor at a time. Returns the weights' bytes."""
+    generator = torch.Generator().manual_seed(0)
+    specs = {name: Spec(dtype, shape) for name, shape in parameter_shapes(config).items()}
+
+    def read(name: str) -> Tensor:
+        shape = specs[name].shape
+        return torch.rand(shape, generator=generator).sub_(0.5).mul_(0.04).to(dtype)  # cheaper than normal
+
+    folder.mkdir()
+    write_huggingface(folder, config, specs, read)
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def _in_fresh_process(name: str, folder: Path, dtype: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks", "load", "--measure", name, str(folder), dtype]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"{name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(name: str, path: str, last: str) -> dict[str, float]:
+    """In a fresh process: load a model, or convert it. Seconds, and bytes above what the imports took."""
+    if name.startswith("convert "):
+        from minift.convert import convert
+
+        _forget_peak()
+        before, start = _resident(), time.perf_counter()
+        convert(path, last, name.removeprefix("convert "))
+        return {"seconds": time.perf_counter() - start, "peak_bytes": _peak() - before}
+
+    dtype = getattr(torch, last)
+    if name == "minift":
+        from minift.checkpoint import load_model
+
+        def load() -> Any:
+            return load_model(path, dtype=dtype)
+    else:
+        from transformers import LlamaForCausalLM
+
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+        def load() -> Any:
+            return LlamaForCausalLM.from_pretrained(path, dtype=dtype)
+
+    tokens = torch.arange(TOKENS)[None]
+    _forget_peak()
+    before, start = _resident(), time.perf_counter()
+    model = load()
+    loaded = time.perf_counter()
+    peak_loaded = _peak()
+    with torch.inference_mode():
+        model(tokens)
+    ready = time.perf_counter()
+    return {
+        "load_seconds": loaded - start,
+        "ready_seconds": ready - start,
+        "load_peak_bytes": peak_loaded - before,
+        "ready_peak_bytes": _peak() - before,
+    }
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise InputError(f"/proc/self/status has no {key}")
+
+
+def _resident() -> int:
+    return _status("VmRSS:")
+
+
+def _peak() -> int:
+    return _status("VmHWM:")
+
+
+def _forget_peak() -> None:
+    """Let the highest resident memory start from what there is now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {key: record.spread([run[key] for run in runs]) for key in runs[0]}
+
+
+def _table(result: dict[str, Any]) -> str:
+    weights = result["weights_bytes"]
+    lines = [f"{'':<22}{'load':>18}{'to first logits':>20}{'peak memory':>16}{'of the weights':>16}"]
+    for name, summary in result["load"].items():
+        cells = [
+            "{median:.2f} s ({min:.2f}-{max:.2f})".format(**summary[key]) for key in ("load_seconds", "ready_seconds")
+        ]
+        peak = summary["ready_peak_bytes"]["max"]
+        lines.append(f"{name:<22}{cells[0]:>18}{cells[1]:>20}{size(peak):>16}{peak / weights:>16.3f}")
+    for to, measured in result["convert_from_hf"].items():
+        seconds, peak = f"{measured['seconds']:.2f} s", measured["peak_bytes"]
+        lines.append(f"{f'convert to {to}':<22}{seconds:>18}{'':>20}{size(peak):>16}{peak / weights:>16.3f}")
+    return "\n".join(lines)
