@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from minift.errors import InputError
 
@@ -381,7 +381,8 @@ def _from_dict(cls: type[_Config], values: dict[str, Any], where: str) -> _Confi
     if unknown:
         raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(hints)}")
     for name, value in values.items():
-        allowed: tuple[type, ...] = get_args(hints[name]) or (hints[name],)
+        kinds = get_args(hints[name]) or (hints[name],)
+        allowed: tuple[type, ...] = tuple(get_origin(kind) or kind for kind in kinds)  # tuple[int, ...]: tuple
         if float in allowed:
             allowed = (*allowed, int)
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):

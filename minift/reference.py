@@ -7,6 +7,7 @@ one against it, in value and in gradient (`tests/test_slow_twins.py`).
     here                     fast twin
     rms_norm                 model.RMSNorm
     rope                     model.apply_rope, model.rope_tables
+    scaled_frequency         model.rope_frequencies with a RopeScaling
     attention                model.attend
     swiglu                   model.MLP
     cross_entropy            loss.next_token_loss
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minift.config import RopeScaling
 from minift.model import Llama
 from minift.pack import IGNORE
 
@@ -51,6 +53,23 @@ def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
         turned.append(pairs[..., k] * torch.polar(torch.ones_like(angle), angle)[:, None])
     result = torch.stack(turned, dim=-1)
     return torch.cat((result.real, result.imag), dim=-1)
+
+
+def scaled_frequency(frequency: float, scaling: RopeScaling) -> float:
+    """By how much a pair of channels turns from one position to the next, after Llama 3.1's stretching of RoPE.
+
+    Source: `apply_scaling` in meta-llama/llama-models, whose constants are the fields of `scaling`.
+    """
+    wavelength = 2 * math.pi / frequency  # positions until the pair is back where it began
+    longest = scaling.original_max_position_embeddings / scaling.low_freq_factor
+    shortest = scaling.original_max_position_embeddings / scaling.high_freq_factor
+    if wavelength < shortest:
+        return frequency
+    if wavelength > longest:
+        return frequency / scaling.factor
+    turns = scaling.original_max_position_embeddings / wavelength
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return (1 - kept) * frequency / scaling.factor + kept * frequency
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None = None) -> Tensor:

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift import reference
-from minift.config import LlamaConfig, TrainConfig
+from minift.config import LlamaConfig, RopeScaling, TrainConfig
 from minift.generate import sample
 from minift.loss import next_token_loss
-from minift.model import MLP, Attention, Llama, RMSNorm, apply_rope, rope_tables
+from minift.model import MLP, Attention, Llama, RMSNorm, apply_rope, rope_frequencies, rope_tables
 from minift.optim import learning_rate, make_optimizer
 from minift.pack import IGNORE
 from tests.conftest import small_model
@@ -100,6 +100,23 @@ def test_rope_tables_are_the_formula_to_float32s_digits(width: int, theta: float
         assert ours.dtype == torch.float32
         assert ours.shape == (1, 1, 6, width)
         assert bool(((ours.double() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("width", [2, 6, 64, 128])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize(
+    "scaling", [RopeScaling(8.0, 1.0, 4.0, 8_192), RopeScaling(32.0, 1.0, 4.0, 8_192), RopeScaling(2.0, 0.5, 9.0, 16)]
+)
+def test_scaled_rope_frequencies(width: int, theta: float, scaling: RopeScaling) -> None:
+    ours = rope_frequencies(width, theta, scaling)
+    exact = [reference.scaled_frequency(theta ** (-2 * k / width), scaling) for k in range(width // 2)]
+    assert ours.dtype == torch.float32
+    assert ours.tolist() == pytest.approx(exact, rel=1e-5)
+    if width >= 64:  # pairs of all three kinds are there
+        plain = rope_frequencies(width, theta)
+        assert bool((ours == plain).any())
+        assert bool((ours == plain / scaling.factor).any())
+        assert bool(((ours < plain) & (ours > plain / scaling.factor)).any())
 
 
 def test_rope_knows_distances_only_and_keeps_lengths() -> None:
