@@ -105,7 +105,7 @@ def test_rope_tables_are_the_formula_to_float32s_digits(width: int, theta: float
 @pytest.mark.parametrize("width", [2, 6, 64, 128])
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize(
-    "scaling", [RopeScaling(8.0, 1.0, 4.0, 8_192), RopeScaling(32.0, 1.0, 4.0, 8_192), RopeScaling(2.0, 0.5, 9.0, 16)]
+    "scaling", [RopeScaling(8.0, 1.0, 4.0, 8_192), RopeScaling(32.0, 1.0, 4.0, 8_192), RopeScaling(2.0, 0.5, 2.0, 64)]
 )
 def test_scaled_rope_frequencies(width: int, theta: float, scaling: RopeScaling) -> None:
     ours = rope_frequencies(width, theta, scaling)
