@@ -152,13 +152,17 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, format: str) -> None:
     """Write a tokenizer's files, and those that a format's own programs look for.
 
     Hugging Face's tools read `tokenizer.json`, which is made from a SentencePiece model where there is none. llama2.c's
-    read `tokenizer.bin`. Raises InputError when the `hf` extra is missing.
+    read `tokenizer.bin`. And where only the model's config said which ids are BOS and EOS, a file says so now.
+
+    Raises:
+        InputError: when the `hf` extra is missing.
     """
     tokenizer.save(folder)
-    if format == "hf":
-        from minift.tokenizer_json import huggingface_files
+    if format == "hf" or not isinstance(tokenizer, SentencePieceTokenizer):
+        from minift.tokenizer_json import config_file, json_file
 
-        for name, text in huggingface_files(tokenizer).items():
+        made = config_file(tokenizer) | (json_file(tokenizer) if format == "hf" else {})
+        for name, text in made.items():
             (folder / name).write_text(text, encoding="utf-8")
     if format == "llama2c" and isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.bin").write_bytes(tokenizer_bin(tokenizer))

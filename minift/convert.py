@@ -25,7 +25,7 @@ from minift.errors import InputError, RunError
 from minift.formats import FORMATS, Opened, open_model, recognise
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
-from minift.formats.llama2c import write_llama2c
+from minift.formats.llama2c import HEADER_BYTES, write_llama2c
 from minift.formats.meta import write_meta
 from minift.formats.native import write_native
 from minift.tokenizer import TOKENIZER_FILES, Tokenizer, check_fit, load_tokenizer
@@ -78,6 +78,8 @@ def convert(
         raise InputError(f"--shards is for --to meta, not for {to}")
     if version and to != "llama2c":
         raise InputError(f"--llama2c-version is for --to llama2c, not for {to}")
+    if version not in HEADER_BYTES:
+        raise InputError(f"--llama2c-version is {version}; choose 0 (legacy) or 1")
     _check_destination(source.resolve(), destination, to, force)
     opened = open_model(source)
     specs = _specs(opened, to, dtype)

@@ -66,7 +66,6 @@ def _file_facts(opened: Opened) -> dict[str, Any]:
     for spec in opened.specs.values():
         name = str(spec.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + spec.nbytes
-    files = {file.path: None for source in opened.sources.values() for file in source.files}
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     try:
         tokenizer = load_tokenizer(opened.path)
@@ -78,7 +77,7 @@ def _file_facts(opened: Opened) -> dict[str, Any]:
     return {
         "model": str(opened.path),
         "format": opened.format,
-        "files": [path.name for path in files],
+        "files": [file.path.name for file in opened.files],
         "stored": dtypes,
         "tokenizer": said,
         "notes": list(opened.notes),

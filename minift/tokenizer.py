@@ -200,7 +200,8 @@ class TextStream:
     """The text of ids that come one by one: shown as soon as it is certain, and never half a character.
 
     A character may be spread over several ids; until its last one has come, `add` returns the empty string. The parts
-    joined are the text of the whole, leading space included.
+    joined are the text of the whole, leading space included. (Where ids end inside a character, a `tokenizer.json` with
+    byte fallback gives up the whole run of bytes in `decode`; here the characters before it have been shown.)
 
         stream = TextStream(tokenizer)
         for id in generate.stream(model, prompt, 64):
@@ -252,12 +253,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if file.suffix == ".json":
         if file.name != "tokenizer.json":
             files = {"tokenizer.json": content}
-        return JsonTokenizer(content.decode(errors="replace"), folder, files)
+        try:
+            return JsonTokenizer(content.decode(), folder, files)
+        except UnicodeDecodeError:
+            raise InputError(f"{file}: not UTF-8 text") from None
     if named:
         return SentencePieceTokenizer(content, str(file))
-    tokenizer, added = SentencePieceTokenizer(content, str(file), files), added_tokens(folder)
-    if any(id >= tokenizer.vocab_size for id in added.values()):
-        return with_added_tokens(tokenizer, folder, added)
+    tokenizer = SentencePieceTokenizer(content, str(file), files)
+    if any(id >= tokenizer.vocab_size for id in added_tokens(folder)):
+        return with_added_tokens(tokenizer, folder)
     special = named_ids(folder, tokenizer.piece_id)
     tokenizer.bos_id, tokenizer.eos_id = special.get("bos", tokenizer.bos_id), special.get("eos", tokenizer.eos_id)
     return tokenizer

@@ -11,7 +11,8 @@ Read next: `stream.py`.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +29,37 @@ class JsonTokenizer(Tokenizer):
 
     Args:
         text: the content of that file.
-        folder: where the files lie that say which tokens are BOS and EOS.
+        folder: where the files lie that say which tokens are BOS and EOS, and which were added.
         files: the bytes of the tokenizer's files by name, for saving.
+        special: (BOS, EOS) where those files do not say.
 
     Raises:
         InputError: for a damaged file, one that changes texts, unknown special tokens, or without the `hf` extra.
     """
 
-    def __init__(self, text: str, folder: Path, files: Mapping[str, bytes]):
-        tokenizers = need("tokenizers", "hf", f"{folder / 'tokenizer.json'}")
-        where = str(folder / "tokenizer.json")
-        try:
+    def __init__(self, text: str, folder: Path, files: Mapping[str, bytes], special: tuple[int, int] | None = None):
+        self._where = str(folder / "tokenizer.json")
+        tokenizers = need("tokenizers", "hf", self._where)
+        self.files = dict(files)
+        with _refusing(f"{self._where}: not a tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the package raises nothing more precise
-            raise InputError(f"{where}: not a tokenizer: {error}") from None
-        self._tokenizer.no_truncation()  # both may be left in the file by somebody's training run
-        self._tokenizer.no_padding()
-        self.text, self.files = text, dict(files)
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id, self.eos_id = special_ids(folder, self._tokenizer.token_to_id)
-        for name, id in (("BOS", self.bos_id), ("EOS", self.eos_id)):
-            if not 0 <= id < self.vocab_size:
-                raise InputError(f"{where}: {name} is id {id}, outside its vocabulary of {self.vocab_size}")
-        self._probe(where)
+            self._tokenizer.no_truncation()  # both may be left in the file by somebody's training run
+            self._tokenizer.no_padding()
+            if hasattr(self._tokenizer.model, "dropout"):
+                self._tokenizer.model.dropout = None  # and so may this, which makes ids random
+            _add_tokens(self._tokenizer, added_tokens(folder), folder)
+            self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            self.bos_id, self.eos_id = special_ids(folder, self._tokenizer.token_to_id, special)
+            for name, id in (("BOS", self.bos_id), ("EOS", self.eos_id)):
+                if not 0 <= id < self.vocab_size:
+                    raise InputError(f"{self._where}: {name} is id {id}, outside its vocabulary of {self.vocab_size}")
+            self._probe(self._where)
+
+    @property
+    def text(self) -> str:
+        """What a `tokenizer.json` has to say to give the same ids, added tokens included."""
+        text: str = self._tokenizer.to_str()
+        return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The pieces as they stand in the vocabulary ("▁" or "Ġ" is a space)."""
@@ -58,12 +67,25 @@ class JsonTokenizer(Tokenizer):
 
     def _ids(self, text: str, special: bool) -> list[int]:
         self._tokenizer.encode_special_tokens = not special  # True: as the characters that they are
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _refusing(f"{self._where}: cannot encode"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def _text(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        with _refusing(f"{self._where}: cannot decode"):
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever the package raises in here is the file's fault. (It is written in Rust; a panic is no `Exception`.)"""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 def named_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> dict[str, int]:
@@ -80,60 +102,96 @@ def named_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> dict[st
             token = token.get("content") if isinstance(token, dict) else token
             if not isinstance(token, str) or kind in found:
                 continue
-            id = token_to_id(token)
+            id = token_to_id(token) if _is_text(token) else None
             if id is None:
                 raise InputError(f"{file}: {kind}_token {token!r} is not in the vocabulary")
             found[kind] = id
     return found
 
 
-def special_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> tuple[int, int]:
-    """(BOS, EOS): the named tokens, or else the ids in the model's `config.json`.
+def special_ids(
+    folder: Path, token_to_id: Callable[[str], int | None], special: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """(BOS, EOS): the named tokens; or else `special`; or else the ids in the model's config.
 
     Raises:
-        InputError: when neither says so, or a named token is not in the vocabulary.
+        InputError: when nothing says so, or a named token is not in the vocabulary.
     """
     found = named_ids(folder, token_to_id)
-    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    for kind in ("bos", "eos"):
-        id = values.get(f"{kind}_token_id")
-        id = id[0] if isinstance(id, list) and id else id
-        if isinstance(id, int) and not isinstance(id, bool):
-            found.setdefault(kind, id)
+    configs = [read_json(file) for name in ("config.json", "minift.json") if (file := folder / name).is_file()]
+    for place, kind in enumerate(("bos", "eos")):
+        if special is not None:
+            found.setdefault(kind, special[place])
+        for values in configs:
+            id = values.get(f"{kind}_token_id")
+            id = id[0] if isinstance(id, list) and id else id
+            if isinstance(id, int) and not isinstance(id, bool):
+                found.setdefault(kind, id)
         if kind not in found:
             raise InputError(f"{folder}: no file says which token is {kind.upper()}; add tokenizer_config.json")
     return found["bos"], found["eos"]
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
-    """The tokens that were added to a folder's vocabulary, by name: {"<|im_start|>": 32000}."""
-    tokens: dict[str, int] = {}
-    try:
-        if (folder / "added_tokens.json").is_file():
-            tokens.update({str(name): int(id) for name, id in read_json(folder / "added_tokens.json").items()})
-        if (folder / "tokenizer_config.json").is_file():
-            described = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-            tokens.update({str(entry["content"]): int(id) for id, entry in described.items()})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder}: its added tokens are not a table of names and ids ({error})") from None
+def added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
+    """The tokens that a folder's files add to the vocabulary: by id, the name (`content`) and how it is matched.
+
+    Raises:
+        InputError: for a table that does not say that.
+    """
+    tokens: dict[int, dict[str, Any]] = {}
+    names, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    if names.is_file():
+        for name, id in read_json(names).items():
+            if not isinstance(id, int) or isinstance(id, bool) or id < 0 or not name or not _is_text(name):
+                raise InputError(f"{names}: {name!r} with id {id!r} is no added token")
+            if id in tokens:
+                raise InputError(f"{names}: {name!r} and {tokens[id]['content']!r} have the same id, {id}")
+            tokens[id] = {"content": name}
+    described = read_json(config).get("added_tokens_decoder", {}) if config.is_file() else {}
+    for id, entry in described.items() if isinstance(described, dict) else [(None, described)]:
+        content = entry.get("content") if isinstance(entry, dict) else None
+        named = isinstance(content, str) and content != "" and _is_text(content)
+        if not isinstance(id, str) or not id.isdecimal() or not named:
+            raise InputError(f"{config}: added_tokens_decoder has {id!r}: {entry!r}, which is no added token")
+        tokens[int(id)] = {"content": content, **{flag: entry.get(flag) is True for flag in _FLAGS}}
     return tokens
 
 
-def with_added_tokens(tokenizer: SentencePieceTokenizer, folder: Path, added: Mapping[str, int]) -> Tokenizer:
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be a token's: not if it holds half a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _add_tokens(tokenizer: Any, added: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
+    """Add what is not there yet, and make all added tokens special: `special=False` is to turn all of them off.
+
+    Raises:
+        InputError: for a token whose id is not the one that it would get.
+    """
+    tokenizers = need("tokenizers", "hf", str(folder))
+    there = tokenizer.get_added_tokens_decoder()
+    for token in there.values():
+        token.special = True
+    missing = {id: added[id] for id in sorted(added) if id not in there or there[id].content != added[id]["content"]}
+    for token in [*there.values(), *(tokenizers.AddedToken(**token) for token in missing.values())]:
+        tokenizer.add_special_tokens([token])
+    for id, token in missing.items():
+        found = tokenizer.token_to_id(token["content"])
+        if found != id:
+            raise InputError(f"{folder}: added token {token['content']!r} has id {id}; the vocabulary makes it {found}")
+
+
+def with_added_tokens(tokenizer: SentencePieceTokenizer, folder: Path) -> Tokenizer:
     """SentencePiece's vocabulary and the tokens that a folder adds behind it, as one tokenizer.
 
     Raises:
-        InputError: for a table that is none, ids that do not follow the vocabulary's, or without the `hf` extra.
+        InputError: when their ids do not follow the vocabulary's, or without the `hf` extra.
     """
-    described = json.loads(make_json(tokenizer))
-    behind = sorted((id, name) for name, id in added.items() if id >= tokenizer.vocab_size)
-    for expected, (id, name) in enumerate(behind, start=tokenizer.vocab_size):
-        if id != expected:
-            raise InputError(f"{folder}: added token {name!r} has id {id}; the next free one is {expected}")
-        described["added_tokens"].append(_added(id, name))
-    return JsonTokenizer(json.dumps(described), folder, tokenizer.files)
+    special = tokenizer.bos_id, tokenizer.eos_id
+    return JsonTokenizer(make_json(tokenizer), folder, tokenizer.files, special)
 
 
 def make_json(tokenizer: SentencePieceTokenizer) -> str:
@@ -200,22 +258,28 @@ def make_json(tokenizer: SentencePieceTokenizer) -> str:
     return text
 
 
-def huggingface_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """What Hugging Face's tools need to read a tokenizer and what it does not have yet: texts by file name."""
-    files: dict[str, str] = {}
-    if "tokenizer.json" not in tokenizer.files:
-        assert isinstance(tokenizer, JsonTokenizer | SentencePieceTokenizer)
-        files["tokenizer.json"] = tokenizer.text if isinstance(tokenizer, JsonTokenizer) else make_json(tokenizer)
-    if "tokenizer_config.json" not in tokenizer.files:
-        bos, eos = tokenizer.pieces([tokenizer.bos_id, tokenizer.eos_id])
-        values = {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # take tokenizer.json as it is
-            "bos_token": bos,
-            "eos_token": eos,
-            "clean_up_tokenization_spaces": False,
-        }
-        files["tokenizer_config.json"] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    return files
+def json_file(tokenizer: Tokenizer) -> dict[str, str]:
+    """The `tokenizer.json` by which Hugging Face's tools can read a tokenizer that has none: text by file name."""
+    if "tokenizer.json" in tokenizer.files:
+        return {}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return {"tokenizer.json": make_json(tokenizer)}
+    assert isinstance(tokenizer, JsonTokenizer)
+    return {"tokenizer.json": tokenizer.text}
+
+
+def config_file(tokenizer: Tokenizer) -> dict[str, str]:
+    """The `tokenizer_config.json` that names BOS and EOS, for a tokenizer that has none: text by file name."""
+    if "tokenizer_config.json" in tokenizer.files:
+        return {}
+    bos, eos = tokenizer.pieces([tokenizer.bos_id, tokenizer.eos_id])
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # take tokenizer.json as it is
+        "bos_token": bos,
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {"tokenizer_config.json": json.dumps(values, indent=2, ensure_ascii=False) + "\n"}
 
 
 def _added(id: int, name: str) -> dict[str, Any]:
@@ -226,8 +290,9 @@ def _added(id: int, name: str) -> dict[str, Any]:
 def _hold_against(made: Any, tokenizer: SentencePieceTokenizer, pieces: list[str]) -> None:
     """Raise InputError unless both give the same ids for every piece's own text, alone and after a line break."""
     made.encode_special_tokens = True
-    for piece in pieces:
-        text = piece.replace(SPACE, " ")
+    texts = [piece.replace(SPACE, " ") for piece in pieces]
+    texts += ["ﬁ ² Ａ Å", "e\u0301 \u3000 ABC", " a  b "]  # what a normaliser would change  # noqa: RUF001
+    for text in texts:
         for probe in (text, f"\n{text} {text}"):
             if made.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe, bos=False):
                 raise InputError(

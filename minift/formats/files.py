@@ -79,17 +79,22 @@ class TensorFile:
     def __init__(self, path: Path, open_file: Callable[[Path], Mapping[str, Tensor]]):
         self.path = path
         self._open_file = open_file
-        self._tensors = open_file(path)
+        self._tensors: Mapping[str, Tensor] | None = open_file(path)
         self._bytes_read = 0
         self.specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """The tensor, as a view of the mapped file. It may be written to; the file stays as it is."""
         if self._bytes_read > WINDOW:
+            self.release()
+        if self._tensors is None:
             self._tensors = self._open_file(self.path)
-            self._bytes_read = 0
         self._bytes_read += self.specs[name].nbytes
         return self._tensors[name]
+
+    def release(self) -> None:
+        """Let go of the mapping. Tensors in use keep theirs; the next one that is read maps the file anew."""
+        self._tensors, self._bytes_read = None, 0
 
 
 def open_tensors(path: Path) -> TensorFile:

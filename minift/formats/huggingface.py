@@ -150,9 +150,10 @@ def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
     """
     values, where = read_json(file), str(file)
     kind = values.get("model_type")
-    if kind not in _MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in _MODEL_TYPES:
         raise InputError(f"{where}: model_type is {kind!r}; minift implements llama (and mistral without its window)")
-    for name in values.get("architectures") or ():
+    named = values.get("architectures") or []
+    for name in named if isinstance(named, list) else [named]:
         if name not in _MODEL_TYPES.values():
             raise InputError(f"{where}: architectures names {name!r}; minift implements {_MODEL_TYPES[kind]}")
     for key, allowed in _IMPLEMENTED.items():
@@ -162,7 +163,8 @@ def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
         if key not in values:
             raise InputError(f"{where}: key {key!r} is missing")
     shape = {key: values[key] for key in _SIZES}
-    shape |= {key: values.get(key, default) for key, default in _DEFAULTS.items()}
+    defaults = {**_DEFAULTS, "max_position_embeddings": 131_072} if kind == "mistral" else _DEFAULTS
+    shape |= {key: values.get(key, default) for key, default in defaults.items()}
     if kind == "mistral" and "num_key_value_heads" not in values:
         raise InputError(f"{where}: key 'num_key_value_heads' is missing")
     heads = values.get("num_key_value_heads")
@@ -177,7 +179,9 @@ def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
 def _with_generation_ends(config: LlamaConfig, file: Path) -> LlamaConfig:
     """The config with the ids at which `transformers` stops, which chat models have in `generation_config.json`."""
     ends = read_json(file).get("eos_token_id") if file.is_file() else None
-    more = [ends] if isinstance(ends, int) else ends or []
+    more = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(not isinstance(id, int) or isinstance(id, bool) for id in more):
+        raise InputError(f"{file}: eos_token_id is {ends!r}; it must be an id or a list of ids")
     merged = tuple(dict.fromkeys([*config.eos_token_ids, *more]))
     if merged == config.eos_token_ids:
         return config
@@ -201,6 +205,11 @@ def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | 
         raise InputError(f"{where}: rope_scaling is {scaling!r}; it must be an object or null")
     if scaling is not None:
         scaling = dict(scaling)
+        original = values.get("original_max_position_embeddings")  # `transformers` prefers it to the one inside
+        if original is not None and scaling.get("original_max_position_embeddings", original) != original:
+            raise InputError(
+                f"{where}: original_max_position_embeddings is {original!r}, but the scaling says otherwise"
+            )
         if scaling.get("partial_rotary_factor") == 1:
             del scaling["partial_rotary_factor"]
         if scaling.get("rope_type", scaling.get("type", "default")) == "default":
@@ -215,6 +224,8 @@ def _check_window(values: Mapping[str, Any], shape: Mapping[str, Any], kind: str
     """Attention here goes to every earlier token: the same, where the window is at least as long as any text."""
     window = values.get("sliding_window", 4_096 if kind == "mistral" else None)  # MistralConfig's default
     positions = shape["max_position_embeddings"]
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
+        raise InputError(f"{where}: sliding_window is {window!r}; it must be a number of tokens or null")
     if isinstance(window, int) and isinstance(positions, int) and window < positions:
         raise InputError(
             f"{where}: sliding_window {window} binds below max_position_embeddings {positions}; minift attends to "
@@ -258,7 +269,15 @@ def write_huggingface(
     Args:
         specs, read: minift's tensors; one is held at a time.
         shard_bytes: a file takes tensors until one more would make it larger than this.
+
+    Raises:
+        InputError: for a shape that `transformers` refuses.
     """
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"`transformers` refuses hidden_size {config.hidden_size} with {config.num_attention_heads} heads, "
+            "whatever their width: it must be a multiple"
+        )
     names = table(config)
     ours = {theirs: name for name, theirs in names.items()}
     shards: list[dict[str, Any]] = [{}]

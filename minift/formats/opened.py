@@ -86,6 +86,11 @@ class Opened:
     notes: tuple[str, ...] = ()
 
     @property
+    def files(self) -> list[TensorFile]:
+        """All files of weights."""
+        return list({file.path: file for source in self.sources.values() for file in source.files}.values())
+
+    @property
     def specs(self) -> dict[str, Spec]:
         """Dtype and shape of every tensor, in minift's order."""
         return {name: self.sources[name].spec for name in parameter_shapes(self.config)}
@@ -105,6 +110,9 @@ class Opened:
             InputError: when it holds NaN or infinity.
         """
         source = self.sources[name]
+        for file in self.files:  # tensors lie file by file: what was read of the one before is done with
+            if file not in source.files:
+                file.release()
         tensor = source.read()
         check_finite(tensor, source.files[0].path, source.name)
         return tensor
