@@ -14,7 +14,8 @@ Read next: `generate.py`.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,11 @@ from torch import Tensor
 from minift.config import SAVE_FORMATS
 from minift.errors import InputError, RunError
 from minift.formats import open_model
-from minift.formats.files import Spec, load_pt, open_tensors
+from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.native import write_native
-from minift.formats.opened import Source, check_names, check_specs
+from minift.formats.opened import Source, check_names, check_specs, open_tensors
+from minift.formats.pt_file import load_pt
 from minift.model import Llama
 from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 
@@ -77,10 +79,14 @@ def load_model(
     as_they_lie = device.type == "cpu" and all(
         specs[name].dtype == dtype and source.lies_whole for name, source in opened.sources.items()
     )
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name in specs:
         tensor = opened.read(name)
-        weights[name] = tensor if as_they_lie else tensor.to(device=device, dtype=dtype, copy=True)
+        storage = tensor.untyped_storage().data_ptr()
+        shared = storage in storages  # two names for one tensor; the parameters must not share their bytes
+        storages.add(storage)
+        weights[name] = tensor if as_they_lie and not shared else tensor.to(device=device, dtype=dtype, copy=True)
     with torch.device("meta"):  # shapes only; the tensors above become the parameters
         model = Llama(opened.config)
     model.load_state_dict(weights, assign=True)
@@ -174,6 +180,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Whatever goes wrong, nothing new is left behind. Raises RunError when the disk refuses.
     """
     partial = folder.with_name(f".{folder.name}.partial")
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -187,6 +194,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         _sync(folder.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(made)
         if isinstance(error, OSError):
             raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from None
         raise
@@ -199,6 +207,7 @@ def write_file(file: Path, write: Callable[[Path], None], then: Callable[[], Non
         RunError: when the disk refuses.
     """
     partial = file.with_name(f".{file.name}.partial")
+    made = [parent for parent in file.parents if not parent.exists()]
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
@@ -208,10 +217,19 @@ def write_file(file: Path, write: Callable[[Path], None], then: Callable[[], Non
         partial.replace(file)
         _sync(file.parent)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        _remove_empty(made)
         if isinstance(error, OSError):
             raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None
         raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, innermost first, up to one that holds something or is not there."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _replace(folder: Path, new: Path) -> None:

@@ -351,7 +351,7 @@ def _convert(options: dict[str, Any]) -> int:
         options["force"],
     )
     for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {_one_line(note)}", file=sys.stderr)
     total, nbytes = (sum(getattr(spec, what) for spec in result.specs.values()) for what in ("numel", "nbytes"))
     kinds = " and ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in result.specs.values()}))
     print(f"saved: {out} ({options['to']}, from {result.opened.format}; {total:,} parameters, {kinds}, {size(nbytes)})")
@@ -487,5 +487,7 @@ def _write_json(file: str | None, values: dict[str, Any]) -> None:
         raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _one_line(text: object) -> str:
+    """Words on one line; characters that a terminal would obey or hide (they may come from a file) are spelled out."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)

@@ -119,8 +119,13 @@ class LlamaConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
+        widths = (self.vocab_size, self.intermediate_size, self.head_dim * self.num_attention_heads)
+        if self.hidden_size * max(widths) >= 2**48:
+            raise InputError(f"hidden_size {self.hidden_size} by {max(widths)} is a matrix larger than any memory")
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs of channels")
+        if isinstance(self.eos_token_id, tuple) and len(self.eos_token_id) == 1:
+            object.__setattr__(self, "eos_token_id", self.eos_token_id[0])
         if not self.eos_token_ids:
             raise InputError("eos_token_id is empty; generation would never end")
         for name, id in (("bos_token_id", self.bos_token_id), *(("eos_token_id", id) for id in self.eos_token_ids)):
@@ -349,7 +354,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise InputError(f"{path}:{line}: not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+        raise InputError(f"{path}:{line}: not valid JSON: {reason}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds {type(values).__name__}, not a JSON object")
     return values

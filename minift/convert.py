@@ -25,8 +25,8 @@ from minift.errors import InputError, RunError
 from minift.formats import FORMATS, Opened, open_model, recognise
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
-from minift.formats.llama2c import HEADER_BYTES, write_llama2c
-from minift.formats.meta import write_meta
+from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
+from minift.formats.meta import unsaid, write_meta
 from minift.formats.native import write_native
 from minift.tokenizer import TOKENIZER_FILES, Tokenizer, check_fit, load_tokenizer
 
@@ -107,6 +107,8 @@ def convert(
                 write(folder, opened.config, specs, read, **options)
 
             write_folder(destination, fill)
+    if to == "meta":
+        notes += unsaid(opened.config)
     return Converted(opened, specs, (*opened.notes, *notes))
 
 
@@ -147,6 +149,11 @@ def _check_destination(source: Path, destination: Path, to: str, force: bool) ->
         raise InputError(f"{destination}: is a {kind}; --to {to} does not write one")
     if destination.is_dir() and any(destination.iterdir()) and recognise(destination) is None:
         raise InputError(f"{destination}: holds something that is not a model; --force does not replace that")
+    if destination.is_file():
+        try:
+            open_llama2c(destination)
+        except InputError as error:
+            raise InputError(f"{error}; --force does not replace that") from None
 
 
 def _check_room(destination: Path, nbytes: int) -> None:

@@ -11,8 +11,9 @@ count. (The "model FLOPs" of Chowdhery et al., "PaLM", arXiv 2204.02311, appendi
 masks.)
 
 *Memory.* The ledger has a line for everything that is there at once when a training step is at its fullest, between the
-forward and the backward pass, or when the last token of a full context is generated. It counts bytes of tensors; the
-allocator's rounding and the workspaces of kernels come on top.
+forward and the backward pass, or when the last token of a full context is generated. It counts bytes of tensors, for
+rows that hold one document each (a mask between documents takes more); the allocator's rounding and the workspaces of
+kernels come on top.
 
     minift info --model bundled
 

@@ -151,7 +151,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(serialized)
-        except RuntimeError:
+            self.processor.id_to_piece(list(range(self.processor.vocab_size())))
+        except (RuntimeError, ValueError):  # ValueError: a piece that is not Unicode
             raise InputError(f"{where}: not a SentencePiece model{_tiktoken_hint(serialized)}") from None
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()

@@ -20,8 +20,9 @@ import torch
 
 from minift.config import LlamaConfig, read_json
 from minift.errors import InputError
-from minift.formats.files import Read, Specs, TensorFile, open_tensors, write_safetensors
-from minift.formats.opened import Opened, Source, check_names, check_specs, parameter_shapes
+from minift.formats.files import Read, Specs, TensorFile
+from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors, parameter_shapes
+from minift.formats.safetensors_file import write_safetensors
 
 SHARD_BYTES = 5 * 10**9  # of weights in one file, as `transformers` 4 has it
 
@@ -118,17 +119,21 @@ def _holders(folder: Path) -> dict[str, TensorFile]:
     found = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
     if found.suffix != ".json":
         file = open_tensors(found)
+        if not file.specs:
+            raise InputError(f"{found}: holds no tensors")
         return dict.fromkeys(file.specs, file)
     weight_map = read_json(found).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{found}: has no weight_map")
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     files: dict[str, TensorFile] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise InputError(f"{found}: tensor {tensor} is said to be in {shard!r}, which is not a file of this folder")
         if shard not in files:
-            if not (folder / shard).is_file():
-                raise InputError(f"{folder / shard}: missing; the index says that it holds tensor {tensor}")
+            if shard not in there:
+                where = str(folder / shard) if shard.isprintable() else f"{folder}: {shard!r}"
+                raise InputError(f"{where}: missing; the index says that it holds tensor {tensor}")
             files[shard] = open_tensors(folder / shard)
         if tensor not in files[shard].specs:
             raise InputError(f"{folder / shard}: tensor {tensor} is missing; the index says that it is there")
@@ -169,7 +174,8 @@ def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
         raise InputError(f"{where}: key 'num_key_value_heads' is missing")
     heads = values.get("num_key_value_heads")
     shape["num_key_value_heads"] = values["num_attention_heads"] if heads is None else heads
-    shape["head_dim"] = values.get("head_dim") or 0
+    head_dim = values.get("head_dim")
+    shape["head_dim"] = 0 if head_dim is None else head_dim
     shape["rope_theta"], shape["rope_scaling"] = _rope(values, where)
     _check_window(values, shape, kind, where)
     config = LlamaConfig.from_dict(shape, where)

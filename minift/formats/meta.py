@@ -24,8 +24,17 @@ from torch import Tensor
 
 from minift.config import LlamaConfig, RopeScaling, check_number, read_json
 from minift.errors import InputError
-from minift.formats.files import Read, Spec, Specs, TensorFile, open_tensors, write_pt
-from minift.formats.opened import Opened, Source, check_names, check_specs, parameter_shapes, to_interleaved
+from minift.formats.files import Read, Spec, Specs, TensorFile
+from minift.formats.opened import (
+    Opened,
+    Source,
+    check_names,
+    check_specs,
+    open_tensors,
+    parameter_shapes,
+    to_interleaved,
+)
+from minift.formats.pt_file import write_pt
 
 # minift's name → (Meta's name, the axis along which ranks share it, or None where each has a copy).
 _TABLE: dict[str, tuple[str, int | None]] = {
@@ -58,6 +67,7 @@ _PARAMS: dict[str, type] = {
 }
 # Llama 3.1's scaling, which Meta's code holds as constants (`apply_scaling`).
 META_SCALING = RopeScaling(8.0, 1.0, 4.0, 8_192)
+LLAMA32_SCALING = RopeScaling(32.0, 1.0, 4.0, 8_192)  # of the small models, which are the tied ones
 LLAMA3_VOCABULARY = 128_256
 LLAMA3_IDS: dict[str, Any] = {"bos_token_id": 128_000, "eos_token_id": (128_001, 128_008, 128_009)}
 SIDECAR = "minift.json"
@@ -104,6 +114,8 @@ def open_meta(folder: Path) -> Opened:
     if "lm_head.weight" in sources and _is_tied(sources, folder):
         config = dataclasses.replace(config, tie_word_embeddings=True)
         del sources["lm_head.weight"]
+    if config.tie_word_embeddings and config.rope_scaling and not (folder / SIDECAR).is_file():
+        config = dataclasses.replace(config, rope_scaling=LLAMA32_SCALING)
     return Opened(folder, "meta", config, sources)
 
 
@@ -149,7 +161,7 @@ def _read_params(file: Path) -> dict[str, Any]:
         if not isinstance(value, kinds) or (isinstance(value, bool) and _PARAMS[key] is not bool):
             raise InputError(f"{file}: {key} is {value!r}; it must be {_PARAMS[key].__name__}")
         if not isinstance(value, bool) and isinstance(value, int | float) and key != "vocab_size":
-            check_number(f"{file}: {key}", value, above=0)
+            check_number(f"{file}: {key}", value, above=0, below=1_000 if key == "ffn_dim_multiplier" else None)
     for key in ("dim", "n_layers", "n_heads"):
         if key not in params:
             raise InputError(f"{file}: key {key!r} is missing")
@@ -211,7 +223,7 @@ def feed_forward_params(dim: int, width: int) -> dict[str, Any]:
             break
     else:  # any number from 1 to F is rounded up to F
         plain = int(2 * (4 * dim) / 3)
-        multiple_of, multiplier = width, None if plain <= width else width / (2 * plain)
+        multiple_of, multiplier = width, None if plain <= width else (width + 0.5) / plain
     found: dict[str, Any] = {"multiple_of": multiple_of}
     return found if multiplier is None else {**found, "ffn_dim_multiplier": multiplier}
 
@@ -232,6 +244,14 @@ def _params(config: LlamaConfig) -> dict[str, Any]:
     if config.rope_scaling is not None:
         params["use_scaled_rope"] = True
     return params
+
+
+def unsaid(config: LlamaConfig) -> tuple[str, ...]:
+    """What Meta's code will not learn of a shape from its `params.json`, for the user to know."""
+    known = LLAMA32_SCALING if config.tie_word_embeddings else META_SCALING
+    if config.rope_scaling in (None, known):
+        return ()
+    return (f"params.json only says that RoPE is scaled; by how much ({config.rope_scaling}) is in {SIDECAR}",)
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from minift.config import LlamaConfig
-from minift.formats.files import Read, Specs, open_tensors, write_pt
-from minift.formats.opened import Opened, Source, check_names, check_specs, parameter_shapes
+from minift.formats.files import Read, Specs
+from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors, parameter_shapes
+from minift.formats.pt_file import write_pt
 
 
 def open_native(folder: Path) -> Opened:

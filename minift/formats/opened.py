@@ -22,6 +22,8 @@ from torch import Tensor
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.formats.files import FLOATS, Spec, TensorFile
+from minift.formats.pt_file import open_pt
+from minift.formats.safetensors_file import open_safetensors
 from minift.model import Llama
 
 
@@ -118,6 +120,15 @@ class Opened:
         return tensor
 
 
+def open_tensors(path: Path) -> TensorFile:
+    """A `.safetensors` file, or one of PyTorch's.
+
+    Raises:
+        InputError: for a file that is damaged, holds anything but named tensors, or needs the `hf` extra.
+    """
+    return TensorFile(path, open_safetensors if path.suffix == ".safetensors" else open_pt)
+
+
 @cache
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """minift's parameters: the shape of each, by name, in the model's order."""
@@ -156,16 +167,21 @@ def check_specs(sources: Mapping[str, Source], config: LlamaConfig, config_file:
     """Raise InputError, with file and tensor, unless every tensor has the config's shape and a floating dtype."""
     for name, wanted in parameter_shapes(config).items():
         source = sources[name]
-        where = f"{source.files[0].path}: tensor {source.name}"
         for file in source.files:
             spec = file.specs[source.name]
             if spec.dtype not in FLOATS:
                 dtype = str(spec.dtype).removeprefix("torch.")
                 raise InputError(f"{file.path}: tensor {source.name} holds {dtype}, not floating-point weights")
-            if len(spec.shape) != len(wanted):
-                raise InputError(f"{where} is {list(spec.shape)}; {config_file} makes it {list(wanted)}")
-        if source.spec.shape != wanted:
-            raise InputError(f"{where} is {list(source.spec.shape)}; {config_file} makes it {list(wanted)}")
+            first = source.files[0].specs[source.name].dtype
+            if spec.dtype != first:
+                dtypes = [str(dtype).removeprefix("torch.") for dtype in (spec.dtype, first)]
+                raise InputError(f"{file.path}: tensor {source.name} holds {dtypes[0]}, the other pieces {dtypes[1]}")
+            pieces = 1 if source.replicated else len(source.files)
+            piece = [n / pieces if i == source.axis else n for i, n in enumerate(wanted)]
+            if list(spec.shape) != piece:
+                wanted_piece = [int(n) if n == int(n) else n for n in piece]
+                where = f"{file.path}: tensor {source.name}"
+                raise InputError(f"{where} is {list(spec.shape)}; {config_file} makes it {wanted_piece}")
 
 
 def check_finite(tensor: Tensor, file: Path, name: str) -> None:
