@@ -82,11 +82,12 @@ def load_model(
     weights: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name in specs:
-        tensor = opened.read(name)
-        storage = tensor.untyped_storage().data_ptr()
-        shared = storage in storages  # two names for one tensor; the parameters must not share their bytes
-        storages.add(storage)
-        weights[name] = tensor if as_they_lie and not shared else tensor.to(device=device, dtype=dtype, copy=True)
+        tensor = opened.read(name)  # which looks at every value
+        if as_they_lie and (view := opened.view(name)).untyped_storage().data_ptr() not in storages:
+            storages.add(view.untyped_storage().data_ptr())
+            weights[name] = view
+        else:  # also where two names share their bytes, which two parameters must not
+            weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
     with torch.device("meta"):  # shapes only; the tensors above become the parameters
         model = Llama(opened.config)
     model.load_state_dict(weights, assign=True)

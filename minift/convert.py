@@ -28,6 +28,7 @@ from minift.formats.huggingface import write_huggingface
 from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
 from minift.formats.meta import unsaid, write_meta
 from minift.formats.native import write_native
+from minift.formats.opened import is_finite
 from minift.tokenizer import TOKENIZER_FILES, Tokenizer, check_fit, load_tokenizer
 
 
@@ -119,7 +120,7 @@ def _read(opened: Opened, specs: dict[str, Spec], progress: tqdm, name: str) -> 
     if tensor.dtype == specs[name].dtype:
         return tensor
     converted = tensor.to(specs[name].dtype)
-    if converted.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(converted)):
+    if not is_finite(converted):
         dtype = str(converted.dtype).removeprefix("torch.")
         source = opened.sources[name]
         raise InputError(f"{source.files[0].path}: tensor {source.name} has values beyond the range of {dtype}")

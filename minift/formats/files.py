@@ -3,7 +3,7 @@
 Two containers matter: PyTorch's (`pt_file.py`) and Hugging Face's (`safetensors_file.py`).
 
 *Reading.* Both are mapped into memory, so a tensor costs nothing until its bytes are looked at. What has been looked at
-stays resident as long as the mapping lives; `TensorFile` therefore maps a file anew after every `WINDOW` bytes, and a
+stays resident as long as the mapping lives; so a file can be let go and mapped anew after every `WINDOW` bytes, and a
 model larger than memory can go through tensor by tensor.
 
 *Writing.* `torch.save` and `safetensors` want all tensors at once. The writers here want to know only their names,
@@ -52,27 +52,33 @@ class TensorFile:
     Attributes:
         path: the file.
         specs: of every tensor in it.
+        bytes_read: through the present mapping.
     """
 
     def __init__(self, path: Path, open_file: Callable[[Path], Mapping[str, Tensor]]):
         self.path = path
         self._open_file = open_file
         self._tensors: Mapping[str, Tensor] | None = open_file(path)
-        self._bytes_read = 0
+        self._kept: Mapping[str, Tensor] | None = None
+        self.bytes_read = 0
         self.specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """The tensor, as a view of the mapped file. It may be written to; the file stays as it is."""
-        if self._bytes_read > WINDOW:
-            self.release()
         if self._tensors is None:
             self._tensors = self._open_file(self.path)
-        self._bytes_read += self.specs[name].nbytes
+        self.bytes_read += self.specs[name].nbytes
         return self._tensors[name]
+
+    def view(self, name: str) -> Tensor:
+        """As `read`, but from a mapping of its own, which is kept: nothing of it is resident until it is looked at."""
+        if self._kept is None:
+            self._kept = self._open_file(self.path)
+        return self._kept[name]
 
     def release(self) -> None:
         """Let go of the mapping. Tensors in use keep theirs; the next one that is read maps the file anew."""
-        self._tensors, self._bytes_read = None, 0
+        self._tensors, self.bytes_read = None, 0
 
 
 def checked_bytes(name: str, spec: Spec, read: Read) -> memoryview:

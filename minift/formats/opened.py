@@ -13,7 +13,7 @@ Read next: `huggingface.py`, `meta.py`, `llama2c.py`, `native.py`.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minift.config import LlamaConfig
 from minift.errors import InputError
-from minift.formats.files import FLOATS, Spec, TensorFile
+from minift.formats.files import FLOATS, WINDOW, Spec, TensorFile
 from minift.formats.pt_file import open_pt
 from minift.formats.safetensors_file import open_safetensors
 from minift.model import Llama
@@ -87,7 +87,7 @@ class Opened:
     sources: Mapping[str, Source]
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def files(self) -> list[TensorFile]:
         """All files of weights."""
         return list({file.path: file for source in self.sources.values() for file in source.files}.values())
@@ -106,18 +106,25 @@ class Opened:
         return dtype
 
     def read(self, name: str) -> Tensor:
-        """One of minift's tensors.
+        """One of minift's tensors, to be used before the next is read.
+
+        A file is let go after `WINDOW` bytes, and when the next one's turn has come: what was read does not stay.
 
         Raises:
             InputError: when it holds NaN or infinity.
         """
         source = self.sources[name]
-        for file in self.files:  # tensors lie file by file: what was read of the one before is done with
-            if file not in source.files:
+        for file in self.files:
+            if file not in source.files or file.bytes_read > WINDOW:
                 file.release()
         tensor = source.read()
         check_finite(tensor, source.files[0].path, source.name)
         return tensor
+
+    def view(self, name: str) -> Tensor:
+        """One of minift's tensors that `lies_whole`, as it lies in the file, to be kept. Its values are unchecked."""
+        source = self.sources[name]
+        return source.files[0].view(source.name)
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -186,12 +193,16 @@ def check_specs(sources: Mapping[str, Source], config: LlamaConfig, config_file:
 
 def check_finite(tensor: Tensor, file: Path, name: str) -> None:
     """Raise InputError when a tensor holds NaN or infinity: whatever is computed with it would be NaN."""
-    if tensor.numel() == 0:
-        return
-    # Smallest and largest in one pass and without a copy; both are NaN if any element is.
-    for extreme in torch.aminmax(tensor.detach()):
-        if not torch.isfinite(extreme):
-            raise InputError(f"{file}: tensor {name} holds NaN or infinite values")
+    if not is_finite(tensor):
+        raise InputError(f"{file}: tensor {name} holds NaN or infinite values")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every element is a number. Reads the tensor once, without a copy, as fast as memory gives it."""
+    if tensor.numel() == 0 or torch.isfinite(tensor.sum()):  # a sum is finite only if all its terms are
+        return True
+    smallest, largest = torch.aminmax(tensor)  # or it was too large: then look at the terms; a NaN shows in both
+    return bool(torch.isfinite(smallest) and torch.isfinite(largest))
 
 
 def to_half_split(weight: Tensor, heads: int) -> Tensor:

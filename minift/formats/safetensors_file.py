@@ -8,6 +8,7 @@ tensor, so a refused header is gone through again here. Read next: `opened.py`.
 import json
 import math
 import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,43 @@ _BITS = {
 }
 
 
-def open_safetensors(path: Path) -> dict[str, Tensor]:
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of an opened file, each made when it is asked for: a file is opened often, and has hundreds."""
+
+    def __init__(self, path: Path):
+        safetensors = need("safetensors", "hf", str(path))
+        self._path = path
+        self._errors = (safetensors.SafetensorError, OSError, RuntimeError, ValueError, AttributeError, TypeError)
+        try:
+            self._file = safetensors.safe_open(path, framework="pt")
+            self._names = list(self._file.keys())
+        except self._errors as error:
+            raise self._refusal(error) from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except self._errors as error:
+            raise self._refusal(error) from None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _refusal(self, error: Exception) -> InputError:
+        return InputError(f"{self._path}: not a whole safetensors file: {_fault(self._path) or error}")
+
+
+def open_safetensors(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a file, by name, mapped where they lie.
 
     Raises:
         InputError: for a file that is damaged, with the tensor at fault; without the `hf` extra.
     """
-    safetensors = need("safetensors", "hf", str(path))
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: not a whole safetensors file: {_fault(path) or error}") from None
+    return _Tensors(path)
 
 
 def _fault(path: Path) -> str | None:
