@@ -1569,7 +1569,7 @@ def test_loading_holds_the_model_once(large: tuple[Path, int], tmp_path: Path) -
 
 def test_reading_maps_a_file_anew_after_a_window(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what was read does not stay in memory; and every tensor is the same through whichever mapping."""
-    monkeypatch.setattr(files, "WINDOW", 5_000)
+    monkeypatch.setattr("minift.formats.opened.WINDOW", 5_000)
     opened = open_model(source)
     (file,) = {file for held in opened.sources.values() for file in held.files}
     maps: list[Path] = []
