@@ -22,7 +22,7 @@ PACKAGES = ("minift", "torch", "numpy", "sentencepiece", "safetensors", "tokeniz
 def environment() -> dict[str, Any]:
     """The machine, the versions of what takes part, the commit (with "+" if files were changed), date and command."""
     return {
-        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
+        "command": "python -m benchmarks " + shlex.join(_without_places(sys.argv[1:])),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "machine": {
@@ -45,6 +45,12 @@ def write(file: str | None, result: dict[str, Any]) -> None:
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_places(words: Sequence[str]) -> list[str]:
+    """A command without the options that only say where files go."""
+    places = [i for i, word in enumerate(words) if word in ("--json", "--folder")]
+    return [word for i, word in enumerate(words) if i not in places and i - 1 not in places]
 
 
 def _versions() -> dict[str, str]:

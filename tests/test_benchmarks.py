@@ -27,6 +27,7 @@ def test_load(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["weights_bytes"] == 2 * (97 * 24 + 2 * (2 * 24 * 24 + 2 * 12 * 24 + 3 * 24 * 40 + 2 * 24) + 24)
     assert result["command"].startswith("python -m benchmarks load --config")
+    assert result["command"].endswith("--repeats 1 --convert native")  # where files went is nobody's business
     assert {"cpu", "cores", "memory_bytes", "system"} <= set(result["machine"])
     assert {"python", "torch", "transformers"} <= set(result["versions"])
     for name in ("minift", "transformers"):

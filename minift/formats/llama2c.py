@@ -22,7 +22,7 @@ from torch import Tensor
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.formats.files import Read, TensorFile, tensor_bytes
-from minift.formats.opened import Opened, Source, check_specs, parameter_shapes, to_interleaved
+from minift.formats.opened import Opened, Source, check_specs, parameter_shapes, rotary_heads, to_interleaved
 from minift.model import rope_frequencies
 
 MAGIC = 0x616B3432  # "ak42"
@@ -63,15 +63,9 @@ def open_llama2c(file: Path) -> Opened:
     tensors = TensorFile(file, lambda path: _map(path, config, version))
     sources = {}
     for name in parameter_shapes(config):
-        sources[name] = Source((tensors,), name, heads=_heads(name, config))
+        sources[name] = Source((tensors,), name, heads=rotary_heads(name, config))
     check_specs(sources, config, "the header")
     return Opened(file, "llama2c", config, sources)
-
-
-def _heads(name: str, config: LlamaConfig) -> int:
-    if name.endswith("q_proj.weight"):
-        return config.num_attention_heads
-    return config.num_key_value_heads if name.endswith("k_proj.weight") else 0
 
 
 def _place(config: LlamaConfig, version: int, size: int) -> str:
@@ -189,7 +183,7 @@ def write_llama2c(file: Path, config: LlamaConfig, read: Read, version: int = 0)
         output.write(header.ljust(HEADER_BYTES[version], b"\0"))
         for name, _ in order(config, version):
             tensor = _rope_table(config) if name == "rope" else read(name)
-            if heads := _heads(name, config):
+            if heads := rotary_heads(name, config):
                 tensor = to_interleaved(tensor, heads)
             output.write(tensor_bytes(tensor))
 

@@ -32,6 +32,7 @@ from minift.formats.opened import (
     check_specs,
     open_tensors,
     parameter_shapes,
+    rotary_heads,
     to_interleaved,
 )
 from minift.formats.pt_file import write_pt
@@ -109,7 +110,7 @@ def open_meta(folder: Path) -> Opened:
     for ours, (theirs, axis) in names.items():
         if ours == "embed_tokens.weight" and embedding.shape[1] == config.hidden_size:
             axis = 0
-        sources[ours] = Source(files, theirs, axis or 0, axis is None, _heads(ours, config))
+        sources[ours] = Source(files, theirs, axis or 0, axis is None, rotary_heads(ours, config))
     check_specs(sources, config, "params.json")
     if "lm_head.weight" in sources and _is_tied(sources, folder):
         config = dataclasses.replace(config, tie_word_embeddings=True)
@@ -130,13 +131,6 @@ def _shards(folder: Path) -> tuple[TensorFile, ...]:
 def _is_llama3(config: LlamaConfig) -> bool:
     """Llama 3's code shares the embedding among ranks by rows, that of Llama 1 and 2 by columns."""
     return config.vocab_size == LLAMA3_VOCABULARY or config.rope_scaling is not None
-
-
-def _heads(name: str, config: LlamaConfig) -> int:
-    """How many heads the rows of a query or key matrix are; 0 for every other tensor."""
-    if name.endswith("q_proj.weight"):
-        return config.num_attention_heads
-    return config.num_key_value_heads if name.endswith("k_proj.weight") else 0
 
 
 def _is_tied(sources: Mapping[str, Source], folder: Path) -> bool:
@@ -285,7 +279,7 @@ def write_meta(folder: Path, config: LlamaConfig, specs: Specs, read: Read, shar
         """Rank's share of one of Meta's tensors."""
         source = "embed_tokens.weight" if name == "output.weight" and config.tie_word_embeddings else ours[name]
         tensor, (_, axis) = read(source), names[ours[name]]
-        if heads := _heads(source, config):
+        if heads := rotary_heads(source, config):
             tensor = to_interleaved(tensor, heads)
         return tensor if axis is None else tensor.chunk(shards, axis)[rank]
 

@@ -205,6 +205,13 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(smallest) and torch.isfinite(largest))
 
 
+def rotary_heads(name: str, config: LlamaConfig) -> int:
+    """How many heads the rows of a query or key matrix are, by one of minift's names; 0 for every other tensor."""
+    if name.endswith("q_proj.weight"):
+        return config.num_attention_heads
+    return config.num_key_value_heads if name.endswith("k_proj.weight") else 0
+
+
 def to_half_split(weight: Tensor, heads: int) -> Tensor:
     """The rows of a query or key matrix, from the interleaved RoPE layout to the half-split one.
 
