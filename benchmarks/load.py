@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from torch import Tensor
 from benchmarks import record
 from minift.config import LlamaConfig
 from minift.errors import InputError
+from minift.extras import need
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.opened import parameter_shapes
@@ -54,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if options.measure:
         print(json.dumps(_measure(*options.measure)))
         return
+    need("safetensors", "hf", "this benchmark")
     if options.repeats < 1:
         raise InputError("--repeats must be at least 1")
     config = LlamaConfig.named(options.config)
@@ -74,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         for to in options.convert:
             target = Path(scratch) / to
             conversions[to] = _in_fresh_process(f"convert {to}", folder, str(target))
-            subprocess.run(["rm", "-r", str(target)], check=True)
+            shutil.rmtree(target)
     result = {
         "benchmark": "load",
         **record.environment(),
@@ -102,8 +105,8 @@ def _make(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> int:
     return sum(spec.nbytes for spec in specs.values())
 
 
-def _in_fresh_process(name: str, folder: Path, dtype: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks", "load", "--measure", name, str(folder), dtype]
+def _in_fresh_process(name: str, folder: Path, dtype_or_target: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks", "load", "--measure", name, str(folder), dtype_or_target]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -111,17 +114,17 @@ def _in_fresh_process(name: str, folder: Path, dtype: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure(name: str, path: str, last: str) -> dict[str, float]:
+def _measure(name: str, path: str, dtype_or_target: str) -> dict[str, float]:
     """In a fresh process: load a model, or convert it. Seconds, and bytes above what the imports took."""
     if name.startswith("convert "):
         from minift.convert import convert
 
         _forget_peak()
         before, start = _resident(), time.perf_counter()
-        convert(path, last, name.removeprefix("convert "))
+        convert(path, dtype_or_target, name.removeprefix("convert "))
         return {"seconds": time.perf_counter() - start, "peak_bytes": _peak() - before}
 
-    dtype = getattr(torch, last)
+    dtype = getattr(torch, dtype_or_target)
     if name == "minift":
         from minift.checkpoint import load_model
 

@@ -171,8 +171,10 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, format: str) -> None:
         made = config_file(tokenizer) | (json_file(tokenizer) if format == "hf" else {})
         for name, text in made.items():
             (folder / name).write_text(text, encoding="utf-8")
-    if format == "llama2c" and isinstance(tokenizer, SentencePieceTokenizer):
-        (folder / "tokenizer.bin").write_bytes(tokenizer_bin(tokenizer))
+    if format == "llama2c" and "tokenizer.model" in tokenizer.files:  # which may lie beside a tokenizer.json
+        pieces = SentencePieceTokenizer(tokenizer.files["tokenizer.model"])
+        if pieces.vocab_size == tokenizer.vocab_size:
+            (folder / "tokenizer.bin").write_bytes(tokenizer_bin(pieces))
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

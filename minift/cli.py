@@ -10,10 +10,12 @@ uses them, so `--help` answers at once.
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -35,6 +37,9 @@ FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; see the module's text."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has not every character gets its number instead
+            stream.reconfigure(errors="backslashreplace")
     try:
         options = vars(_parser().parse_args(argv))
         return options.pop("run")(options)
@@ -340,6 +345,7 @@ def _convert(options: dict[str, Any]) -> int:
     name, out = options["dtype"], options["destination"]
     if name is not None and name not in FILE_DTYPES:
         raise InputError(f"--dtype is {name!r}; choose from {', '.join(FILE_DTYPES)}")
+    stop = signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up on a kill as on Ctrl-C
     result = convert(
         model_path(options["source"]),
         out,
@@ -350,6 +356,7 @@ def _convert(options: dict[str, Any]) -> int:
         options["tokenizer"],
         options["force"],
     )
+    signal.signal(signal.SIGTERM, stop)
     for note in result.notes:
         print(f"note: {_one_line(note)}", file=sys.stderr)
     total, nbytes = (sum(getattr(spec, what) for spec in result.specs.values()) for what in ("numel", "nbytes"))
@@ -364,7 +371,7 @@ def _add_info(commands: Any) -> None:
     which.add_argument("--model", metavar="DIR", help=MODEL_HELP)
     which.add_argument("--config", metavar="NAME|FILE", help="only a shape: a preset's name, or a config.json")
     command.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows that the ledger counts (1)")
-    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (the model's positions)")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (all positions, up to 4096)")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="that the ledger is for")
     command.add_argument("--json", metavar="FILE", help="write the same to FILE, in bytes")
 

@@ -339,7 +339,7 @@ def bundled(name: str) -> Path:
 
 
 def model_path(name: str | Path) -> Path:
-    """A model's folder: `name` itself, or for "bundled" the base that comes with minift."""
+    """A model's folder or file: `name` itself, or for "bundled" the base that comes with minift."""
     return bundled("base") if str(name) == "bundled" else Path(name)
 
 

@@ -4,7 +4,7 @@ Converting is reading and writing: `formats/` opens what there is and gives each
 minift's layout, and the writer of the other format asks for one after the other. So only a few tensors are in memory,
 whatever the model's size, and any two formats go together. The weights' bits are kept, unless a dtype is asked for.
 
-    minift convert meta-llama/Llama-2-7b llama-2-7b-hf --to hf
+    minift convert bundled my-model --to hf
 
 The result appears whole or not at all: it is written under another name, flushed, and renamed.
 Read next: `generate.py`.
@@ -13,6 +13,7 @@ Read next: `generate.py`.
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from minift.formats import FORMATS, Opened, open_model, recognise
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
-from minift.formats.meta import unsaid, write_meta
+from minift.formats.meta import SIDECAR, unsaid, write_meta
 from minift.formats.native import write_native
 from minift.formats.opened import is_finite
 from minift.tokenizer import TOKENIZER_FILES, Tokenizer, check_fit, load_tokenizer
@@ -86,6 +87,8 @@ def convert(
     specs = _specs(opened, to, dtype)
     found, files, notes = _find_tokenizer(source, opened, tokenizer)
     nbytes = sum(spec.nbytes for spec in specs.values())
+    if to == "meta" and opened.config.tie_word_embeddings:
+        nbytes += specs["embed_tokens.weight"].nbytes  # Meta's format has the head as well
     _check_room(destination, nbytes)
 
     def save_beside(folder: Path) -> None:
@@ -97,7 +100,7 @@ def convert(
     with tqdm(total=nbytes * shards, unit="B", unit_scale=True, desc=f"to {to}", disable=None, delay=1) as progress:
         read = partial(_read, opened, specs, progress)
         if to == "llama2c":
-            beside = _tokenizer_beside(destination.parent, save_beside, force)
+            beside = _tokenizer_beside(destination.parent, save_beside)
             write_file(destination, lambda file: write_llama2c(file, opened.config, read, version), beside)
         else:
             write: Callable[..., None] = {"native": write_native, "hf": write_huggingface, "meta": write_meta}[to]
@@ -145,16 +148,41 @@ def _check_destination(source: Path, destination: Path, to: str, force: bool) ->
         return
     if not force:
         raise InputError(f"{destination}: exists; choose another name, or add --force to replace it")
+    if not destination.is_dir() and not destination.is_file():
+        raise InputError(f"{destination}: is neither a file nor a folder; --force does not replace that")
     if destination.is_dir() == (to == "llama2c"):
         kind = "folder" if destination.is_dir() else "file"
         raise InputError(f"{destination}: is a {kind}; --to {to} does not write one")
     if destination.is_dir() and any(destination.iterdir()) and recognise(destination) is None:
         raise InputError(f"{destination}: holds something that is not a model; --force does not replace that")
+    for entry in sorted(destination.iterdir()) if destination.is_dir() else ():
+        if entry.is_dir() or not any(fnmatch(entry.name, pattern) for pattern in _BELONGS):
+            raise InputError(f"{entry}: is no part of a checkpoint and would be lost; --force does not replace that")
     if destination.is_file():
         try:
             open_llama2c(destination)
         except InputError as error:
             raise InputError(f"{error}; --force does not replace that") from None
+
+
+# What a checkpoint may consist of: only such files are given up when one is replaced.
+_BELONGS = (
+    *TOKENIZER_FILES,
+    "tokenizer.bin",
+    "model.pt",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "consolidated.*.pth",
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    SIDECAR,
+    "README.md",
+    "LICENSE*",
+    ".gitattributes",
+)
 
 
 def _check_room(destination: Path, nbytes: int) -> None:
@@ -186,8 +214,11 @@ def _find_tokenizer(
         return None, files, (f"the tokenizer's files are copied as they are: {error}",)
 
 
-def _tokenizer_beside(folder: Path, save: Callable[[Path], None], force: bool) -> Callable[[], None]:
-    """Save a tokenizer beside a llama2.c file, unless another one is there. Raises InputError in that case."""
+def _tokenizer_beside(folder: Path, save: Callable[[Path], None]) -> Callable[[], None]:
+    """Save a tokenizer beside a llama2.c file, unless another one is there: it may belong to another model.
+
+    Raises InputError in that case, with `force`, too.
+    """
     staging = folder / ".tokenizer.partial"
 
     def put() -> None:
@@ -195,10 +226,11 @@ def _tokenizer_beside(folder: Path, save: Callable[[Path], None], force: bool) -
         staging.mkdir(parents=True)
         try:
             save(staging)
-            for file in staging.iterdir():
-                there = folder / file.name
-                if there.exists() and there.read_bytes() != file.read_bytes() and not force:
-                    raise InputError(f"{there}: another tokenizer is there; choose another folder, or add --force")
+            ours = {file.name: file.read_bytes() for file in staging.iterdir()}
+            for name in (*TOKENIZER_FILES, "tokenizer.bin") if ours else ():
+                there = folder / name
+                if there.exists() and there.read_bytes() != ours.get(name):
+                    raise InputError(f"{there}: another tokenizer is there; choose another folder")
             for file in staging.iterdir():
                 file.replace(folder / file.name)
         finally:

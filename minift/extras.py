@@ -5,6 +5,8 @@ from types import ModuleType
 
 from minift.errors import InputError
 
+_PACKAGES = {"hf": ("safetensors", "tokenizers")}  # of each extra, as in pyproject.toml
+
 
 def need(package: str, extra: str, what: str) -> ModuleType:
     """The module of an optional package.
@@ -19,4 +21,6 @@ def need(package: str, extra: str, what: str) -> ModuleType:
     try:
         return import_module(package)
     except ImportError:
-        raise InputError(f"{what} needs the package {package}: pip install 'minift[{extra}]'") from None
+        raise InputError(
+            f"{what} needs the package {package}: pip install {' '.join(_PACKAGES[extra])} (the extra minift[{extra}])"
+        ) from None

@@ -1,4 +1,4 @@
-"""What a model is and what it costs, without reading its weights: the numbers behind `minift info`.
+"""What a model is and what it costs, without going through its weights: the numbers behind `minift info`.
 
     minift info --model bundled
     minift info --config llama2-7b --batch-size 4 --max-length 2048
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minift.config import LlamaConfig, check_number
+from minift.config import check_number
 from minift.errors import InputError
 from minift.flops import (
     BYTES,
@@ -20,9 +20,9 @@ from minift.flops import (
     training_flops_per_token,
     training_memory,
 )
-from minift.formats import Opened, open_model
+from minift.formats import Opened, open_model, shape_named
 from minift.report import size
-from minift.tokenizer import TOKENIZER_FILES, check_fit, load_tokenizer
+from minift.tokenizer import TOKENIZER_FILES, SentencePieceTokenizer, check_fit, load_tokenizer
 
 
 def info(
@@ -31,17 +31,18 @@ def info(
     """Everything that can be said of a model, or of a shape alone, as plain values.
 
     Args:
-        model: a model of any format; its names and shapes are checked, its weights are not read.
+        model: a model of any format; its names and shapes are checked.
         config: instead of a model, a preset's name or a `config.json`.
-        batch_size, length: of what the ledger of memory counts; by default one text of all the model's positions.
+        batch_size, length: of what the ledger of memory counts; by default one text of all the model's positions, at
+            most 4,096.
         device: the kind of machine that the ledger of training is for, cpu or cuda.
 
     Raises:
         InputError: for a model that cannot be opened, an unknown preset, or a length that the model does not have.
     """
     opened = open_model(model) if model is not None else None
-    shape = opened.config if opened is not None else LlamaConfig.named(str(config))
-    length = shape.max_position_embeddings if length is None else length
+    shape = opened.config if opened is not None else shape_named(str(config))
+    length = min(shape.max_position_embeddings, 4_096) if length is None else length
     check_number("batch_size", batch_size, least=1)
     check_number("max_length", length, least=1, below=shape.max_position_embeddings + 1)
     parameters = count_parameters(shape)
@@ -70,7 +71,8 @@ def _file_facts(opened: Opened) -> dict[str, Any]:
     try:
         tokenizer = load_tokenizer(opened.path)
         check_fit(opened.config, tokenizer)
-        said = f"{type(tokenizer).__name__.removesuffix('Tokenizer')}, {tokenizer.vocab_size:,} ids"
+        kind = "SentencePiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizer.json"
+        said = f"{kind}, {tokenizer.vocab_size:,} ids"
     except InputError as error:
         lies_there = any((folder / name).is_file() for name in TOKENIZER_FILES)
         said = f"none that can be used ({error})" if lies_there else "none"

@@ -6,7 +6,7 @@ folder is kept. A run folder holds
     config.json      what was asked: the job, its inputs and the TrainConfig; enough to start the run again
     metrics.jsonl    one object for each optimizer step
     step_NNNNNN/     a resumable checkpoint (checkpoint.py)
-    final/           the trained model, a minift checkpoint
+    final/           the trained model, a minift checkpoint (or, if asked for, a Hugging Face folder)
     compare.json     for finetuning: both models on the held-out questions
 
 so `--resume` needs only the folder. Read next: `cli.py`, or back to `train.py`.
@@ -29,6 +29,7 @@ from minift.config import LlamaConfig, TrainConfig, bundled, model_path, read_js
 from minift.errors import InputError, RunError
 from minift.evaluate import compare
 from minift.extras import need
+from minift.formats import shape_named
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
 from minift.prompts import TEMPLATES, Pair, choose_template, read_all_pairs
@@ -145,7 +146,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     device, config = _machine(config)
     if not resume:
         check_free(out)
-    shape = LlamaConfig.named(job.config)
+    shape = shape_named(job.config)
     tokenizer = load_tokenizer(job.tokenizer)
     check_fit(shape, tokenizer, exact=True)
     _check_length(config, shape)

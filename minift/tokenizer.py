@@ -77,7 +77,9 @@ class Tokenizer(ABC):
         Raises:
             InputError: for a string that is not Unicode text (half a surrogate pair).
         """
-        return [self.bos_id] * bos + self._checked_ids(text, special) + [self.eos_id] * eos
+        ids = self._checked_ids(text, special)
+        bos = bos and ids[:1] != [self.bos_id]  # a chat's text may begin with the name of BOS: there is exactly one
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_continuation(self, text: str, eos: bool = False, special: bool = True) -> list[int]:
         """The ids of a text that continues another one: no BOS, and no space added in front.
@@ -243,7 +245,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     file = path if named else next((folder / n for n in _KINDS if (folder / n).is_file()), None)
     if file is None:
-        raise InputError(f"{folder}: has no tokenizer.model and no tokenizer.json")
+        raise InputError(
+            f"{folder}: has no tokenizer.model and no tokenizer.json; put the model's there "
+            "(or make a folder of both with minift convert --tokenizer)"
+        )
     try:
         content = file.read_bytes()
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}

@@ -1403,10 +1403,58 @@ def test_another_models_tokenizer_beside_a_bin_is_spared(
     with pytest.raises(InputError, match=r"tokenizer\.model: another tokenizer is there"):
         convert(small_checkpoint, place / "a.bin", "llama2c")
     assert snapshot(place) == before
-    convert(small_checkpoint, place / "a.bin", "llama2c", force=True)
+    with pytest.raises(InputError, match=r"tokenizer\.model: another tokenizer is there"):
+        convert(small_checkpoint, place / "a.bin", "llama2c", force=True)  # which is for a.bin, not for its neighbours
+    assert snapshot(place) == before
+    (place / "tokenizer.model").rename(place / "tokenizer.json")  # which would count before the one that is written
+    with pytest.raises(InputError, match=r"tokenizer\.json: another tokenizer is there"):
+        convert(small_checkpoint, place / "a.bin", "llama2c")
+    (place / "tokenizer.json").unlink()
+    convert(small_checkpoint, place / "a.bin", "llama2c")
     assert (place / "tokenizer.model").read_bytes() == tokenizer.files["tokenizer.model"]
     convert(small_checkpoint, place / "b.bin", "llama2c", version=1)  # the same tokenizer is no other
     assert sorted(snapshot(place)) == ["a.bin", "b.bin", "tokenizer.bin", "tokenizer.model"]
+
+
+def test_a_tokenizer_bin_is_made_of_the_sentencepiece_model_that_lies_beside_a_json(
+    small_checkpoint: Path, place: Path
+) -> None:
+    convert(small_checkpoint, place / "hf", "hf")  # which holds both
+    convert(place / "hf", place / "both" / "a.bin", "llama2c")
+    convert(small_checkpoint, place / "one" / "a.bin", "llama2c")
+    assert (place / "both" / "tokenizer.bin").read_bytes() == (place / "one" / "tokenizer.bin").read_bytes()
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "training.pt", "sub/x"])
+def test_force_gives_up_nothing_but_a_checkpoint(small_checkpoint: Path, place: Path, foreign: str) -> None:
+    convert(small_checkpoint, place / "model", "native")
+    (place / "model" / foreign).parent.mkdir(exist_ok=True)
+    (place / "model" / foreign).write_text("of value")
+    before = snapshot(place / "model")
+    with pytest.raises(InputError, match=f"{foreign.split('/')[0]}: is no part of a checkpoint"):
+        convert(small_checkpoint, place / "model", "hf", force=True)
+    assert snapshot(place / "model") == before
+
+
+def test_force_replaces_no_pipe(small_checkpoint: Path, place: Path) -> None:
+    os.mkfifo(place / "pipe")
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        convert(small_checkpoint, place / "pipe", "llama2c", force=True)
+    assert (place / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b'{"model_type": "llama"}', "JSON"),
+        (b"GGUF" + bytes(60), "GGUF"),
+        (struct.pack("<Q", 20) + b'{"a":1}', "safetensors"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(InputError, match=f"is no llama2.c file but {kind}"):
+        open_model(tmp_path / "file")
 
 
 # .pt files ------------------------------------------------------------------------------------------------------------

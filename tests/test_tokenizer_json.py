@@ -655,6 +655,13 @@ def test_a_tokenizer_whose_ids_only_the_model_says_can_be_loaded_from_every_form
     assert again.encode(CHATS[0]) == made.encode(CHATS[0])
 
 
+def test_a_text_that_begins_with_the_name_of_bos_gets_no_second_one(llama_3: Path) -> None:
+    made = load_tokenizer(llama_3)
+    (name,) = made.pieces([made.bos_id])
+    assert made.encode(f"{name}hi") == made.encode("hi")
+    assert made.encode(f"{name}hi", special=False).count(made.bos_id) == 1
+
+
 def test_a_tokenizer_json_of_another_name_is_saved_as_one(llama_3: Path, tmp_path: Path) -> None:
     (llama_3 / "tokenizer.json").rename(llama_3 / "mine.json")
     made = load_tokenizer(llama_3 / "mine.json")

@@ -11,8 +11,9 @@ Read next: `opened.py`.
 
 from pathlib import Path
 
+from minift.config import LlamaConfig, read_json
 from minift.errors import InputError
-from minift.formats.huggingface import has_weights, open_huggingface
+from minift.formats.huggingface import has_weights, open_huggingface, read_config
 from minift.formats.llama2c import open_llama2c
 from minift.formats.meta import open_meta
 from minift.formats.native import open_native
@@ -32,6 +33,14 @@ def open_model(path: str | Path) -> Opened:
     if kind is None:
         raise InputError(f"{path}: {_not_a_model(path)}")
     return {"native": open_native, "hf": open_huggingface, "meta": open_meta, "llama2c": open_llama2c}[kind](path)
+
+
+def shape_named(name: str) -> LlamaConfig:
+    """A preset, minift's own `config.json`, or Hugging Face's. Raises InputError when it is none of them."""
+    if not name.endswith(".json") or "architectures" not in (values := read_json(name)):
+        return LlamaConfig.named(name)
+    ours = set(values) <= set(LlamaConfig().to_dict())
+    return LlamaConfig.from_dict(values, name) if ours else read_config(Path(name))[0]
 
 
 def recognise(path: Path) -> str | None:

@@ -52,12 +52,13 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "attention_dropout": (0, None),
     "rope_interleaved": (False, None),
+    "use_sliding_window": (False, None),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "is_decoder": (True, False),
     "add_cross_attention": (False,),
 }
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "head_dim", "num_key_value_heads")
+_OTHERS = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "head_dim", "num_key_value_heads")
 _NO_DIFFERENCE = {
     "_name_or_path",
     "architectures",
@@ -240,7 +241,7 @@ def _check_window(values: Mapping[str, Any], shape: Mapping[str, Any], kind: str
 
 
 def _unused_keys(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    read = {*_SIZES, *_DEFAULTS, *_IMPLEMENTED, *_ROPE}
+    read = {*_SIZES, *_DEFAULTS, *_IMPLEMENTED, *_OTHERS}
     unused = sorted(set(values) - read - _NO_DIFFERENCE)
     for key in unused:
         if close := difflib.get_close_matches(key, read - set(values), n=1, cutoff=0.85):

@@ -101,6 +101,9 @@ def _read_header(file: Path) -> tuple[int, LlamaConfig]:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     if head[:4] == b"PK\x03\x04":
         raise InputError(f"{file}: is a file of PyTorch; name the folder that it lies in, with its config.json")
+    if head[:1] in (b"{", b"[") or head[:4] == b"GGUF" or head[8:9] == b"{":
+        kind = {b"G": "GGUF, which minift does not read", b"{": "JSON", b"[": "JSON"}.get(head[:1], "safetensors")
+        raise InputError(f"{file}: is no llama2.c file but {kind}; name the model's folder")
     if len(head) < HEADER_BYTES[0]:
         raise InputError(f"{file}: not a llama2.c file: it ends inside its header")
     magic, version = struct.unpack_from("<Ii", head)

@@ -6,8 +6,8 @@ matrix, cut along its outputs or its inputs, and a whole copy of every norm.
 
 `params.json` does not say everything that a `LlamaConfig` does: no length, no BOS and EOS, no word on tied embeddings,
 and of RoPE's scaling only that there is one. What is missing is taken from `minift.json` beside it, if minift wrote the
-folder, and otherwise is what Meta's released models have. The feed-forward width is not there either, but follows
-from `multiple_of` and `ffn_dim_multiplier`.
+folder, and otherwise is what most of Meta's released models have, and noted. The feed-forward width is not there
+either, but follows from `multiple_of` and `ffn_dim_multiplier`.
 
 Source: `llama/model.py` in meta-llama/llama and `models/llama3` in meta-llama/llama-models.
 """
@@ -106,7 +106,7 @@ def open_meta(folder: Path) -> Opened:
     ignored = {"rope.freqs", *(["output.weight"] if config.tie_word_embeddings else [])}
     for file in files:
         check_names([name for name, _ in names.values()], dict.fromkeys(file.specs, file), file.path, ignored)
-    sources = {}
+    sources: dict[str, Source] = {}
     for ours, (theirs, axis) in names.items():
         if ours == "embed_tokens.weight" and embedding.shape[1] == config.hidden_size:
             axis = 0
@@ -117,7 +117,17 @@ def open_meta(folder: Path) -> Opened:
         del sources["lm_head.weight"]
     if config.tie_word_embeddings and config.rope_scaling and not (folder / SIDECAR).is_file():
         config = dataclasses.replace(config, rope_scaling=LLAMA32_SCALING)
-    return Opened(folder, "meta", config, sources)
+    return Opened(folder, "meta", config, sources, () if (folder / SIDECAR).is_file() else _guesses(config, params))
+
+
+def _guesses(config: LlamaConfig, params: Mapping[str, Any]) -> tuple[str, ...]:
+    """What was taken because `params.json` does not say it, for the user to know."""
+    taken = [f"BOS {config.bos_token_id} and EOS {config.eos_token_id}"]
+    if "max_seq_len" not in params:
+        taken.insert(0, f"{config.max_position_embeddings:,} positions")
+    if config.rope_scaling is not None:
+        taken.append(f"RoPE scaled by {config.rope_scaling.factor:g}")
+    return (f"params.json does not say everything; taken, as in Meta's releases: {', '.join(taken)}",)
 
 
 def _shards(folder: Path) -> tuple[TensorFile, ...]:
