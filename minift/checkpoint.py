@@ -14,8 +14,8 @@ Read next: `generate.py`.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,7 @@ from minift.errors import InputError, RunError
 from minift.formats import open_model
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
-from minift.formats.native import write_native
-from minift.formats.opened import Source, check_names, check_specs, open_tensors
+from minift.formats.native import open_weights, write_native
 from minift.formats.pt_file import load_pt
 from minift.model import Llama
 from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
@@ -118,12 +117,9 @@ def load_step(folder: Path, state: "TrainState") -> None:
     Raises:
         InputError: when a file is missing or damaged, or the weights are not of this model.
     """
-    file = open_tensors(folder / "model.pt")
-    parameters = state.model.state_dict()
-    check_names(parameters, dict.fromkeys(file.specs, file), file.path)
-    check_specs({name: Source((file,), name) for name in parameters}, state.model.config)
-    for name, parameter in parameters.items():
-        parameter.copy_(file.read(name))
+    sources = open_weights(folder, state.model.config).sources
+    for name, parameter in state.model.state_dict().items():
+        parameter.copy_(sources[name].read())
     training = load_pt(folder / "training.pt")
     try:
         state.optimizer.load_state_dict(training["optimizer"])
@@ -183,8 +179,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Whatever goes wrong, nothing new is left behind. Raises RunError when the disk refuses.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    made = [parent for parent in folder.parents if not parent.exists()]
-    try:
+    with _nothing_left(folder, lambda: shutil.rmtree(partial, ignore_errors=True)):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
@@ -195,12 +190,6 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         else:
             partial.rename(folder)
         _sync(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty(made)
-        if isinstance(error, OSError):
-            raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from None
-        raise
 
 
 def write_file(file: Path, write: Callable[[Path], None], then: Callable[[], None]) -> None:
@@ -210,8 +199,7 @@ def write_file(file: Path, write: Callable[[Path], None], then: Callable[[], Non
         RunError: when the disk refuses.
     """
     partial = file.with_name(f".{file.name}.partial")
-    made = [parent for parent in file.parents if not parent.exists()]
-    try:
+    with _nothing_left(file, lambda: partial.unlink(missing_ok=True)):
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         write(partial)
@@ -219,20 +207,27 @@ def write_file(file: Path, write: Callable[[Path], None], then: Callable[[], Non
         then()
         partial.replace(file)
         _sync(file.parent)
+
+
+@contextmanager
+def _nothing_left(target: Path, remove: Callable[[], None]) -> Iterator[None]:
+    """Whatever goes wrong in here, remove what was begun, and the folders that were made for it.
+
+    Raises:
+        RunError: for an OSError.
+    """
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        yield
     except BaseException as error:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        _remove_empty(made)
+            remove()
+        with suppress(OSError):
+            for folder in made:  # innermost first, up to one that holds something or is not there
+                folder.rmdir()
         if isinstance(error, OSError):
-            raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None
+            raise RunError(f"{target}: cannot be written: {error.strerror or error}") from None
         raise
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders, innermost first, up to one that holds something or is not there."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 def _replace(folder: Path, new: Path) -> None:

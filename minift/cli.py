@@ -341,26 +341,29 @@ def _convert(options: dict[str, Any]) -> int:
     import torch
 
     from minift.convert import convert
+    from minift.formats.files import dtype_name
 
     name, out = options["dtype"], options["destination"]
     if name is not None and name not in FILE_DTYPES:
         raise InputError(f"--dtype is {name!r}; choose from {', '.join(FILE_DTYPES)}")
-    stop = signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up on a kill as on Ctrl-C
-    result = convert(
-        model_path(options["source"]),
-        out,
-        options["to"],
-        getattr(torch, name) if name else None,
-        options["shards"],
-        options["llama2c_version"],
-        options["tokenizer"],
-        options["force"],
-    )
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up on a kill as on Ctrl-C
+    try:
+        result = convert(
+            model_path(options["source"]),
+            out,
+            options["to"],
+            getattr(torch, name) if name else None,
+            options["shards"],
+            options["llama2c_version"],
+            options["tokenizer"],
+            options["force"],
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for note in result.notes:
         print(f"note: {_one_line(note)}", file=sys.stderr)
     total, nbytes = (sum(getattr(spec, what) for spec in result.specs.values()) for what in ("numel", "nbytes"))
-    kinds = " and ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in result.specs.values()}))
+    kinds = " and ".join(sorted({dtype_name(spec.dtype) for spec in result.specs.values()}))
     print(f"saved: {out} ({options['to']}, from {result.opened.format}; {total:,} parameters, {kinds}, {size(nbytes)})")
     return 0
 

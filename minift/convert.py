@@ -24,13 +24,13 @@ from tqdm import tqdm
 from minift.checkpoint import save_tokenizer, write_file, write_folder
 from minift.errors import InputError, RunError
 from minift.formats import FORMATS, Opened, open_model, recognise
-from minift.formats.files import Spec
+from minift.formats.files import Spec, dtype_name
 from minift.formats.huggingface import write_huggingface
 from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
 from minift.formats.meta import SIDECAR, unsaid, write_meta
 from minift.formats.native import write_native
 from minift.formats.opened import is_finite
-from minift.tokenizer import TOKENIZER_FILES, Tokenizer, check_fit, load_tokenizer
+from minift.tokenizer import TOKENIZER_FILES, Tokenizer, check_fit, load_tokenizer, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ def _read(opened: Opened, specs: dict[str, Spec], progress: tqdm, name: str) -> 
         return tensor
     converted = tensor.to(specs[name].dtype)
     if not is_finite(converted):
-        dtype = str(converted.dtype).removeprefix("torch.")
-        source = opened.sources[name]
+        source, dtype = opened.sources[name], dtype_name(converted.dtype)
         raise InputError(f"{source.files[0].path}: tensor {source.name} has values beyond the range of {dtype}")
     return converted
 
@@ -201,7 +200,7 @@ def _find_tokenizer(
         check_fit(opened.config, tokenizer)
         return tokenizer, {}, ()
     folder = source if source.is_dir() else source.parent
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    files = tokenizer_files(folder)
     if not files:
         return None, {}, ("there is no tokenizer beside it, and so none beside the result (--tokenizer names one)",)
     try:

@@ -21,8 +21,9 @@ from minift.flops import (
     training_memory,
 )
 from minift.formats import Opened, open_model, shape_named
+from minift.formats.files import dtype_name
 from minift.report import size
-from minift.tokenizer import TOKENIZER_FILES, SentencePieceTokenizer, check_fit, load_tokenizer
+from minift.tokenizer import SentencePieceTokenizer, check_fit, load_tokenizer, tokenizer_files
 
 
 def info(
@@ -65,7 +66,7 @@ def info(
 def _file_facts(opened: Opened) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
     for spec in opened.specs.values():
-        name = str(spec.dtype).removeprefix("torch.")
+        name = dtype_name(spec.dtype)
         dtypes[name] = dtypes.get(name, 0) + spec.nbytes
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     try:
@@ -74,8 +75,7 @@ def _file_facts(opened: Opened) -> dict[str, Any]:
         kind = "SentencePiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizer.json"
         said = f"{kind}, {tokenizer.vocab_size:,} ids"
     except InputError as error:
-        lies_there = any((folder / name).is_file() for name in TOKENIZER_FILES)
-        said = f"none that can be used ({error})" if lies_there else "none"
+        said = f"none that can be used ({error})" if tokenizer_files(folder) else "none"
     return {
         "model": str(opened.path),
         "format": opened.format,

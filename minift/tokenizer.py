@@ -232,6 +232,11 @@ class TextStream:
         return text
 
 
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The bytes of a folder's tokenizer files, by name."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model's folder, beside a model's `.bin` file, or in a tokenizer's own file.
 
@@ -251,7 +256,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     try:
         content = file.read_bytes()
-        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        files = tokenizer_files(folder)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     from minift.tokenizer_json import JsonTokenizer, added_tokens, named_ids, with_added_tokens

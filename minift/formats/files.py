@@ -42,6 +42,11 @@ class Spec:
         return self.dtype.itemsize * self.numel
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without `torch.`, as configs and people write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 Specs = Mapping[str, Spec]
 Read = Callable[[str], Tensor]
 

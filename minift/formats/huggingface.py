@@ -20,7 +20,7 @@ import torch
 
 from minift.config import LlamaConfig, read_json
 from minift.errors import InputError
-from minift.formats.files import Read, Specs, TensorFile
+from minift.formats.files import Read, Specs, TensorFile, dtype_name
 from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors, parameter_shapes
 from minift.formats.safetensors_file import write_safetensors
 
@@ -251,15 +251,13 @@ def _unused_keys(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 def config_json(config: LlamaConfig, dtype: torch.dtype) -> str:
     """The text of a `config.json` for `transformers` 4 and 5."""
-    ends = config.eos_token_ids
     values = {
         **config.to_dict(),
-        "eos_token_id": list(ends) if len(ends) > 1 else ends[0],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "pad_token_id": None,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
         "use_cache": True,
     }
     return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
@@ -301,8 +299,7 @@ def write_huggingface(
         total = sum(spec.nbytes for spec in specs.values())
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    ends = config.eos_token_ids
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": list(ends) if len(ends) > 1 else ends[0]}
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     dtype = next(iter(specs.values())).dtype
     (folder / "config.json").write_text(config_json(config, dtype), encoding="utf-8")

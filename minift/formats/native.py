@@ -10,7 +10,11 @@ from minift.formats.pt_file import write_pt
 
 def open_native(folder: Path) -> Opened:
     """A minift checkpoint. Raises InputError when it is damaged, or does not hold what its config says."""
-    config = LlamaConfig.from_file(folder / "config.json")
+    return open_weights(folder, LlamaConfig.from_file(folder / "config.json"))
+
+
+def open_weights(folder: Path, config: LlamaConfig) -> Opened:
+    """The `model.pt` of a folder, which must hold a model of this shape. Raises InputError as `open_native`."""
     file = open_tensors(folder / "model.pt")
     names = parameter_shapes(config)
     check_names(names, dict.fromkeys(file.specs, file), file.path)

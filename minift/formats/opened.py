@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minift.config import LlamaConfig
 from minift.errors import InputError
-from minift.formats.files import FLOATS, WINDOW, Spec, TensorFile
+from minift.formats.files import FLOATS, WINDOW, Spec, TensorFile, dtype_name
 from minift.formats.pt_file import open_pt
 from minift.formats.safetensors_file import open_safetensors
 from minift.model import Llama
@@ -177,12 +177,15 @@ def check_specs(sources: Mapping[str, Source], config: LlamaConfig, config_file:
         for file in source.files:
             spec = file.specs[source.name]
             if spec.dtype not in FLOATS:
-                dtype = str(spec.dtype).removeprefix("torch.")
-                raise InputError(f"{file.path}: tensor {source.name} holds {dtype}, not floating-point weights")
+                raise InputError(
+                    f"{file.path}: tensor {source.name} holds {dtype_name(spec.dtype)}, not floating-point weights"
+                )
             first = source.files[0].specs[source.name].dtype
             if spec.dtype != first:
-                dtypes = [str(dtype).removeprefix("torch.") for dtype in (spec.dtype, first)]
-                raise InputError(f"{file.path}: tensor {source.name} holds {dtypes[0]}, the other pieces {dtypes[1]}")
+                raise InputError(
+                    f"{file.path}: tensor {source.name} holds {dtype_name(spec.dtype)}, "
+                    f"the other pieces {dtype_name(first)}"
+                )
             pieces = 1 if source.replicated else len(source.files)
             piece = [n / pieces if i == source.axis else n for i, n in enumerate(wanted)]
             if list(spec.shape) != piece:
