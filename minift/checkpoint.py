@@ -2,16 +2,18 @@
 
 A minift checkpoint is a folder of `config.json` (the shape, under Hugging Face's names), `model.pt` (the weights) and
 the tokenizer's files; what other programs write is read as well (`formats/`). A step folder, `step_000300/`, is such a
-checkpoint and, beside it, `training.pt`: the optimizer's moments, the scaler, the step and the data's place, all that
-the loop needs to go on as if it had not been stopped.
+checkpoint and, beside it, `training.pt`: the optimizer's moments, the scaler, the step, the data's place and the state
+of torch's random numbers, all that the loop needs to go on as if it had not been stopped.
 
 Every folder is written under another name, flushed to the disk and then renamed, so a run that is killed in the middle
-of a save leaves the older checkpoint, never half of a new one. Files are read with `weights_only=True`: a checkpoint
-is data, and cannot run code.
+of a save leaves the older checkpoint, never half of a new one. A step folder carries checksums of its files, and is
+held against them before anything is resumed: a damaged one is passed over for the one before it. Files are read with
+`weights_only=True`: a checkpoint is data, and cannot run code.
 
 Read next: `generate.py`.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -34,6 +36,8 @@ from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 
 if TYPE_CHECKING:
     from minift.train import TrainState
+
+CHECKSUMS = "SHA256SUMS"  # of a step folder: a checksum for each of its files, for `sha256sum -c`, too
 
 
 def save_model(
@@ -93,8 +97,12 @@ def load_model(
     return model.eval()
 
 
-def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None) -> Path:
-    """Write `step_NNNNNN/` into a run's folder. Raises RunError when the disk refuses."""
+def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep: int = 0) -> Path:
+    """Write `step_NNNNNN/` into a run's folder, then remove all but the `keep` newest (0: keep all).
+
+    Raises:
+        RunError: when the disk refuses.
+    """
     folder = run / f"step_{state.step:06d}"
 
     def write(partial: Path) -> None:
@@ -104,10 +112,17 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None) -> Pa
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "batches": state.batches.state_dict(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": _cuda_rng_states()},
         }
         _save(training, partial / "training.pt")
+        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
+        (partial / CHECKSUMS).write_text("".join(sums))
 
     write_folder(folder, write)
+    for old in step_folders(run)[keep:] if keep else []:
+        gone = old.with_name(f".{old.name}.old")  # a folder that is being removed has no step's name any more
+        old.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
     return folder
 
 
@@ -126,14 +141,53 @@ def load_step(folder: Path, state: "TrainState") -> None:
         state.scaler.load_state_dict(training["scaler"])
         state.batches.load_state_dict(training["batches"])
         state.step = training["step"]
+        torch.set_rng_state(training["random"]["cpu"])
+        if len(training["random"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(training["random"]["cuda"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{folder / 'training.pt'}: not the state of such a run: {error}") from None
 
 
-def newest_step(run: Path) -> Path | None:
-    """The step folder with the highest number, or None."""
+def step_folders(run: Path) -> list[Path]:
+    """The step folders of a run, the newest first."""
     folders = [folder for folder in run.glob("step_*") if folder.is_dir() and folder.name[5:].isdecimal()]
-    return max(folders, key=lambda folder: int(folder.name[5:]), default=None)
+    return sorted(folders, key=lambda folder: int(folder.name[5:]), reverse=True)
+
+
+def check_step(folder: Path) -> None:
+    """Hold a step folder's files against its checksums, as `sha256sum -c SHA256SUMS` does.
+
+    Raises:
+        InputError: for a damaged or missing file, by name.
+    """
+    sums = folder / CHECKSUMS
+    try:
+        lines = [line.split("  ", 1) for line in sums.read_text().splitlines()]
+        if not lines or any(len(line) != 2 or Path(line[1]).name != line[1] for line in lines):
+            raise InputError(f"{sums}: damaged")
+        for checksum, name in lines:
+            if _sha256(folder / name) != checksum:
+                raise InputError(f"{folder / name}: damaged: its checksum is not that of {CHECKSUMS}")
+    except OSError as error:
+        raise InputError(f"{error.filename or sums}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{sums}: damaged") from None
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a killed run had begun to write, or to remove."""
+    for pattern in (".*.partial", ".*.old"):
+        for left in run.glob(pattern):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _cuda_rng_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _write_model(

@@ -11,26 +11,22 @@ uses them, so `--help` answers at once.
 import argparse
 import dataclasses
 import io
-import json
 import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from minift import __version__
+from minift.cli_data import add_data, add_tokenizer
+from minift.cli_parts import MODEL_HELP, Parser, add_command, one_line, write_json
 from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_path
 from minift.errors import InputError, RunError
-from minift.report import number, samples, shorten, size, table
-
-MODEL_HELP = (
-    "a model of any format (a minift, Hugging Face or Meta folder, a llama2.c .bin), "
-    "or `bundled` for the base that comes with minift"
-)
+from minift.report import number, samples, size, table
 
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -44,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(argv))
         return options.pop("run")(options)
     except InputError as error:
-        print(f"minift: error: {_one_line(error)}", file=sys.stderr)
+        print(f"minift: error: {one_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"minift: error: {_one_line(error)}", file=sys.stderr)
+        print(f"minift: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("minift: interrupted", file=sys.stderr)
@@ -56,22 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a file that may not be read
-        print(f"minift: error: {_one_line(error)}", file=sys.stderr)
+        print(f"minift: error: {one_line(error)}", file=sys.stderr)
         return 1
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose error is one line, as every other error of minift is."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="minift", description="Finetune a Llama, every step explicit.")
+    parser = Parser(prog="minift", description="Finetune a Llama, every step explicit.")
     parser.add_argument("--version", action="version", version=f"minift {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_finetune(commands)
@@ -81,15 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_convert(commands)
     _add_info(commands)
-    _add_tokenizer(commands)
-    _add_data(commands)
+    add_tokenizer(commands)
+    add_data(commands)
     return parser
-
-
-def _command(commands: Any, name: str, run: Callable[[dict[str, Any]], int], text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
-    return command
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -103,7 +83,7 @@ def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, wi
         if item.name in without:
             continue
         flag, default = "--" + item.name.replace("_", "-"), getattr(defaults, item.name)
-        text = item.metadata["help"] + ("" if default is None else f" (default: {default})")
+        text = item.metadata["help"].replace("%", "%%") + ("" if default is None else f" (default: {default})")
         kind = next(kind for kind in (*get_args(hints[item.name]), hints[item.name]) if kind is not type(None))
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
@@ -113,7 +93,7 @@ def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, wi
 
 
 def _add_finetune(commands: Any) -> None:
-    command = _command(commands, "finetune", _finetune, "finetune all the weights of a model on instruction pairs")
+    command = add_command(commands, "finetune", _finetune, "finetune all the weights of a model on instruction pairs")
     given = argparse.SUPPRESS
     command.add_argument("--model", default=given, metavar="DIR", help=f"{MODEL_HELP} (default: bundled)")
     command.add_argument(
@@ -124,20 +104,22 @@ def _add_finetune(commands: Any) -> None:
     )
     command.add_argument("--out", default="runs/finetune", metavar="DIR", help="the run's folder (runs/finetune)")
     command.add_argument("--resume", action="store_true", help="continue the run that --out holds")
-    _add_train_flags(command, FINETUNE)
+    _add_train_flags(command, FINETUNE, without=("isolate", "shuffle_buffer", "workers"))  # those are for pages
 
 
 def _add_pretrain(commands: Any) -> None:
-    command = _command(commands, "pretrain", _pretrain, "train a model with random weights on pages of text")
+    command = add_command(commands, "pretrain", _pretrain, "train a model with random weights on pages of text")
     given = argparse.SUPPRESS
     command.add_argument("--config", default=given, metavar="NAME|FILE", help="a preset's name, or a config.json")
-    command.add_argument("--data", nargs="+", default=given, metavar="GLOB", help="pages: JSON Lines, plain or .gz")
+    command.add_argument(
+        "--data", nargs="+", default=given, metavar="GLOB", help="pages: JSON Lines or text, packed or not"
+    )
     command.add_argument("--tokenizer", default=given, metavar="FILE", help="a tokenizer.model, or its folder")
     command.add_argument("--validation", nargs="+", default=given, metavar="GLOB", help="held-out pages (none)")
     command.add_argument("--text-field", default=given, metavar="NAME", help="key of a page's text (text)")
     command.add_argument("--out", default="runs/pretrain", metavar="DIR", help="the run's folder (runs/pretrain)")
     command.add_argument("--resume", action="store_true", help="continue the run that --out holds")
-    _add_train_flags(command, PRETRAIN, without=("template",))  # pages have none
+    _add_train_flags(command, PRETRAIN, without=("template", "pack"))  # those are for pairs
 
 
 def _finetune(options: dict[str, Any]) -> int:
@@ -188,12 +170,16 @@ def _train_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resumed(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
-    """The settings of the run in `out`. A flag that says otherwise is refused: it would be another run."""
+    """The settings of the run in `out`. A flag that says otherwise is refused: it would be another run.
+
+    Only those may differ that change no result: a run that bears nothing may go on as one that does.
+    """
     from minift.jobs import read_run
 
     found, inputs, config = read_run(out)
     if found != name:
         raise InputError(f"{out}: holds a {found} run; continue it with minift {found} --resume --out {out}")
+    config = config.replace(**{flag: options.pop(flag) for flag in ("workers", "keep", "strict") if flag in options})
     settings = {**inputs, **config.to_dict()}
     for flag, value in options.items():
         if flag == "model":
@@ -213,7 +199,7 @@ def _say_resume(name: str, out: Path) -> int:
 
 
 def _add_generate(commands: Any) -> None:
-    command = _command(commands, "generate", _generate, "let a model continue a prompt; prints what it adds")
+    command = add_command(commands, "generate", _generate, "let a model continue a prompt; prints what it adds")
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
     command.add_argument("--prompt", required=True, metavar="TEXT")
     command.add_argument("--template", default="plain", metavar="NAME", help="put the prompt into a template (plain)")
@@ -260,7 +246,7 @@ def _generate(options: dict[str, Any]) -> int:
 
 
 def _add_compare(commands: Any) -> None:
-    command = _command(commands, "compare", _compare, "two models side by side on held-out pairs")
+    command = add_command(commands, "compare", _compare, "two models side by side on held-out pairs")
     command.add_argument("before", metavar="BEFORE", help=MODEL_HELP)
     command.add_argument("after", metavar="AFTER", help=MODEL_HELP)
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="held-out pairs, JSON Lines")
@@ -280,12 +266,12 @@ def _compare(options: dict[str, Any]) -> int:
     before, after = (_load(options[name], options["device"]) for name in ("before", "after"))
     result = {"template": template, **compare(before, after, pairs, TEMPLATES[template])}
     print(f"{table(result)}\n\n{samples(result, options['show'])}")
-    _write_json(options["json"], result)
+    write_json(options["json"], result)
     return 0
 
 
 def _add_evaluate(commands: Any) -> None:
-    command = _command(commands, "evaluate", _evaluate, "score a model on held-out pairs, or on pages")
+    command = add_command(commands, "evaluate", _evaluate, "score a model on held-out pairs, or on pages")
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="JSON Lines of pairs, or of pages")
     command.add_argument("--template", default="auto", metavar="NAME")
@@ -298,7 +284,8 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(options: dict[str, Any]) -> int:
     from minift.evaluate import evaluate, make_questions, page_likelihood
     from minift.prompts import TEMPLATES, choose_template, has_pair, read_all_pairs
-    from minift.stream import DocumentStream, find_files, read_records
+    from minift.records import Skipped, find_files, read_records
+    from minift.stream import DocumentStream
 
     model, tokenizer = _load(options["model"], options["device"])
     positions = model.config.max_position_embeddings
@@ -306,7 +293,7 @@ def _evaluate(options: dict[str, Any]) -> int:
     check_number("max_length", window, least=1, below=positions + 1)
     first = next(read_records(find_files(options["data"])[0]), None)
     if first is not None and not has_pair(first) and options["text_field"] in first.values:
-        stream = DocumentStream(options["data"], options["text_field"], epochs=1)
+        stream = DocumentStream(options["data"], options["text_field"], epochs=1, skipped=Skipped())
         scores: dict[str, Any] = page_likelihood(model, stream, tokenizer, window).scores()
     else:
         pairs = read_all_pairs(options["data"])
@@ -316,7 +303,7 @@ def _evaluate(options: dict[str, Any]) -> int:
         scores["skipped"] = skipped
     for name, value in scores.items():
         print(f"{name:<16}{number(value)}")
-    _write_json(options["json"], scores)
+    write_json(options["json"], scores)
     return 0
 
 
@@ -324,7 +311,7 @@ def _evaluate(options: dict[str, Any]) -> int:
 
 
 def _add_convert(commands: Any) -> None:
-    command = _command(commands, "convert", _convert, "write a model in another format")
+    command = add_command(commands, "convert", _convert, "write a model in another format")
     command.add_argument("source", metavar="SRC", help=MODEL_HELP)
     command.add_argument("destination", metavar="DST", help="a folder to make; for llama2c a file")
     command.add_argument("--to", required=True, metavar="native|hf|meta|llama2c")
@@ -361,7 +348,7 @@ def _convert(options: dict[str, Any]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     for note in result.notes:
-        print(f"note: {_one_line(note)}", file=sys.stderr)
+        print(f"note: {one_line(note)}", file=sys.stderr)
     total, nbytes = (sum(getattr(spec, what) for spec in result.specs.values()) for what in ("numel", "nbytes"))
     kinds = " and ".join(sorted({dtype_name(spec.dtype) for spec in result.specs.values()}))
     print(f"saved: {out} ({options['to']}, from {result.opened.format}; {total:,} parameters, {kinds}, {size(nbytes)})")
@@ -369,7 +356,7 @@ def _convert(options: dict[str, Any]) -> int:
 
 
 def _add_info(commands: Any) -> None:
-    command = _command(commands, "info", _info, "what a model is, and what it costs: parameters, FLOPs, memory")
+    command = add_command(commands, "info", _info, "what a model is, and what it costs: parameters, FLOPs, memory")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", metavar="DIR", help=MODEL_HELP)
     which.add_argument("--config", metavar="NAME|FILE", help="only a shape: a preset's name, or a config.json")
@@ -396,83 +383,11 @@ def _info(options: dict[str, Any]) -> int:
         device,
     )
     print(info_text(result))
-    _write_json(options["json"], result)
+    write_json(options["json"], result)
     return 0
 
 
-# Tokenizer and data ---------------------------------------------------------------------------------------------------
-
-
-def _add_tokenizer(commands: Any) -> None:
-    parser = commands.add_parser("tokenizer", help="train a tokenizer, or look at what one does")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    train = _command(verbs, "train", _tokenizer_train, "make a BPE vocabulary from pages")
-    train.add_argument("--data", nargs="+", required=True, metavar="GLOB", help="pages: JSON Lines, plain or .gz")
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N")
-    train.add_argument("--text-field", default="text", metavar="NAME", help="key of a page's text (text)")
-    train.add_argument("--out", required=True, metavar="FILE", help="where to write the tokenizer.model")
-    show = _command(verbs, "show", _tokenizer_show, "the pieces and ids of a text")
-    show.add_argument("text", metavar="TEXT")
-    show.add_argument("--model", default="bundled", metavar="DIR|FILE", help=f"{MODEL_HELP}, or a tokenizer.model")
-
-
-def _tokenizer_train(options: dict[str, Any]) -> int:
-    from minift.stream import DocumentStream
-    from minift.tokenizer import train_tokenizer
-
-    out = Path(options["out"])
-    if out.exists():
-        raise InputError(f"{out}: exists; choose another --out")
-    stream = DocumentStream(options["data"], options["text_field"], epochs=1)
-    tokenizer = train_tokenizer(stream, options["vocab_size"])
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(tokenizer.files["tokenizer.model"])
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
-    print(f"saved: {out} ({tokenizer.vocab_size} pieces)")
-    return 0
-
-
-def _tokenizer_show(options: dict[str, Any]) -> int:
-    from minift.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(model_path(options["model"]))
-    ids = tokenizer.encode(options["text"])
-    for id, piece in zip(ids, tokenizer.pieces(ids), strict=True):
-        print(f"{id:>6}  {piece}")
-    print(f"{len(ids)} ids, {len(options['text'])} characters, vocabulary of {tokenizer.vocab_size}")
-    return 0
-
-
-def _add_data(commands: Any) -> None:
-    parser = commands.add_parser("data", help="look at data")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    peek = _command(verbs, "peek", _data_peek, "the first records of a corpus of any size, at once")
-    peek.add_argument("data", nargs="+", metavar="GLOB", help="files, globs or folders of JSON Lines, plain or .gz")
-    peek.add_argument("-n", type=int, default=5, metavar="N", help="records to show (5)")
-    peek.add_argument("--full", action="store_true", help="do not shorten long texts")
-
-
-def _data_peek(options: dict[str, Any]) -> int:
-    from itertools import islice
-
-    from minift.stream import find_files, read_records
-
-    check_number("-n", options["n"], least=1)
-    records = chain.from_iterable(read_records(file) for file in find_files(options["data"]))
-    shown = list(islice(records, options["n"]))
-    for record in shown:
-        print(record.where)
-        for key, value in record.values.items():
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            print(f"  {key}: {text if options['full'] else shorten(text, 300)}")
-    if not shown:
-        raise InputError(f"{options['data'][0]}: holds no records")
-    return 0
-
-
-# Printing and loading -------------------------------------------------------------------------------------------------
+# Loading -------------------------------------------------------------------------------------------------
 
 
 def _load(name: str, device: str) -> Any:
@@ -486,18 +401,3 @@ def _load(name: str, device: str) -> Any:
     model, tokenizer = load_model(path, device=where), load_tokenizer(path)
     check_fit(model.config, tokenizer)
     return model, tokenizer
-
-
-def _write_json(file: str | None, values: dict[str, Any]) -> None:
-    if file is None:
-        return
-    try:
-        Path(file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
-
-
-def _one_line(text: object) -> str:
-    """Words on one line; characters that a terminal would obey or hide (they may come from a file) are spelled out."""
-    words = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)

@@ -281,13 +281,15 @@ class TrainConfig:
     compile: bool = _flag(False, "compile the model with torch.compile (pays on long runs)")
     checkpoint_activations: bool = _flag(False, "recompute activations in the backward pass: less memory, more time")
     loss_chunk: int = _flag(2_048, "targets whose logits exist at the same time", least=1)
-    seed: int = _flag(
-        0, "seed of the order of pairs and of what is held out; for pretraining, of the first weights", least=0
-    )
+    seed: int = _flag(0, "seed of the data's order, of what is held out, and of random first weights", least=0)
+    pack: bool = _flag(True, "put several short pairs into a row, each isolated from the others")
+    isolate: bool = _flag(False, "keep the pages of a row apart, in attention and positions")
+    shuffle_buffer: int = _flag(10_000, "pages from which the next one is drawn; 0: in the order of the files", least=0)
+    workers: int = _flag(0, "processes that encode text; 0 does it between the steps (it changes no result)", least=0)
+    strict: bool = _flag(False, "stop at the first unusable record, instead of skipping up to 1 % of them")
     eval_every: int = _flag(0, "steps between evaluations on the held-out split; 0: only at the end", least=0)
-    save_every: int = _flag(
-        0, "steps between resumable checkpoints, which are all kept; 0: only when interrupted", least=0
-    )
+    save_every: int = _flag(0, "steps between resumable checkpoints; 0: only when interrupted", least=0)
+    keep: int = _flag(0, "resumable checkpoints to keep, the newest; 0: all", least=0)
     save_format: str = _flag(
         "native", "what final/ is: native, or a Hugging Face folder (needs the hf extra)", choices=SAVE_FORMATS
     )

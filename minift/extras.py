@@ -5,7 +5,7 @@ from types import ModuleType
 
 from minift.errors import InputError
 
-_PACKAGES = {"hf": ("safetensors", "tokenizers")}  # of each extra, as in pyproject.toml
+_PACKAGES = {"hf": ("safetensors", "tokenizers"), "zstd": ("zstandard",)}  # of each extra, as in pyproject.toml
 
 
 def need(package: str, extra: str, what: str) -> ModuleType:

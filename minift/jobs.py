@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from minift.checkpoint import load_model, load_step, newest_step, save_model
+from minift.checkpoint import check_step, load_model, load_step, remove_leftovers, save_model, step_folders
 from minift.config import LlamaConfig, TrainConfig, bundled, model_path, read_json
+from minift.encode import encode_documents
 from minift.errors import InputError, RunError
 from minift.evaluate import compare
 from minift.extras import need
@@ -33,6 +34,7 @@ from minift.formats import shape_named
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
 from minift.prompts import TEMPLATES, Pair, choose_template, read_all_pairs
+from minift.records import STDIN, Skipped
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
 from minift.train import Plan, TrainState, check_compiler, choose_device, choose_dtype, start_state, train
@@ -99,7 +101,8 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     device, config = _machine(config)
     if not resume:
         check_free(out)
-    pairs, held_out = _split(read_all_pairs(job.data), job.test, config.seed)
+    skipped = Skipped(config.strict, quiet=True)  # they are all read at once, and reported together
+    pairs, held_out = _split(read_all_pairs(job.data, skipped), job.test, config.seed)
     template_name = choose_template(config.template, [*pairs, *held_out])
     template = TEMPLATES[template_name]
     config = config.replace(template=template_name)
@@ -114,7 +117,9 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     print(f"{job.model}: {_count(model):,} parameters, all of them trained, on {device.type} in {config.dtype}")
     print(f"{len(examples):,} pairs to train on ({cut} cut to {config.max_length} tokens, {dropped} dropped)")
     print(f"{len(held_out):,} pairs held out ({unseen_dropped} without a target); template {template_name}")
-    batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed)
+    if skipped.skipped:
+        print(skipped)
+    batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack)
     state = start_state(model, batches, config)
     plan = Plan.make(config, len(batches))
     groups = [unseen[i : i + config.batch_size] for i in range(0, len(unseen), config.batch_size)]
@@ -150,9 +155,13 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     tokenizer = load_tokenizer(job.tokenizer)
     check_fit(shape, tokenizer, exact=True)
     _check_length(config, shape)
-    # The first document is read before anything is written: an empty or unreadable corpus fails here.
-    next(iter(DocumentStream(job.data, job.text_field)))
-    batches = PageBatches(DocumentStream(job.data, job.text_field), tokenizer, config.batch_size, config.max_length)
+    skipped = Skipped(config.strict)
+    stream = DocumentStream(job.data, job.text_field, None, config.seed, config.shuffle_buffer, skipped)
+    batches = PageBatches(
+        stream, tokenizer, config.batch_size, config.max_length, isolate=config.isolate, workers=config.workers
+    )
+    if STDIN not in stream.files:  # an empty or unreadable corpus fails before anything is written
+        next(iter(DocumentStream(job.data, job.text_field, skipped=Skipped(config.strict, quiet=True))))
     validation = _page_validation(job, tokenizer, config)
     per_epoch = 0.0 if config.steps else _count_micro_batches(job, tokenizer, config)
     plan = Plan.make(config, per_epoch)
@@ -162,7 +171,10 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     model.to(device)
     print(f"{job.config}: {_count(model):,} parameters, from random weights, on {device.type} in {config.dtype}")
     state = start_state(model, batches, config)
-    return _run("pretrain", job, config, plan, state, tokenizer, validation, out, resume)
+    done = _run("pretrain", job, config, plan, state, tokenizer, validation, out, resume)
+    if skipped.skipped:
+        print(skipped)
+    return done
 
 
 def read_run(out: Path) -> tuple[str, dict[str, Any], TrainConfig]:
@@ -199,7 +211,8 @@ def _run(
     if resume:
         if (out / "final").is_dir():
             return True
-        folder = newest_step(out)
+        remove_leftovers(out)
+        folder = _newest_whole_step(out)
         if folder is not None:
             load_step(folder, state)
         _cut_metrics(out / "metrics.jsonl", state.step)
@@ -212,6 +225,25 @@ def _run(
         return False
     save_model(out / "final", state.model, tokenizer, format=config.save_format)
     return True
+
+
+def _newest_whole_step(out: Path) -> Path | None:
+    """The newest step folder that is not damaged; None when there is no step folder.
+
+    Raises:
+        InputError: when all of them are damaged: to begin again is not what `--resume` is for.
+    """
+    damaged = None
+    for folder in step_folders(out):
+        try:
+            check_step(folder)
+            return folder
+        except InputError as error:
+            print(f"passed over: {error}")
+            damaged = error
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 def _machine(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
@@ -272,8 +304,9 @@ def _check_length(config: TrainConfig, shape: LlamaConfig) -> None:
 def _page_validation(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
     if not job.validation:
         return []
-    stream = DocumentStream(job.validation, job.text_field, epochs=1)
-    rows = list(islice(PageBatches(stream, tokenizer, 1, config.max_length), VALIDATION_ROWS))
+    stream = DocumentStream(job.validation, job.text_field, epochs=1, skipped=Skipped(config.strict))
+    batches = PageBatches(stream, tokenizer, 1, config.max_length, isolate=config.isolate)
+    rows = list(islice(batches, VALIDATION_ROWS))
     if not rows:
         raise InputError(f"{job.validation[0]}: too little text for a row of {config.max_length} tokens")
     return rows
@@ -281,8 +314,10 @@ def _page_validation(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig
 
 def _count_micro_batches(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> float:
     """How many micro-batches one pass over the pages makes: they are read once to know how long an epoch is."""
-    stream = DocumentStream(job.data, job.text_field, epochs=1)
-    ids = sum(len(tokenizer.encode(text, bos=True, eos=True, special=False)) for text in stream)
+    stream = DocumentStream(job.data, job.text_field, epochs=1, skipped=Skipped(config.strict, quiet=True))
+    if STDIN in stream.files:
+        raise InputError("how long an epoch of standard input is cannot be known before; give --steps")
+    ids = sum(len(chunk.ids) for chunk in encode_documents(stream, tokenizer, config.workers))
     return ids / (config.batch_size * config.max_length)
 
 

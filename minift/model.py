@@ -17,16 +17,22 @@ Sources: Touvron et al., "Llama 2" (arXiv 2307.09288); "The Llama 3 Herd of Mode
 Every operation has a slow, obvious twin in `reference.py`. Read next: `loss.py`.
 """
 
+import functools
 import math
 from contextlib import nullcontext
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from minift.config import LlamaConfig, RopeScaling
 from minift.errors import InputError
+
+Mask: TypeAlias = Tensor | BlockMask | None  # where attention may go; None: to every earlier token
+FLEX_LENGTH = 512  # tokens of a row from which FlexAttention pays on a GPU: it has to be compiled first
 
 
 class RMSNorm(nn.Module):
@@ -123,7 +129,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """softmax(q·kᵀ / √C) v by PyTorch's fused kernels, which never hold the [T, S] weights.
 
     On a CPU the backward pass of the bfloat16 kernel takes 1.3 (rows of 256) to 7 times (rows of 64) as long as the
@@ -131,12 +137,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
     Args:
         query: [B, H, T, C]; key, value: [B, K, S, C].
-        mask: bool [B, 1, T, S], or None for plain causal attention.
+        mask: bool [B, 1, T, S]; or the same as blocks (see `block_mask`); or None for plain causal attention.
 
     Returns:
         [B, H, T, C], in value's dtype.
     """
     dtype, shared = value.dtype, query.shape[1] // key.shape[1]
+    if isinstance(mask, BlockMask):
+        return _flex_attention(query.device.type)(query, key, value, block_mask=mask, enable_gqa=shared > 1)
     if query.device.type == "cuda" and shared > 1 and (mask is not None or dtype == torch.float32):
         # No fused CUDA kernel takes shared heads together with a mask, or in float32: give each query head its own.
         key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
@@ -153,6 +161,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
             enable_gqa=shared > 1,
         )
     return mixed.to(dtype)
+
+
+def block_mask(document_ids: Tensor) -> BlockMask:
+    """Causal attention inside documents, for FlexAttention: blocks of the mask that are all False are never computed.
+
+    A row of many short documents then costs little more than the documents do, where a mask of T² booleans costs the
+    whole square. Source: Dong et al., "Flex Attention" (arXiv 2412.05496).
+
+    Args:
+        document_ids: int64 [B, T].
+    """
+
+    def visible(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (document_ids[b, query] == document_ids[b, key])
+
+    B, T = document_ids.shape
+    return create_block_mask(visible, B, None, T, T, device=document_ids.device)
+
+
+@functools.cache
+def _flex_attention(device: str) -> Any:
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # on a CPU: only its plain definition
 
 
 class KVCache:
@@ -205,7 +235,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, K * C)
         self.o_proj = Linear(H * C, D)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
         """[B, T, D] → [B, T, D]. `mask` is bool [B, 1, T, S], True where attention may go; None: plain causal."""
         B, T, _ = x.shape
         query = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, C]
@@ -243,7 +273,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
         """[B, T, D] → [B, T, D]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -328,7 +358,11 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        mask = self._mask(tokens.shape[1], past, document_ids, cache, tokens.device)
+        mask: Mask
+        if document_ids is not None and cache is None and self._flex_pays(tokens):
+            mask = block_mask(document_ids)
+        else:
+            mask = self._mask(tokens.shape[1], past, document_ids, cache, tokens.device)
         x = self.embed_tokens(tokens)  # [B, T, D]
         for layer in self.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -352,3 +386,8 @@ class Llama(nn.Module):
             return causal[None, None]
         keys = document_ids if cache is None else cache.append_documents(document_ids)  # [B, S]
         return (causal & (document_ids[:, :, None] == keys[:, None, :]))[:, None]  # [B, 1, T, S]
+
+    def _flex_pays(self, tokens: Tensor) -> bool:
+        """Whether FlexAttention has kernels for this (on a GPU, no narrow heads), and rows are long enough for it."""
+        can = tokens.device.type == "cuda" and self.config.head_dim >= 16 and self.norm.weight.dtype != torch.float64
+        return can and tokens.shape[1] >= FLEX_LENGTH

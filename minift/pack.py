@@ -20,16 +20,21 @@ isolation, one behind the other, as is usual in pretraining.
 Read next: `model.py`.
 """
 
+import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from minift.encode import encode_documents
 from minift.errors import InputError
 from minift.prompts import Pair, Template
-from minift.stream import DocumentStream
+from minift.stream import DocumentStream, check_settings
 from minift.tokenizer import Tokenizer
 
 IGNORE = -100  # the target of a position that is not to be learned; the value PyTorch's cross-entropy skips
@@ -126,8 +131,9 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
             work on aligned rows). It changes no loss.
         pack: put several short examples in a row (isolated), or one in each.
     """
-    T = length or -(-max(map(len, examples)) // 8) * 8
+    T = length or -(-max(map(len, examples), default=1) // 8) * 8
     rows = _first_fit(examples, T) if pack else [[example] for example in examples]
+    rows = rows or [[]]  # no example at all: a rank's share of a small batch
     B = len(rows)
     tokens = torch.full((B, T), pad_id)
     targets = torch.full((B, T), IGNORE)
@@ -170,14 +176,28 @@ class PairBatches:
 
     The order of an epoch is a function of (seed, epoch) alone, so the whole state is two integers. The last batch of
     an epoch may be smaller; `len()` is the number of batches in an epoch.
+
+    Args:
+        batch_size: examples in a batch of all ranks together, `world` times that of one.
+        rank, world: which of how many processes this is: it gets every `world`-th example of each batch.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, pad_id: int, seed: int, pack: bool = True):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        pack: bool = True,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.examples = examples
         self.batch_size = batch_size
         self.pad_id = pad_id
         self.seed = seed
         self.pack = pack
+        self.rank, self.world = rank, world
         self.epoch = 0
         self.position = 0  # batches of this epoch that have been given out
 
@@ -190,7 +210,8 @@ class PairBatches:
             while self.position < len(self):
                 chosen = order[self.position * self.batch_size :][: self.batch_size]
                 self.position += 1
-                yield collate([self.examples[i] for i in chosen], self.pad_id, pack=self.pack)
+                mine = chosen[self.rank :: self.world]
+                yield collate([self.examples[i] for i in mine], self.pad_id, pack=self.pack)
             self.epoch, self.position = self.epoch + 1, 0
 
     def _order(self) -> list[int]:
@@ -198,17 +219,29 @@ class PairBatches:
         return torch.randperm(len(self.examples), generator=generator).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch comes from."""
-        return {"epoch": self.epoch, "position": self.position, "examples": len(self.examples)}
+        """Where the next batch comes from, and of what."""
+        return {"epoch": self.epoch, "position": self.position, "settings": self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the batch that followed when `state` was taken."""
-        if state["examples"] != len(self.examples):
-            raise InputError(
-                f"the run was saved with {state['examples']} pairs to train on, and now there are "
-                f"{len(self.examples)}: the data has changed"
-            )
+        """Continue with the batch that followed when `state` was taken.
+
+        Raises:
+            InputError: when the pairs or a setting are others now; it says which.
+        """
+        check_settings(state["settings"], self._settings)
         self.epoch, self.position = state["epoch"], state["position"]
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        ids = hashlib.sha256()
+        for example in self.examples:
+            ids.update(array("q", [len(example.prompt), *example.prompt, *example.answer]).tobytes())
+        return {
+            "data": f"{len(self.examples)} pairs, checksum {ids.hexdigest()[:16]}",
+            "seed": self.seed,
+            "pack": self.pack,
+            "batch_size": self.batch_size,
+        }
 
 
 class PageBatches:
@@ -216,40 +249,105 @@ class PageBatches:
 
     Rows follow each other without a gap: a row's last target is the next row's first token, so that every id of the
     corpus is a target once (but the very first). What does not fill a batch at the end of the stream is left over.
+
+    Isolated, each document has its own positions and attention, as if it stood alone, and the first token of a document
+    is nobody's target. The part of a document behind a row's end then starts anew.
+
+    The rows are a function of the stream alone. `workers` processes encode texts, and what they give back is put into
+    the order in which it was handed out. All ranks encode all documents and each takes its rows of every batch: where
+    a row begins depends on how long all documents before it are, and text is encoded much faster than it is learned.
+
+    Args:
+        batch_size: rows in a batch of all ranks together, `world` times that of one.
+        length: tokens of a row.
+        isolate: keep the documents of a row apart.
+        workers: processes that encode; 0 does it in this one.
+        rank, world: which of how many processes this is.
+
+    Raises:
+        InputError: when `world` does not divide `batch_size`; from iterating, what the stream raises.
+        RunError: from iterating, when a worker dies.
     """
 
-    def __init__(self, stream: DocumentStream, tokenizer: Tokenizer, batch_size: int, length: int):
+    def __init__(
+        self,
+        stream: DocumentStream,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        length: int,
+        isolate: bool = False,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if batch_size % world:
+            raise InputError(f"batch_size {batch_size} is not a multiple of the {world} processes that share it")
         self.stream = stream
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.length = length
-        self._buffer: list[int] = []  # ids that wait for their row
+        self.isolate = isolate
+        self.workers = workers
+        self.rank, self.world = rank, world
+        self._ids = np.empty(0, np.int32)  # ids that wait for their row …
+        self._firsts = np.empty(0, np.bool_)  # … and which of them are the first of a document
+        self._place = stream.state_dict()  # behind the last document of those
+        self._settings = {
+            "batch_size": batch_size,
+            "max_length": length,
+            "isolate": isolate,
+            "tokenizer": hashlib.sha256(b"".join(dict(tokenizer.files).values())).hexdigest()[:16],
+        }
 
     def __iter__(self) -> Iterator[Batch]:
-        needed = self.batch_size * self.length
-        for text in self.stream:
-            self._buffer += self.tokenizer.encode(text, bos=True, eos=True, special=False)
-            while len(self._buffer) > needed:
-                ids = torch.tensor(self._buffer[: needed + 1])
-                del self._buffer[:needed]
-                yield self._batch(ids)
+        self.stream.load_state_dict(self._place)  # it may have been read on, for workers that had nothing to do
+        size = self.batch_size * self.length
+        for chunk in encode_documents(self.stream, self.tokenizer, self.workers):
+            firsts = np.zeros(len(chunk.ids), np.bool_)
+            firsts[np.cumsum(chunk.lengths) - chunk.lengths] = True
+            self._ids = np.concatenate((self._ids, chunk.ids))
+            self._firsts = np.concatenate((self._firsts, firsts))
+            self._place = chunk.place
+            while len(self._ids) > size:
+                batch = self._batch(self._rows(self._ids), self._rows(self._firsts))
+                self._ids, self._firsts = self._ids[size:], self._firsts[size:]
+                yield batch
 
-    def _batch(self, ids: Tensor) -> Batch:
-        shape = (self.batch_size, self.length)
-        return Batch(
-            tokens=ids[:-1].view(shape),
-            targets=ids[1:].view(shape),
-            positions=torch.arange(self.length).expand(shape),
-            document_ids=torch.zeros(shape, dtype=torch.int64),
-            isolated=False,
-            n_targets=len(ids) - 1,
-        )
+    def _rows(self, values: "np.ndarray[Any, Any]") -> Tensor:
+        """[B, T + 1]: this rank's rows of the next batch, each with the first token of the row behind it."""
+        B, T = self.batch_size // self.world, self.length
+        mine = torch.from_numpy(values[self.rank * B * T : (self.rank + 1) * B * T + 1])
+        return mine.unfold(0, T + 1, T)
+
+    def _batch(self, ids: Tensor, firsts: Tensor) -> Batch:
+        tokens, targets = ids[:, :-1].long(), ids[:, 1:].long()
+        places = torch.arange(self.length).expand(tokens.shape)
+        if not self.isolate:
+            return Batch(tokens, targets, places, torch.zeros_like(tokens), isolated=False, n_targets=targets.numel())
+        starts = firsts[:, :-1].clone()
+        starts[:, 0] = True  # what began in the row before begins here for a second time
+        document_ids = starts.cumsum(1) - 1
+        positions = places - torch.where(starts, places, 0).cummax(1).values
+        targets[firsts[:, 1:]] = IGNORE
+        n_targets = int((targets != IGNORE).sum())
+        return Batch(tokens, targets, positions, document_ids, bool(document_ids.any()), n_targets)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch comes from: the stream's place and the ids of the half-filled rows."""
-        return {"stream": self.stream.state_dict(), "buffer": list(self._buffer)}
+        """Where the next batch comes from: the stream's place, and the ids of the half-filled rows."""
+        return {
+            "settings": self._settings,
+            "stream": self._place,
+            "ids": torch.from_numpy(self._ids.copy()),
+            "firsts": torch.from_numpy(self._firsts.copy()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the batch that followed when `state` was taken."""
+        """Continue with the batch that followed when `state` was taken, whatever the number of workers and ranks.
+
+        Raises:
+            InputError: when the files, the tokenizer or a setting are others now; it says which.
+        """
+        check_settings(state["settings"], self._settings)
         self.stream.load_state_dict(state["stream"])
-        self._buffer = list(state["buffer"])
+        self._place = state["stream"]
+        self._ids, self._firsts = state["ids"].numpy(), state["firsts"].numpy()

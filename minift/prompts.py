@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minift.errors import InputError
-from minift.stream import Record, find_files, read_records
+from minift.records import Record, Skipped, find_files, scan
 
 # The names under which data sets hold a question and its answer, in the order in which they are looked for.
 FIELDS = (
@@ -104,26 +104,40 @@ TEMPLATES = {
 }
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """The instruction pairs of a JSON Lines file (plain or .gz), in order.
+def read_pairs(path: str | Path, skipped: Skipped | None = None) -> list[Pair]:
+    """The instruction pairs of a JSON Lines file, in order.
+
+    Args:
+        skipped: counts what cannot be used; by default the first such record is raised.
 
     Raises:
         InputError: for an unreadable file, invalid JSON (`file:line`), a record whose fields are not there or not
-            text, a blank question, or a file without records.
+            text, a blank question, as far as `skipped` does not bear it; for a file without records.
     """
+    skipped = skipped or Skipped(strict=True)
     fields: tuple[str, str] | None = None
     pairs = []
-    for record in read_records(path):
-        fields = fields or find_fields(record)
-        pairs.append(_pair(record, *fields))
+    for item in scan(path):
+        skipped.records += 1
+        try:
+            if isinstance(item, InputError):
+                raise item
+            pair, fields = read_pair(item, fields)
+            pairs.append(pair)
+        except InputError as fault:
+            skipped.add(fault)
     if not pairs:
+        skipped.check()
         raise InputError(f"{path}: holds no records")
     return pairs
 
 
-def read_all_pairs(sources: Iterable[str | Path]) -> list[Pair]:
-    """The pairs of several files, globs or folders. Raises what `find_files` and `read_pairs` raise."""
-    return [pair for file in find_files(sources) for pair in read_pairs(file)]
+def read_all_pairs(sources: Iterable[str | Path], skipped: Skipped | None = None) -> list[Pair]:
+    """The pairs of several files, globs or folders. Raises what `find_files`, `read_pairs` and `skipped` raise."""
+    skipped = skipped or Skipped(strict=True)
+    pairs = [pair for file in find_files(sources) for pair in read_pairs(file, skipped)]
+    skipped.check()
+    return pairs
 
 
 def has_pair(record: Record) -> bool:
@@ -144,7 +158,17 @@ def find_fields(record: Record) -> tuple[str, str]:
     raise InputError(f"{record.where}: no usable fields in {sorted(record.values)}; known: {known}")
 
 
-def _pair(record: Record, question_field: str, answer_field: str) -> Pair:
+def read_pair(record: Record, fields: tuple[str, str] | None = None) -> tuple[Pair, tuple[str, str]]:
+    """The pair of a record, and the names of the fields in which it stood.
+
+    Args:
+        fields: in which it must stand; by default the first of FIELDS that fit.
+
+    Raises:
+        InputError: with `file:line`, when a field is not there or not text, or the question is blank.
+    """
+    question_field, answer_field = fields or find_fields(record)
+
     def text(key: str) -> str:
         value = record.values.get(key)
         if not isinstance(value, str):
@@ -158,13 +182,21 @@ def _pair(record: Record, question_field: str, answer_field: str) -> Pair:
     metric = record.values.get("metric", "")
     if metric not in ("", *METRICS):
         raise InputError(f"{record.where}: metric is {metric!r}; known: {', '.join(METRICS)}")
-    return Pair(
+    pair = Pair(
         question=text(question_field).rstrip(),
         answer=text(answer_field).strip(),
         context=text("input").rstrip() if has_context else "",
         metric=metric,
         where=record.where,
     )
+    return pair, (question_field, answer_field)
+
+
+def templates_for(pair: Pair) -> list[str]:
+    """The templates that a pair may be put into: its own, if its question carries one, or any of the others."""
+    if pair.question.endswith(CARRIED_MARKERS):
+        return ["carried"]
+    return [name for name in TEMPLATES if name != "carried"]
 
 
 def choose_template(name: str, pairs: Sequence[Pair]) -> str:

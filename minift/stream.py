@@ -1,110 +1,33 @@
-"""Files → records and documents, one at a time, so that a corpus larger than memory can be read.
+"""Records → documents in a training run's order: shuffled, epoch after epoch, from any point on.
 
-A web corpus such as C4 comes as shards of JSON Lines, gzipped: one object a line, with a `text`, a `timestamp` and a
-`url`. Nothing here ever holds more than one line. `DocumentStream` adds what a training run needs on top: it goes
-round the shards epoch after epoch and can say where it is (`state_dict`) and go back there (`load_state_dict`).
+A corpus does not fit into memory, so it cannot be shuffled as a whole. Two things together come close to it, and need
+little memory: several shards, drawn by lot, are read at the same time; and what is read goes into a buffer of some
+thousand documents, from which each next one is drawn. (A line can then move by about the buffer's length, and back
+by no more than that.) Every epoch draws anew. Nothing depends on anything but the seed and the data.
 
-    minift data peek 'data/pages/*.json.gz' -n 3
+The place in all this can be saved and found again (`state_dict`): how far each open shard was read, where in the files
+the documents of the buffer stand, the state of the lot. Documents themselves are not saved. They are read again, and
+a checksum of all that was read before tells whether the files are still the same.
+
+    minift pretrain --config stories15m --data 'c4/*.json.gz' --shuffle-buffer 10000 …
 
 Read next: `prompts.py` for instruction pairs, `pack.py` for pages.
 """
 
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from glob import glob
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from minift.errors import InputError
+from minift.records import STDIN, Lines, Record, Skipped, find_files, parse
 
-# JSON can write half of a UTF-16 pair ("\\ud83d" alone); no text encoding can, and no tokenizer can read it.
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One JSON object of a file, and where it stood; lines count from 1."""
-
-    values: dict[str, Any]
-    file: Path
-    line: int
-
-    @property
-    def where(self) -> str:
-        """`file:line`, for messages."""
-        return f"{self.file}:{self.line}"
-
-
-def find_files(sources: Iterable[str | Path]) -> list[Path]:
-    """The data files that `sources` name: files, globs, and folders (everything in them with a known suffix).
-
-    The order is that of `sources`, and sorted by name within a glob or a folder, so it does not depend on the disk.
-
-    Raises:
-        InputError: for a source that names nothing, or a file with an unknown suffix.
-    """
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            found = sorted(entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES))
-        else:
-            found = [path] if path.exists() else sorted(Path(name) for name in glob(str(source)))
-        if not found:
-            raise InputError(f"{source}: no such file, or no data file in it ({', '.join(SUFFIXES)})")
-        files += found
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise InputError(f"{file}: unknown kind of data file; known: {', '.join(SUFFIXES)}")
-    return files
-
-
-def read_records(path: str | Path, skip: int = 0) -> Iterator[Record]:
-    """The JSON objects of one file, plain or gzipped, in order, in the memory of one line. Blank lines are passed over.
-
-    Args:
-        skip: lines at the start that are read but not parsed; a resumed run has seen them.
-
-    Raises:
-        InputError: with `file:line` for a line that is not a JSON object or not UTF-8; with the file when it
-            cannot be read or its gzip data is damaged.
-    """
-    path = Path(path)
-    number = 0
-    try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if number > skip and line.strip():
-                    yield Record(_parse(line, f"{path}:{number}"), path, number)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}:{number + 1}: damaged gzip data: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb")
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: holds {type(values).__name__}, not a JSON object")
-    if b"\\u" in line and _HALF_PAIR.search(json.dumps(values, ensure_ascii=False)):
-        raise InputError(f"{where}: not Unicode text: holds half of a surrogate pair")
-    return values
+OPEN_SHARDS = 8  # shards that are read at the same time when shuffling
+BUFFER_CHARACTERS = 2**26  # of the shuffle buffer: it is full then, however few documents these are
+_SAMPLE = 2**16  # bytes at both ends of a file that tell it from others
 
 
 class DocumentStream:
@@ -114,56 +37,258 @@ class DocumentStream:
         sources: files, globs or folders, see `find_files`.
         text_field: the key whose value is a document's text.
         epochs: passes over the corpus; None goes on for ever.
+        seed: of the order.
+        shuffle_buffer: documents to draw the next one from; 0 reads all in the order in which it stands.
+        skipped: counts what cannot be used; by default the first such record is raised.
 
     Iterating yields texts. `state_dict()` taken between two documents, given to `load_state_dict()` of a stream over
     the same sources, continues with the next document.
 
+    Attributes:
+        epoch: passes completed.
+
     Raises:
-        InputError: from iterating, for a record without text under `text_field` or a corpus without documents.
+        InputError: from iterating, when `skipped` bears no more, or for a corpus without documents.
     """
 
-    def __init__(self, sources: Sequence[str | Path], text_field: str = "text", epochs: int | None = None):
+    def __init__(
+        self,
+        sources: Sequence[str | Path],
+        text_field: str = "text",
+        epochs: int | None = None,
+        seed: int = 0,
+        shuffle_buffer: int = 0,
+        skipped: Skipped | None = None,
+    ):
         self.files = find_files(sources)
         self.text_field = text_field
         self.epochs = epochs
-        self.epoch = 0  # passes completed
-        self._file = 0  # index of the file being read
-        self._line = 0  # lines of it that have been given out
+        self.seed = seed
+        self.shuffle_buffer = shuffle_buffer
+        self.skipped = skipped or Skipped(strict=True)
+        self.epoch = 0
+        self._records: dict[int, int] = {}  # of each file, where it has been read to its end
+        self._restored: dict[str, Any] | None = None  # a state whose files are yet to be read
+        self._begin()
+
+    def _begin(self) -> None:
+        """Be at the beginning of an epoch."""
+        self._random = random.Random(f"{self.seed}, epoch {self.epoch}")
+        self._order = list(range(len(self.files)))
+        if self.shuffle_buffer:
+            self._random.shuffle(self._order)
+        self._opened = 0  # shards of the order that have been opened
+        self._shards: list[_Shard] = []
+        self._places: list[tuple[int, int]] = []  # of the buffer's documents: the file, and the line in it
+        self._texts: list[str] = []  # … and they themselves
+        self._characters = 0
+        self._given = 0  # documents of this epoch
 
     def __iter__(self) -> Iterator[str]:
+        if self._restored is not None:
+            self._reopen(self._restored)
         while self.epochs is None or self.epoch < self.epochs:
-            nothing = (self._file, self._line) == (0, 0)
-            while self._file < len(self.files):
-                for record in read_records(self.files[self._file], skip=self._line):
-                    self._line = record.line
-                    nothing = False
-                    yield self._text(record)
-                self._file, self._line = self._file + 1, 0
-            if nothing:
+            while (text := self._draw()) is not None:
+                self._given += 1
+                yield text
+            self.skipped.check()
+            if not self._given:
                 raise InputError(f"{self.files[0]}: the corpus holds no documents")
-            self.epoch, self._file = self.epoch + 1, 0
+            if STDIN in self.files and self.epochs != self.epoch + 1:
+                raise InputError(f"standard input ended after {self._given:,} documents, and cannot be read again")
+            self.epoch += 1
+            self._begin()
+
+    def _draw(self) -> str | None:
+        """The next document; None at the end of an epoch, when the buffer is empty."""
+        size = max(1, self.shuffle_buffer)
+        while len(self._texts) < size and self._characters < BUFFER_CHARACTERS and self._read():
+            pass
+        if not self._texts:
+            return None
+        chosen = self._random.randrange(len(self._texts)) if len(self._texts) > 1 else 0
+        text = self._texts[chosen]
+        self._texts[chosen], self._places[chosen] = self._texts[-1], self._places[-1]
+        self._texts.pop(), self._places.pop()
+        self._characters -= len(text)
+        return text
+
+    def _read(self) -> bool:
+        """Put one more document into the buffer. False when the epoch's last one is in it."""
+        while True:
+            while self._opened < len(self.files) and len(self._shards) < (OPEN_SHARDS if self.shuffle_buffer else 1):
+                index = self._order[self._opened]
+                self._shards.append(_Shard(index, self.files[index]))
+                self._opened += 1
+            if not self._shards:
+                return False
+            shard = self._shards[self._random.randrange(len(self._shards)) if len(self._shards) > 1 else 0]
+            try:
+                record = shard.read()
+                if record is None:
+                    self._shards.remove(shard)
+                    self._records[shard.index] = shard.records
+                    continue
+                text = record.text(self.text_field)
+            except InputError as fault:
+                self.skipped.records += 1
+                # Of a file that can be read no further, all is lost that was in it in an earlier epoch.
+                lost = max(0, self._records.get(shard.index, 0) - shard.records) if shard.lines.failed else 0
+                if shard.lines.failed:
+                    self._shards.remove(shard)
+                self.skipped.add(fault, lost)
+                continue
+            self.skipped.records += 1
+            self._places.append((shard.index, record.line))
+            self._texts.append(text)
+            self._characters += len(text)
+            return True
+
+    # What a checkpoint holds --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, and in which files."""
-        names = [file.name for file in self.files]
-        return {"epoch": self.epoch, "file": self._file, "line": self._line, "files": names}
+        """Where the stream is, in which files, and by which settings it came there. Plain values."""
+        if self._restored is not None:
+            return self._restored
+        skipped = self.skipped
+        return {
+            "settings": {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "text_field": self.text_field},
+            "files": self._fingerprints,
+            "epoch": self.epoch,
+            "given": self._given,
+            "opened": self._opened,
+            "shards": [
+                (shard.index, shard.records, shard.lines.number, shard.lines.checksum) for shard in self._shards
+            ],
+            "buffer": list(self._places),
+            "random": self._random.getstate(),
+            "records": dict(self._records),
+            "skipped": {"records": skipped.records, "skipped": skipped.skipped, "first": list(skipped.first)},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the document that was last given out when `state` was taken.
 
-        Raises:
-            InputError: when the corpus has other files now.
-        """
-        names = [file.name for file in self.files]
-        if state["files"] != names:
-            raise InputError(
-                f"the run was saved with {len(state['files'])} data files, now there are {len(names)}, or others"
-            )
-        self.epoch, self._file, self._line = state["epoch"], state["file"], state["line"]
+        The files are read when the next document is asked for.
 
-    def _text(self, record: Record) -> str:
-        text = record.values.get(self.text_field)
-        if not isinstance(text, str):
-            keys = ", ".join(record.values) or "none"
-            raise InputError(f"{record.where}: no text under {self.text_field!r}; its keys: {keys}")
-        return text
+        Raises:
+            InputError: when the corpus has other files now, or the order is another; it says which.
+        """
+        check_settings(state["settings"], self.state_dict()["settings"])
+        if state["files"] != self._fingerprints:
+            raise InputError(_difference(state["files"], self._fingerprints))
+        self._restored = state
+        self.epoch = state["epoch"]
+
+    def _reopen(self, state: dict[str, Any]) -> None:
+        """Read the open shards up to where they were, and the buffer's documents wherever they stand."""
+        self._begin()  # draws the epoch's order
+        self._restored = None
+        self._given, self._opened = state["given"], state["opened"]
+        self._records = {int(index): count for index, count in state["records"].items()}
+        version, words, gauss = state["random"]
+        self._random.setstate((version, tuple(words), gauss))
+        vars(self.skipped).update(state["skipped"])
+        self._places = [(file, line) for file, line in state["buffer"]]
+        wanted: dict[int, set[int]] = defaultdict(set)
+        for file, line in self._places:
+            wanted[file].add(line)
+        texts: dict[tuple[int, int], str] = {}
+        for index, records, number, checksum in state["shards"]:
+            shard = _Shard(index, self.files[index])
+            texts |= shard.skip(number, wanted.pop(index, set()), self.text_field)
+            if shard.lines.checksum != checksum:
+                raise InputError(f"{shard.lines.path}: {_CHANGED}")
+            shard.records = records
+            self._shards.append(shard)
+        for index, lines in wanted.items():
+            texts |= _Shard(index, self.files[index]).skip(max(lines), lines, self.text_field)
+        self._texts = [texts[place] for place in self._places]
+        self._characters = sum(map(len, self._texts))
+
+    @cached_property
+    def _fingerprints(self) -> list[dict[str, Any]]:
+        return [fingerprint(file) for file in self.files]
+
+
+class _Shard:
+    """A file that is being read. `records` counts what was found in it, usable or not."""
+
+    def __init__(self, index: int, path: Path):
+        self.index = index
+        self.records = 0
+        self.lines = Lines(path)
+        self._items = self.lines.items()
+
+    def read(self) -> Record | None:
+        """The next record; None at the end. Raises InputError for one that is none."""
+        item = next(self._items, None)
+        if item is None:
+            return None
+        self.records += 1
+        return parse(item[1], self.lines.path, item[0])
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """(index of the file, records found in it, lines read, their checksum)."""
+        return self.index, self.records, self.lines.number, self.lines.checksum
+
+    def skip(self, number: int, wanted: set[int], text_field: str) -> dict[tuple[int, int], str]:
+        """Read the first `number` lines again; return the documents that begin at the lines `wanted`, by place.
+
+        Raises:
+            InputError: when they are not there any more.
+        """
+        texts = {}
+        while self.lines.number < number:
+            try:
+                item = next(self._items, None)
+                if item is None:
+                    break
+                if item[0] in wanted:
+                    texts[self.index, item[0]] = parse(item[1], self.lines.path, item[0]).text(text_field)
+            except InputError as fault:
+                raise InputError(f"{fault}; {_CHANGED}") from None
+        if len(texts) < len(wanted):
+            raise InputError(f"{self.lines.path}: {_CHANGED}")
+        return texts
+
+
+_CHANGED = "the data has changed since the run was saved"
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """What tells a file from others without reading all of it: name, bytes, and a checksum of both of its ends.
+
+    (The end of a gzip file is a checksum of the whole.) Of a pipe there is only the name.
+    """
+    if not file.is_file():
+        return {"name": file.name}
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            ends = opened.read(_SAMPLE)
+            opened.seek(max(0, size - _SAMPLE))
+            ends += opened.read(_SAMPLE)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
+    return {"name": file.name, "bytes": size, "ends": hashlib.sha256(ends).hexdigest()[:16]}
+
+
+def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError, by name, when a run was saved with other settings than it has now."""
+    for name, value in now.items():
+        if saved[name] != value:
+            raise InputError(f"the run was saved with {name} {saved[name]}, and now it is {value}")
+
+
+def _difference(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """Which file is not what it was."""
+    before, after = [file["name"] for file in saved], [file["name"] for file in now]
+    if before != after:
+        other = next((name for name in before if name not in after), None) or next(
+            (name for name in after if name not in before), "their order"
+        )
+        return f"the run was saved with {len(before)} data files, now there are {len(after)}, or others: {other}"
+    changed = next(was["name"] for was, is_now in zip(saved, now, strict=True) if was != is_now)
+    return f"{changed}: {_CHANGED}"

@@ -16,7 +16,7 @@ The added first space is why there are two ways to encode. `encode` is for a tex
 
     minift tokenizer show "What is the capital of Mexico?"
 
-Source: Kudo & Richardson, "SentencePiece" (arXiv 1808.06226). Read next: `stream.py`.
+Source: Kudo & Richardson, "SentencePiece" (arXiv 1808.06226). Read next: `word_cache.py`.
 """
 
 import io
@@ -29,6 +29,7 @@ import sentencepiece
 
 from minift.config import LlamaConfig, check_number
 from minift.errors import InputError
+from minift.word_cache import WordCache, fits
 
 # Everything that a tokenizer may consist of. All of it travels with every save, used here or not: chat templates and
 # added tokens are what other tools need to go on with the model.
@@ -160,6 +161,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise InputError(f"{where}: has no BOS or no EOS piece; minift needs both")
+        self._words = WordCache(self.processor) if fits(self.processor) else None
         self._probe(where)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -172,6 +174,8 @@ class SentencePieceTokenizer(Tokenizer):
         return id if self.processor.id_to_piece(id) == piece else None
 
     def _ids(self, text: str, special: bool) -> list[int]:
+        if self._words is not None:
+            return self._words.encode(text)
         ids: list[int] = self.processor.encode(text)
         return ids
 

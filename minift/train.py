@@ -158,7 +158,11 @@ def check_compiler(config: TrainConfig, device: torch.device) -> None:
 
 
 def start_state(model: Llama, batches: PairBatches | PageBatches, config: TrainConfig) -> TrainState:
-    """The state of a run before its first step. The model must be where it will be trained."""
+    """The state of a run before its first step. The model must be where it will be trained.
+
+    torch's own random numbers start from the config's seed, too.
+    """
+    torch.manual_seed(config.seed)
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         for layer in model.layers:  # all layers are alike: one is compiled, the others reuse its code
@@ -216,18 +220,19 @@ def train(
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
                 if _due(state.step, config.save_every, None):
-                    save_step(out, state, tokenizer)
+                    os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
+                    save_step(out, state, tokenizer, config.keep)
                     saved = state.step
     except STEP_FAILURES as error:  # the steps before it are good
         if saved != state.step:
-            save_step(out, state, tokenizer)
+            save_step(out, state, tokenizer, config.keep)
         if isinstance(error, torch.OutOfMemoryError):
             remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
             raise RunError(f"{str(error).splitlines()[0]} ({remedy})") from None
         raise
     done = state.step >= plan.steps
     if not done and saved != state.step:
-        save_step(out, state, tokenizer)
+        save_step(out, state, tokenizer, config.keep)
     return done
 
 

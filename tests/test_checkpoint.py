@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from minift import checkpoint
-from minift.checkpoint import load_model, load_step, newest_step, save_model, save_step
+from minift.checkpoint import load_model, load_step, save_model, save_step, step_folders
 from minift.config import LlamaConfig, TrainConfig
 from minift.errors import InputError, RunError
 from minift.formats import files, native
@@ -158,12 +158,13 @@ def test_a_step_folder_is_a_checkpoint_and_the_whole_state(tmp_path: Path, token
     assert not same(bits(first.model), bits(whole.model))
 
 
-def test_the_newest_step_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
-    assert newest_step(tmp_path) is None
+def test_step_folders_come_the_newest_first_by_their_numbers(tmp_path: Path) -> None:
+    assert step_folders(tmp_path) == []
     for name in ("step_000009", "step_000100", "step_000020", "step_1000000", "step_999999", ".step_2000000.partial"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_3000000").write_text("a file")
-    assert newest_step(tmp_path) == tmp_path / "step_1000000"
+    numbers = ["1000000", "999999", "000100", "000020", "000009"]
+    assert step_folders(tmp_path) == [tmp_path / f"step_{number}" for number in numbers]
 
 
 # Never runs code ------------------------------------------------------------------------------------------------------
@@ -405,7 +406,7 @@ def test_a_failed_save_leaves_no_folder_that_looks_whole(
     fail(monkeypatch)
     with pytest.raises(RunError):
         save_step(tmp_path, new_state(), tokenizer)
-    assert newest_step(tmp_path) is None
+    assert step_folders(tmp_path) == []
     assert not list(tmp_path.iterdir())
 
 

@@ -243,7 +243,7 @@ def test_no_pair_left_is_refused(tokenizer: Tokenizer) -> None:
 
 # Pages ----------------------------------------------------------------------------------------------------------------
 
-TEXTS = ["One page.", "Another page, somewhat longer than the first.", "", "Third\npage. \U0001f642", "The last page."]
+TEXTS = ["One page.", "Another page, somewhat longer than the first.", "x", "Third\npage. \U0001f642", "The last page."]
 
 
 def pages(folder: Path, tokenizer: Tokenizer, epochs: int | None = 3) -> PageBatches:

@@ -13,7 +13,7 @@ import pytest
 from minift.errors import InputError
 from minift.pack import encode_pairs
 from minift.prompts import FIELDS, TEMPLATES, Pair, choose_template, find_fields, read_all_pairs, read_pairs
-from minift.stream import read_records
+from minift.records import read_records
 from minift.tokenizer import Tokenizer
 from tests.test_stream import write_jsonl
 

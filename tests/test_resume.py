@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from minift.checkpoint import load_model, newest_step
+from minift.checkpoint import load_model, step_folders
 from minift.cli import main
 from minift.tokenizer import Tokenizer
 from tests.conftest import ROOT, SMALL
@@ -126,7 +126,7 @@ def test_a_stopped_run_prints_the_command_that_continues_it_exactly(
     assert code == 1
     taken = len(metrics(out))
     assert 7 <= taken < STEPS
-    assert newest_step(out) == out / f"step_{taken:06d}"
+    assert step_folders(out) == [out / f"step_{taken:06d}"]
     assert not (out / "final").exists()
 
     printed = re.search(r"^stopped and saved; continue with: (.+)$", stdout, re.MULTILINE)
@@ -144,8 +144,7 @@ def test_a_killed_run_continues_from_its_last_save(
     out = tmp_path / "run"
     code, _ = stop([*inputs[job], "--out", out], tmp_path, out, after=SAVE_EVERY + 9, number=signal.SIGKILL)
     assert code == -signal.SIGKILL
-    folder = newest_step(out)
-    assert folder is not None
+    folder = step_folders(out)[0]
     saved = int(folder.name.removeprefix("step_"))
     assert saved % SAVE_EVERY == 0
     assert SAVE_EVERY <= saved < STEPS
@@ -165,6 +164,7 @@ def test_every_saved_folder_can_be_continued(
     folders = sorted(folder.name for folder in whole.glob("step_*"))
     assert folders == [f"step_{i:06d}" for i in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)]
     assert {file.name for file in (whole / folders[0]).iterdir()} == {
+        "SHA256SUMS",
         "config.json",
         "model.pt",
         "tokenizer.model",

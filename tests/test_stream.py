@@ -18,7 +18,8 @@ import pytest
 
 from minift.cli import main
 from minift.errors import InputError
-from minift.stream import DocumentStream, find_files, read_records
+from minift.records import find_files, read_records
+from minift.stream import DocumentStream
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
@@ -71,7 +72,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["files", "folder", "glob"])
 def test_sources_are_read_in_order(tmp_path: Path, corpus: list[Path], form: str) -> None:
-    (tmp_path / "notes.txt").write_text("not data")
+    (tmp_path / "notes.md").write_text("not data")
     sources: list[str | Path] = {"files": corpus, "folder": [tmp_path], "glob": [f"{tmp_path}/*.js*"]}[form]
     assert find_files(sources) == corpus
     assert list(DocumentStream(sources, epochs=1)) == IN_ORDER
@@ -121,6 +122,8 @@ def test_another_field_may_hold_the_text(tmp_path: Path) -> None:
         (b'{"title": "a", "url": "b"}', "no text under 'text'; its keys: title, url"),
         (b'{"text": null}', "no text under 'text'"),
         (b'{"text": 5}', "no text under 'text'"),
+        (b'{"text": ""}', "the text is empty"),
+        (b'{"text": " \\n\\u3000"}', "the text is empty"),
         (b"{}", "no text under 'text'; its keys: none"),
         # Half of a surrogate pair is valid JSON, but no character, and no tokenizer can encode it.
         (b'{"text": "half \\ud83d of a pair"}', "surrogate"),
@@ -171,9 +174,9 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_of_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_text("text")
-    with pytest.raises(InputError, match=r"x\.txt: unknown kind"):
-        find_files([tmp_path / "x.txt"])
+    (tmp_path / "x.md").write_text("text")
+    with pytest.raises(InputError, match=r"x\.md: unknown kind"):
+        find_files([tmp_path / "x.md"])
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n"])

@@ -173,13 +173,13 @@ def test_a_bad_page(
     assert culprit in message
 
 
-def test_a_bad_page_in_the_middle_of_a_run(
+def test_a_bad_page_in_the_middle_of_a_strict_run(
     pretrain: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is found only when the run gets there: then, too, the last line names it and the code is 2."""
     file = write_jsonl(tmp_path / "bad.jsonl", [*PAGES, b"{oops"])
-    words = [*pretrain, "--data", file, "--steps", "100", "--batch-size", "2"]
-    assert main([str(word) for word in words]) == 2
+    flags = ["--steps", "100", "--batch-size", "2", "--strict", "--shuffle-buffer", "0"]
+    assert main([str(word) for word in [*pretrain, "--data", file, *flags]]) == 2
     stderr = capsys.readouterr().err
     assert re.search(rf"^minift: error: {file}:{len(PAGES) + 1}: not valid JSON", stderr.splitlines()[-1])
     assert "Traceback" not in stderr
@@ -189,28 +189,24 @@ def test_a_bad_page_in_the_middle_of_a_run(
 
 
 def test_a_run_goes_on_where_a_bad_page_ended_it(pretrain: list[str | Path], tmp_path: Path) -> None:
-    """The micro-batches that waited for the bad one's window are drawn again, once the page is mended."""
-    file, good = tmp_path / "bad.jsonl", write_jsonl(tmp_path / "good.jsonl", [*PAGES, PAGES[0]])
+    """The micro-batches that waited for the bad one's window are drawn again, once the page may be skipped."""
+    pages = [{"text": f"Page {i} is about {i}."} for i in range(300)]
     flags = ["--steps", "12", "--batch-size", "1", "--grad-accum", "3", "--max-length", "7", "--device", "cpu"]
-    words = [*pretrain, *flags, "--data", file]
+    flags += ["--shuffle-buffer", "0"]
 
     def losses(out: Path) -> list[float]:
         return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
-    file.write_bytes(good.read_bytes())
-    assert main([str(word) for word in [*words, "--out", tmp_path / "whole"]]) == 0
-    ends_early = 0
-    for pages in range(3, 7):
-        write_jsonl(file, [*PAGES[:pages], b"{oops"])
-        out = tmp_path / f"run{pages}"
-        assert main([str(word) for word in [*words, "--out", out]]) == 2
-        taken = len(losses(out))
-        ends_early += taken > 0
-        file.write_bytes(good.read_bytes())
-        if taken:
-            assert main(["pretrain", "--resume", "--out", str(out)]) == 0
-            assert losses(out) == losses(tmp_path / "whole")
-    assert ends_early
+    for place in range(11, 17):
+        file = write_jsonl(tmp_path / f"bad{place}.jsonl", [*pages[:place], b"{oops", *pages[place:]])
+        words = [*pretrain, *flags, "--data", file]
+        whole, out = tmp_path / f"whole{place}", tmp_path / f"run{place}"
+        assert main([str(word) for word in [*words, "--out", whole]]) == 0
+        assert len(losses(whole)) == 12
+        assert main([str(word) for word in [*words, "--out", out, "--strict"]]) == 2
+        assert 0 < len(losses(out)) < 12
+        assert main(["pretrain", "--resume", "--no-strict", "--out", str(out)]) == 0
+        assert losses(out) == losses(whole)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
@@ -351,6 +347,9 @@ BAD = {
     "seed": ["-1", HUGE],
     "eval_every": ["-1"],
     "save_every": ["-1"],
+    "keep": ["-1"],
+    "shuffle_buffer": ["-1"],
+    "workers": ["-1"],
 }
 
 
@@ -375,8 +374,15 @@ def test_every_number_of_training_is_tried() -> None:
     assert set(BAD) == set(numbers())
 
 
-@pytest.mark.parametrize("command", ["finetune", "pretrain"])
-@pytest.mark.parametrize(("name", "value"), bad_values())
+@pytest.mark.parametrize(
+    ("command", "name", "value"),
+    [
+        (command, *bad)
+        for command in ("finetune", "pretrain")
+        for bad in bad_values()
+        if (command, bad[0]) not in [("finetune", "shuffle_buffer"), ("finetune", "workers")]  # those are for pages
+    ],
+)
 def test_a_bad_number_of_training(
     request: pytest.FixtureRequest, refuse: Refuse, command: str, name: str, value: str
 ) -> None:

@@ -1,0 +1,47 @@
+"""What the commands of `cli.py` and `cli_data.py` share: a parser with one-line errors, and writing JSON."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minift.errors import InputError
+
+MODEL_HELP = (
+    "a model of any format (a minift, Hugging Face or Meta folder, a llama2.c .bin), "
+    "or `bundled` for the base that comes with minift"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is one line, as every other error of minift is."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def add_command(commands: Any, name: str, run: Callable[[dict[str, Any]], int], text: str) -> argparse.ArgumentParser:
+    """A subcommand that calls `run` with its options and exits with what that returns."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def write_json(file: str | None, values: dict[str, Any]) -> None:
+    """Write a result to a file, if one was asked for. Raises InputError when the disk refuses."""
+    if file is None:
+        return
+    try:
+        Path(file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
+
+
+def one_line(text: object) -> str:
+    """Words on one line; characters that a terminal would obey or hide (they may come from a file) are spelled out."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
