@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from benchmarks import load
+from benchmarks import data, load, packing, stream
 from minift.errors import InputError
 
-BENCHMARKS = {"load": load}
+BENCHMARKS = {"load": load, "data": data, "stream": stream, "packing": packing}
 
 
 def main() -> int:

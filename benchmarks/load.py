@@ -16,8 +16,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import record
+from benchmarks import process, record
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.extras import need
@@ -70,13 +68,13 @@ def run(options: argparse.Namespace) -> None:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
         for turn in range(options.repeats + 1):
             for name in loaders if turn % 2 else reversed(loaders):
-                measured = _in_fresh_process(name, folder, options.dtype)
+                measured = process.fresh("load", name, folder, options.dtype)
                 if turn:  # the first turn warms the page cache
                     runs[name].append(measured)
         conversions = {}
         for to in options.convert:
             target = Path(scratch) / to
-            conversions[to] = _in_fresh_process(f"convert {to}", folder, str(target))
+            conversions[to] = process.fresh("load", f"convert {to}", folder, target)
             shutil.rmtree(target)
     result = {
         "benchmark": "load",
@@ -105,24 +103,15 @@ def _make(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> int:
     return sum(spec.nbytes for spec in specs.values())
 
 
-def _in_fresh_process(name: str, folder: Path, dtype_or_target: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks", "load", "--measure", name, str(folder), dtype_or_target]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"{name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _measure(name: str, path: str, dtype_or_target: str) -> dict[str, float]:
     """In a fresh process: load a model, or convert it. Seconds, and bytes above what the imports took."""
     if name.startswith("convert "):
         from minift.convert import convert
 
-        _forget_peak()
-        before, start = _resident(), time.perf_counter()
+        process.forget_peak()
+        before, start = process.resident(), time.perf_counter()
         convert(path, dtype_or_target, name.removeprefix("convert "))
-        return {"seconds": time.perf_counter() - start, "peak_bytes": _peak() - before}
+        return {"seconds": time.perf_counter() - start, "peak_bytes": process.peak() - before}
 
     dtype = getattr(torch, dtype_or_target)
     if name == "minift":
@@ -139,11 +128,11 @@ def _measure(name: str, path: str, dtype_or_target: str) -> dict[str, float]:
             return LlamaForCausalLM.from_pretrained(path, dtype=dtype)
 
     tokens = torch.arange(TOKENS)[None]
-    _forget_peak()
-    before, start = _resident(), time.perf_counter()
+    process.forget_peak()
+    before, start = process.resident(), time.perf_counter()
     model = load()
     loaded = time.perf_counter()
-    peak_loaded = _peak()
+    peak_loaded = process.peak()
     with torch.inference_mode():
         model(tokens)
     ready = time.perf_counter()
@@ -151,28 +140,8 @@ def _measure(name: str, path: str, dtype_or_target: str) -> dict[str, float]:
         "load_seconds": loaded - start,
         "ready_seconds": ready - start,
         "load_peak_bytes": peak_loaded - before,
-        "ready_peak_bytes": _peak() - before,
+        "ready_peak_bytes": process.peak() - before,
     }
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise InputError(f"/proc/self/status has no {key}")
-
-
-def _resident() -> int:
-    return _status("VmRSS:")
-
-
-def _peak() -> int:
-    return _status("VmHWM:")
-
-
-def _forget_peak() -> None:
-    """Let the highest resident memory start from what there is now."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("minift", "torch", "numpy", "sentencepiece", "safetensors", "tokenizers", "transformers")
+PACKAGES = ("minift", "torch", "numpy", "sentencepiece", "safetensors", "tokenizers", "transformers", "datasets")
 
 
 def environment() -> dict[str, Any]:
@@ -49,7 +49,7 @@ def write(file: str | None, result: dict[str, Any]) -> None:
 
 def _without_places(words: Sequence[str]) -> list[str]:
     """A command without the options that only say where files go."""
-    places = [i for i, word in enumerate(words) if word in ("--json", "--folder")]
+    places = [i for i, word in enumerate(words) if word in ("--json", "--folder", "--data", "--tokenizer", "--pairs")]
     return [word for i, word in enumerate(words) if i not in places and i - 1 not in places]
 
 

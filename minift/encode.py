@@ -102,7 +102,7 @@ class _Encoder:
         self.tokenizer = tokenizer
 
     def __getitem__(self, texts: list[str]) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-        documents = [self.tokenizer.encode(text, bos=True, eos=True, special=False) for text in texts]
+        documents = self.tokenizer.encode_documents(texts)
         lengths = np.array([len(ids) for ids in documents])
         return np.concatenate([np.array(ids, np.int32) for ids in documents]), lengths
 

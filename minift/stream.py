@@ -2,8 +2,9 @@
 
 A corpus does not fit into memory, so it cannot be shuffled as a whole. Two things together come close to it, and need
 little memory: several shards, drawn by lot, are read at the same time; and what is read goes into a buffer of some
-thousand documents, from which each next one is drawn. (A line can then move by about the buffer's length, and back
-by no more than that.) Every epoch draws anew. Nothing depends on anything but the seed and the data.
+thousand documents, from which each next one is drawn. (So a document comes earlier than it stands in its file by no
+more than the buffer's length, and later by about as much on average.) Every epoch draws anew. The order depends on the
+seed and the data, and on nothing else.
 
 The place in all this can be saved and found again (`state_dict`): how far each open shard was read, where in the files
 the documents of the buffer stand, the state of the lot. Documents themselves are not saved. They are read again, and

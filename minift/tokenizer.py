@@ -23,6 +23,7 @@ import io
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -95,6 +96,17 @@ class Tokenizer(ABC):
             raise InputError("this tokenizer joins a line break with what follows it; minift cannot mask such a prompt")
         return anchored[len(self._anchor) :] + [self.eos_id] * eos
 
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts, each with BOS and EOS, and special tokens as characters: faster than one by one.
+
+        Raises InputError as `encode`.
+        """
+        try:
+            encoded = self._many_ids(texts)
+        except UnicodeEncodeError:
+            raise InputError("a text is not Unicode: it holds half a character") from None
+        return [[self.bos_id, *ids, self.eos_id] for ids in encoded]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids that begin a text. BOS and EOS leave no trace. Raises InputError for an id out of range."""
         return self._text(self._text_ids(ids))
@@ -121,6 +133,9 @@ class Tokenizer(ABC):
     @abstractmethod
     def _text(self, ids: list[int]) -> str:
         """The text of ids that are in range."""
+
+    def _many_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._checked_ids(text, special=False) for text in texts]
 
     def _checked_ids(self, text: str, special: bool) -> list[int]:
         try:
@@ -161,7 +176,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise InputError(f"{where}: has no BOS or no EOS piece; minift needs both")
-        self._words = WordCache(self.processor) if fits(self.processor) else None
         self._probe(where)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -174,10 +188,17 @@ class SentencePieceTokenizer(Tokenizer):
         return id if self.processor.id_to_piece(id) == piece else None
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        if self._words is not None:
-            return self._words.encode(text)
         ids: list[int] = self.processor.encode(text)
         return ids
+
+    @cached_property
+    def _words(self) -> WordCache | None:
+        return WordCache(self.processor) if fits(self.processor) else None
+
+    def _many_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._words is not None:
+            return self._words.encode(texts)
+        return self.processor.encode(texts, num_threads=1)
 
     def _text(self, ids: list[int]) -> str:
         return self.processor.decode(ids)

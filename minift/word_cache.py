@@ -1,28 +1,32 @@
-"""SentencePiece, several times as fast: words that were met before are looked up.
+"""SentencePiece, faster: words that were met before are looked up.
 
 SentencePiece cuts a text by merging the best neighbours again and again until no two pieces can be merged. Nearly all
 the time of a data pipeline goes there, and nearly all of it is spent on the same words, over and over. But in a
-vocabulary like Llama's a space occurs in a piece only at its beginning ("▁Mexico"; or alone, "▁▁"), so no merge ever
-crosses from the end of a word to the space behind it. The pieces of a text are then those of its words, one after the
+vocabulary like Llama's a space occurs in a piece only at its beginning ("▁Mexico"; or alone, "▁▁"), and a line break
+in none, so no merge ever crosses the border of a word. The pieces of a text are then those of its words, one after the
 other, and those of a word can be kept in a table: the ids are the same, to the last one.
 
-    "What is  new"   →   " What", " is", "  new"   →   ids(" What") + ids(" is") + ids("  new")
+    "What is  new\n?"   →   " What" · " is" · "  new" · "\n" · "?"   →   their ids, joined
 
-`fits` says whether a vocabulary is of that kind; where it is not, the text is encoded as a whole. Measured by
-`python -m benchmarks data`. Read next: `stream.py`.
+In prose nine words of ten have been met before. Where too many are new (source code, another language), looking costs
+more than it saves, and the next texts are encoded as a whole. `fits` says whether a vocabulary is of that kind.
+
+Measured by `python -m benchmarks data`. Read next: `records.py`.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import sentencepiece
 
 SPACE = "\u2581"  # "▁", as which a space stands in the vocabulary
-TABLE_SIZE = 2**18  # words that are kept: some 60 MB at most
+TABLE_SIZE = 2**16  # words that are kept, some 20 MB: those met first, so the frequent ones are among them
 LONGEST = 32  # characters of a word that is kept; longer ones are rarely met again
+NEW = 0.1  # the share of new words above which …
+WHOLE = 8  # … so many calls encode their texts as a whole, before words are tried again
 
-# A word, with the spaces before it; the last one also with those behind it, which belong to no other.
-_WORD = re.compile(r" *[^ ]+(?: +\Z)?")
+# Line breaks; a word with the spaces before it, and with those behind it at a line's end; a line of nothing but spaces.
+_WORD = re.compile(r"\n+| *[^ \n]+(?: +(?=\n|\Z))?| +")
 
 
 class WordCache:
@@ -35,28 +39,52 @@ class WordCache:
     def __init__(self, processor: sentencepiece.SentencePieceProcessor):
         self._processor = processor
         self._table: dict[str, list[int]] = {}
+        self._break = len(processor.encode("\n"))  # ids of a line break at the start of a text
+        self._whole = 0  # calls that are still to encode their texts as a whole
 
-    def encode(self, text: str) -> list[int]:
-        """The same ids as `processor.encode(text)`, in new list."""
-        if SPACE in text or not text.strip(" "):  # "▁" itself is taken for a space; and a text of spaces has no word
-            return list(self._processor.encode(text))
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same ids as `processor.encode(texts)`. Give it many texts at once: a call of SentencePiece is dear."""
+        if self._whole:
+            self._whole -= 1
+            return self._processor.encode(texts, num_threads=1)
+        # SentencePiece adds that space, and takes "▁" itself for one.
+        split = [_WORD.findall(" " + text.replace(SPACE, " ")) if text else [] for text in texts]
         table = self._table
-        ids: list[int] = []
-        for word in _WORD.findall(" " + text):  # SentencePiece adds that space
-            known = table.get(word)
-            if known is None:
-                known = self._processor.encode(word[1:])  # … and here again
-                if len(table) < TABLE_SIZE and len(word) <= LONGEST:
-                    table[word] = known
-            ids += known
-        return ids
+        new = list(dict.fromkeys(word for words in split for word in words if word not in table))
+        if len(new) > NEW * sum(map(len, split)):
+            self._whole = WHOLE
+        if new:
+            table.update(zip(new, self._encode_words(new), strict=True))
+        encoded = []
+        for words in split:
+            ids: list[int] = []
+            for word in words:
+                ids += table[word]
+            encoded.append(ids)
+        self._forget(new)
+        return encoded
+
+    def _encode_words(self, words: list[str]) -> list[list[int]]:
+        """The ids of each word as they are inside a text."""
+        # SentencePiece puts a space before what it is given: it takes the place of the word's own, or stands before a
+        # line break, whose ids are then taken off again.
+        spaced = [word[0] == " " and len(word) > 1 for word in words]
+        given = [word[1:] if has else "\n" + word for word, has in zip(words, spaced, strict=True)]
+        encoded = self._processor.encode(given, num_threads=1)
+        return [ids if has else ids[self._break :] for ids, has in zip(encoded, spaced, strict=True)]
+
+    def _forget(self, new: list[str]) -> None:
+        full = len(self._table) > TABLE_SIZE
+        for word in new:
+            if full or len(word) > LONGEST:
+                del self._table[word]
 
 
 def fits(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether the pieces of a text are those of its words, by what the model file says.
 
     It takes a BPE vocabulary that adds a space in front of a text, changes nothing else in it, and has no piece, of any
-    kind, in which a space follows another character.
+    kind, in which a space follows another character, or with a line break.
     """
     model = _Message(processor.serialized_model_proto())
     trainer, normalizer = (_Message(b"".join(model.all(number))) for number in (2, 3))
@@ -75,11 +103,12 @@ def fits(processor: sentencepiece.SentencePieceProcessor) -> bool:
 def _crosses(content: bytes) -> bool:
     """Whether a piece, as the file has it, may be matched across the border of two words."""
     space = SPACE.encode()
-    if content.find(space, 3) < 0 and b"\x18\x04" not in content:  # by far the most: a look at the bytes is enough
+    if content.find(space, 3) < 0 and b"\x18\x04" not in content and b"\n" not in content[2:]:  # by far the most
         return False
     piece = _Message(content)
     user_defined = piece.number(3, 1) == 4  # those are taken out of a text before anything is merged
-    return user_defined or SPACE in b"".join(piece.all(1)).decode().lstrip(SPACE)
+    text = b"".join(piece.all(1)).decode()
+    return user_defined or "\n" in text or SPACE in text.lstrip(SPACE)
 
 
 class _Message:

@@ -1,0 +1,152 @@
+"""How fast text becomes batches: minift beside its own parts alone, and beside Hugging Face `datasets`.
+
+The same shards of `.json.gz` are read in turns, each time by a fresh process:
+
+* *parts alone*: one loop of gunzip, JSON parsing and SentencePiece, and nothing else: what any pipeline has to do;
+* *minift*: from the files to `Batch`, through shuffle buffer and packing, by one process;
+* *minift, 2 workers*: the same, encoded by two;
+* *datasets, loop* and *datasets, map*: streaming, with the same vocabulary as a fast tokenizer, called for each
+  document, and by a batched `map` (1,000 at a time). Ids are all that comes of it: nothing is packed. Skipped where
+  not installed.
+
+"One process" is one core, too: all but the workers' run are pinned to one, and `tokenizers` uses no threads.
+
+    python -m benchmarks data
+    python -m benchmarks data --tokenizer path/to/tokenizer.model --data 'c4/*.json.gz' --json FILE
+"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import process, prose, record
+from minift.config import model_path
+from minift.errors import InputError
+from minift.records import find_files, read_records
+
+SHARDS = 4
+BATCH_SIZE, LENGTH = 16, 1_024
+SHUFFLE_BUFFER = 10_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--data", nargs="+", metavar="GLOB", help="pages, .json.gz (default: docstrings of Python)")
+    parser.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help="with SentencePiece (%(default)s)")
+    parser.add_argument("--megabytes", type=float, default=16, metavar="N", help="of default text (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a fresh process is asked to do
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table and write the JSON."""
+    if options.measure:
+        print(json.dumps(_measure(*options.measure)))
+        return
+    if options.repeats < 1:
+        raise InputError("--repeats must be at least 1")
+    sides = {"parts alone": 1, "minift": 1, "minift, 2 workers": None}  # the cores of each; None: all
+    if importlib.util.find_spec("datasets") and importlib.util.find_spec("transformers"):
+        sides |= {"datasets, loop": 1, "datasets, map": 1}
+    else:
+        print("datasets and transformers are not both installed: skipped")
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.data:
+            files = find_files(options.data)
+            characters = sum(len(page.text("text")) for file in files for page in read_records(file))
+        else:
+            files, characters = prose.write_shards(Path(scratch), options.megabytes, SHARDS)
+        _write_fast_tokenizer(options.tokenizer, Path(scratch))
+        print(f"{characters / 1e6:,.1f} million characters in {len(files)} shards; {options.repeats} runs of each")
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+        for turn in range(options.repeats + 1):
+            for name in sides if turn % 2 else reversed(sides):
+                measured = process.fresh("data", name, options.tokenizer, scratch, *files, cores=sides[name])
+                if turn:  # the first turn warms the page cache
+                    runs[name].append(measured)
+    result = {
+        "benchmark": "data",
+        **record.environment(),
+        "text": "given" if options.data else "docstrings",
+        "characters": characters,
+        "tokens": int(runs["parts alone"][0]["tokens"]),
+        "characters_per_second": {
+            name: record.spread([characters / run["seconds"] for run in measured]) for name, measured in runs.items()
+        },
+    }
+    print(_table(result))
+    record.write(options.json, result)
+
+
+def _write_fast_tokenizer(name: str, folder: Path) -> None:
+    from minift.tokenizer import SentencePieceTokenizer, load_tokenizer
+    from minift.tokenizer_json import json_file
+
+    tokenizer = load_tokenizer(model_path(name))
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        raise InputError(f"{name}: not a SentencePiece model, which this benchmark compares with")
+    (folder / "tokenizer.json").write_text(json_file(tokenizer)["tokenizer.json"], encoding="utf-8")
+
+
+def _measure(name: str, tokenizer: str, scratch: str, *files: str) -> dict[str, float]:
+    """In a fresh process: seconds from the first file to the last token, with everything loaded before."""
+    if name.startswith("datasets"):
+        return _measure_datasets(name, scratch, files)
+    from minift.pack import PageBatches
+    from minift.stream import DocumentStream
+    from minift.tokenizer import SentencePieceTokenizer, load_tokenizer
+
+    loaded = load_tokenizer(model_path(tokenizer))
+    assert isinstance(loaded, SentencePieceTokenizer)
+    tokens = 0
+    start = time.perf_counter()
+    if name == "parts alone":
+        for file in files:
+            with gzip.open(file, "rb") as lines:
+                for line in lines:
+                    tokens += len(loaded.processor.encode(json.loads(line)["text"]))
+    else:
+        stream = DocumentStream(files, epochs=1, shuffle_buffer=SHUFFLE_BUFFER)
+        for batch in PageBatches(stream, loaded, BATCH_SIZE, LENGTH, workers=2 if "workers" in name else 0):
+            tokens += batch.n_targets
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+
+def _measure_datasets(name: str, scratch: str, files: tuple[str, ...]) -> dict[str, float]:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "TOKENIZERS_PARALLELISM": "false"}
+    from datasets import load_dataset
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{scratch}/tokenizer.json")
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
+        return {"input_ids": tokenizer(rows["text"])["input_ids"]}
+
+    tokens = 0
+    start = time.perf_counter()
+    rows = load_dataset("json", data_files=list(files), streaming=True)["train"]
+    if name == "datasets, map":
+        for row in rows.map(encode, batched=True, batch_size=1_000, remove_columns=["text", "timestamp", "url"]):
+            tokens += len(row["input_ids"])
+    else:
+        for row in rows:
+            tokens += len(tokenizer(row["text"])["input_ids"])
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+
+def _table(result: dict[str, Any]) -> str:
+    speeds = result["characters_per_second"]
+    others = [name for name in ("parts alone", "minift", "datasets, loop", "datasets, map") if name in speeds]
+    lines = [f"{'':<20}{'million characters/s':>24}" + "".join(f"{f'x {name}':>18}" for name in others)]
+    for name, speed in speeds.items():
+        cell = "{:.2f} ({:.2f}-{:.2f})".format(*(speed[key] / 1e6 for key in ("median", "min", "max")))
+        ratios = (speed["median"] / speeds[other]["median"] for other in others)
+        lines.append(f"{name:<20}{cell:>24}" + "".join(f"{ratio:>18.2f}" for ratio in ratios))
+    return "\n".join(lines)

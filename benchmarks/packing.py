@@ -1,0 +1,101 @@
+"""What packing short pairs into rows is worth: steps over packed rows beside steps over padded ones, in turns.
+
+Both take the same pairs with the same weights, so the loss per target is the same but for rounding. What differs is how
+many positions are computed for nothing: padded, every pair takes a row as long as the longest of its batch.
+
+    python -m benchmarks packing --pairs lamini_docs.jsonl --tokenizer path/to/tokenizer.model
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from benchmarks import record
+from minift.config import FINETUNE, LlamaConfig, bundled, model_path
+from minift.model import Llama
+from minift.pack import Batch, PairBatches, encode_pairs
+from minift.prompts import TEMPLATES, choose_template, read_all_pairs
+from minift.tokenizer import check_fit, load_tokenizer
+from minift.train import TrainState, choose_device, choose_dtype, start_state, train_step
+
+WINDOWS = 4  # different batches that are stepped over in turn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--pairs", metavar="FILE", help="instruction pairs (default: the bundled ones)")
+    parser.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help="(%(default)s)")
+    parser.add_argument("--config", default="bundled", metavar="NAME|FILE", help="the model's shape (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pairs of a batch (%(default)s)")
+    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table and write the JSON."""
+    config = FINETUNE.replace(device=options.device, max_length=options.max_length, batch_size=options.batch_size)
+    device = choose_device(config)
+    config = config.replace(dtype=choose_dtype(config, device))
+    tokenizer = load_tokenizer(model_path(options.tokenizer))
+    shape = LlamaConfig.named(options.config)
+    check_fit(shape, tokenizer, exact=True)
+    pairs = read_all_pairs([options.pairs or bundled("pairs.jsonl")])
+    template = TEMPLATES[choose_template("auto", pairs)]
+    examples, _ = encode_pairs(pairs, template, tokenizer, config.max_length)
+
+    batches = {pack: PairBatches(examples, config.batch_size, tokenizer.eos_id, 0, pack) for pack in (True, False)}
+    windows = {
+        pack: [batch.to(device) for _, batch in zip(range(WINDOWS), it, strict=False)] for pack, it in batches.items()
+    }
+    model = Llama(shape)
+    model.init_weights(torch.Generator().manual_seed(0))
+    state = start_state(model.to(device), batches[True], config)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    losses: dict[bool, list[float]] = {}
+    for turn in range(options.repeats + 1):
+        for pack in (True, False) if turn % 2 else (False, True):
+            taken, losses[pack] = _steps(state, windows[pack], config)
+            if turn:  # the first turn warms up
+                seconds[pack].append(taken)
+    _report(options, config.dtype, windows, seconds, losses)
+
+
+def _steps(state: TrainState, windows: list[Batch], config: Any) -> tuple[float, list[float]]:
+    """One step over each batch, at a learning rate of 0: the weights stay what they are, so the losses compare."""
+    start = time.perf_counter()
+    losses = [train_step(state, [batch], 0.0, config).loss for batch in windows]
+    return time.perf_counter() - start, losses
+
+
+def _report(
+    options: argparse.Namespace,
+    dtype: str,
+    windows: dict[bool, list[Batch]],
+    seconds: dict[bool, list[float]],
+    losses: dict[bool, list[float]],
+) -> None:
+    targets = sum(batch.n_targets for batch in windows[True])
+    positions = {pack: sum(batch.tokens.numel() for batch in batches) for pack, batches in windows.items()}
+    speed = {pack: record.spread([targets / taken for taken in seconds[pack]]) for pack in seconds}
+    difference = max(abs(a - b) / b for a, b in zip(losses[True], losses[False], strict=True))
+    result = {
+        "benchmark": "packing",
+        **record.environment(),
+        "config": options.config,
+        "dtype": dtype,
+        "batch_size": options.batch_size,
+        "targets": targets,
+        "positions": {"packed": positions[True], "padded": positions[False]},
+        "targets_per_second": {"packed": speed[True], "padded": speed[False]},
+        "largest_relative_difference_of_loss": difference,
+    }
+    print(f"{targets:,} targets in {WINDOWS} batches of {options.batch_size} pairs; {options.config}, {dtype}")
+    for pack, name in ((True, "packed"), (False, "padded")):
+        cells = "{median:,.0f} ({min:,.0f}-{max:,.0f})".format(**speed[pack])
+        print(f"{name:<8}{positions[pack]:>10,} positions{cells:>28} targets/s")
+    print(f"ratio {speed[True]['median'] / speed[False]['median']:.2f}; losses differ by at most {difference:.1e}")
+    record.write(options.json, result)
