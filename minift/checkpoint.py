@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minift.config import SAVE_FORMATS
-from minift.errors import InputError, RunError
+from minift.errors import InputError, RunError, one_line
 from minift.formats import open_model
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from minift.train import TrainState
 
 CHECKSUMS = "SHA256SUMS"  # of a step folder: a checksum for each of its files, for `sha256sum -c`, too
+STEP_FILES = {"config.json", "model.pt", "training.pt"}  # that each has; and a tokenizer's
 
 
 def save_model(
@@ -98,7 +99,7 @@ def load_model(
 
 
 def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep: int = 0) -> Path:
-    """Write `step_NNNNNN/` into a run's folder, then remove all but the `keep` newest (0: keep all).
+    """Write `step_NNNNNN/` into a run's folder, then remove those before it, but for the `keep` newest (0: keep all).
 
     Raises:
         RunError: when the disk refuses.
@@ -119,7 +120,9 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep:
         (partial / CHECKSUMS).write_text("".join(sums))
 
     write_folder(folder, write)
-    for old in step_folders(run)[keep:] if keep else []:
+    # A folder of a later step is not this run's: it was found damaged, and passed over.
+    folders = [other for other in step_folders(run) if int(other.name[5:]) <= state.step]
+    for old in folders[keep:] if keep else []:
         gone = old.with_name(f".{old.name}.old")  # a folder that is being removed has no step's name any more
         old.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -162,15 +165,20 @@ def check_step(folder: Path) -> None:
     """
     sums = folder / CHECKSUMS
     try:
-        lines = [line.split("  ", 1) for line in sums.read_text().splitlines()]
-        if not lines or any(len(line) != 2 or Path(line[1]).name != line[1] for line in lines):
-            raise InputError(f"{sums}: damaged")
-        for checksum, name in lines:
+        listed = dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").split("\n")[:-1])
+        there = {file.name for file in folder.iterdir() if not file.name.startswith(".")} - {CHECKSUMS}
+        if unlisted := sorted((there | STEP_FILES) - set(listed)):
+            raise InputError(f"{sums}: damaged, or not of this folder: does not list {unlisted[0]}")
+        for name in sorted(set(listed) - there):
+            raise InputError(f"{folder / one_line(name)}: missing")
+        for name, checksum in listed.items():
             if _sha256(folder / name) != checksum:
                 raise InputError(f"{folder / name}: damaged: its checksum is not that of {CHECKSUMS}")
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{error.filename or sums}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
+    except ValueError:  # not UTF-8, or a line that is no pair
         raise InputError(f"{sums}: damaged") from None
 
 
@@ -246,7 +254,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         _sync(folder.parent)
 
 
-def write_file(file: Path, write: Callable[[Path], None], then: Callable[[], None]) -> None:
+def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any] = lambda: None) -> None:
     """Let `write` make a file beside `file`, flush it to the disk, call `then`, and give it its name.
 
     Raises:

@@ -23,9 +23,9 @@ from typing import Any, get_args, get_type_hints
 
 from minift import __version__
 from minift.cli_data import add_data, add_tokenizer
-from minift.cli_parts import MODEL_HELP, Parser, add_command, one_line, write_json
+from minift.cli_parts import MODEL_HELP, Parser, add_command, write_json
 from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_path
-from minift.errors import InputError, RunError
+from minift.errors import InputError, RunError, one_line
 from minift.report import number, samples, size, table
 
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -284,14 +284,17 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(options: dict[str, Any]) -> int:
     from minift.evaluate import evaluate, make_questions, page_likelihood
     from minift.prompts import TEMPLATES, choose_template, has_pair, read_all_pairs
-    from minift.records import Skipped, find_files, read_records
+    from minift.records import STDIN, Skipped, find_files, read_records
     from minift.stream import DocumentStream
 
     model, tokenizer = _load(options["model"], options["device"])
     positions = model.config.max_position_embeddings
     window = min(256, positions) if options["max_length"] is None else options["max_length"]
     check_number("max_length", window, least=1, below=positions + 1)
-    first = next(read_records(find_files(options["data"])[0]), None)
+    files = find_files(options["data"])
+    if STDIN in files:
+        raise InputError("-: standard input can be read only once; evaluate has to look at its data first")
+    first = next(read_records(files[0]), None)
     if first is not None and not has_pair(first) and options["text_field"] in first.values:
         stream = DocumentStream(options["data"], options["text_field"], epochs=1, skipped=Skipped())
         scores: dict[str, Any] = page_likelihood(model, stream, tokenizer, window).scores()

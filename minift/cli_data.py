@@ -5,9 +5,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from minift.cli_parts import MODEL_HELP, add_command, one_line, write_json
+from minift.cli_parts import MODEL_HELP, add_command, write_json
 from minift.config import check_number, model_path
-from minift.errors import InputError
+from minift.errors import InputError, one_line
 from minift.report import shorten
 
 PAGES_HELP = "files, globs or folders of JSON Lines or text, packed or not; - for standard input"
@@ -91,10 +91,10 @@ def _peek(options: dict[str, Any]) -> int:
     shown = 0
     for record in islice(records, options["n"]):  # each at once, however long the next one takes
         shown += 1
-        print(record.where)
+        print(one_line(record.where))
         for key, value in record.values.items():
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            print(f"  {key}: {text if options['full'] else shorten(text, 300)}", flush=True)
+            print(f"  {one_line(key)}: {text if options['full'] else one_line(shorten(text, 300))}", flush=True)
     if not shown:
         raise InputError(f"{options['data'][0]}: holds no records")
     return 0
@@ -134,6 +134,8 @@ def _format(options: dict[str, Any]) -> int:
     for pair in pairs:
         prompt, answer = TEMPLATES[name].format(pair)
         values = {"text": prompt + answer} if options["as_text"] else {"question": prompt, "answer": pair.answer}
+        if pair.metric and not options["as_text"]:
+            values["metric"] = pair.metric
         lines.append(json.dumps(values, ensure_ascii=False) + "\n")
     try:
         with Path(out).open("x", encoding="utf-8") as file:

@@ -39,9 +39,3 @@ def write_json(file: str | None, values: dict[str, Any]) -> None:
         Path(file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
-
-
-def one_line(text: object) -> str:
-    """Words on one line; characters that a terminal would obey or hide (they may come from a file) are spelled out."""
-    words = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)

@@ -10,10 +10,14 @@ save. Here one process reads, and workers only encode what they are handed: one 
 Read next: `pack.py`.
 """
 
+import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -82,17 +86,52 @@ def encode_documents(stream: DocumentStream, tokenizer: Tokenizer, workers: int 
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # nothing is drawn from it but numbers that nobody uses
     )
-    results = iter(loader)
-    while True:
-        try:
-            ids, lengths = next(results)
-        except StopIteration:
-            break
-        except RuntimeError as error:
-            raise RunError(f"a process that encodes text has died: {str(error).splitlines()[0]}") from None
-        yield Chunk(ids, lengths, places.popleft())
+    with _Results(loader) as results:
+        while (result := results.next()) is not None:
+            ids, lengths = result
+            yield Chunk(ids, lengths, places.popleft())
     if failure:
         raise failure[0]
+
+
+class _Results:
+    """What the workers give back, and a patient way to hear of their death.
+
+    torch raises an error the moment a worker dies, wherever the program is just then: in the middle of an optimizer's
+    step, or of a save. Here it is heard only when results are asked for.
+    """
+
+    def __init__(self, loader: "DataLoader[Any]"):
+        self._results: Iterator[Any] | None = iter(loader)
+        self._raises: Any = None
+        self._asking = False
+        if loader.num_workers and threading.current_thread() is threading.main_thread():
+            self._raises = signal.getsignal(signal.SIGCHLD)  # torch's handler
+            signal.signal(signal.SIGCHLD, self._heard)
+
+    def __enter__(self) -> "_Results":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._results = None  # ends the workers
+        if self._raises is not None:
+            signal.signal(signal.SIGCHLD, self._raises)
+
+    def next(self) -> Any:
+        """The next result; None when there is no more. Raises RunError when a worker has died."""
+        assert self._results is not None
+        self._asking = True
+        try:
+            self._heard(signal.SIGCHLD, None)  # what was not heard meanwhile
+            return next(self._results, None)
+        except RuntimeError as error:
+            raise RunError(f"a process that encodes text has died: {str(error).splitlines()[0]}") from None
+        finally:
+            self._asking = False
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self._asking and callable(self._raises):
+            self._raises(number, frame)
 
 
 class _Encoder:
@@ -112,4 +151,15 @@ def _as_it_is(result: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains; it ends its workers
+    # Ctrl-C, and a SIGTERM for all that belongs to the run, are for the process that trains: it ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when its parent was killed: it might wait for ever for somebody to take its results."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -14,3 +14,9 @@ class RunError(RuntimeError):
 
     The command line prints it as a single line and exits with code 1.
     """
+
+
+def one_line(text: object) -> str:
+    """Words on one line; characters that a terminal would obey or hide (they may come from a file) are spelled out."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)

@@ -14,7 +14,6 @@ so `--resume` needs only the folder. Read next: `cli.py`, or back to `train.py`.
 
 import dataclasses
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,15 @@ from typing import Any
 
 import torch
 
-from minift.checkpoint import check_step, load_model, load_step, remove_leftovers, save_model, step_folders
+from minift.checkpoint import (
+    check_step,
+    load_model,
+    load_step,
+    remove_leftovers,
+    save_model,
+    step_folders,
+    write_file,
+)
 from minift.config import LlamaConfig, TrainConfig, bundled, model_path, read_json
 from minift.encode import encode_documents
 from minift.errors import InputError, RunError
@@ -34,7 +41,7 @@ from minift.formats import shape_named
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
 from minift.prompts import TEMPLATES, Pair, choose_template, read_all_pairs
-from minift.records import STDIN, Skipped
+from minift.records import STDIN, Skipped, find_files
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
 from minift.train import Plan, TrainState, check_compiler, choose_device, choose_dtype, start_state, train
@@ -101,6 +108,7 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     device, config = _machine(config)
     if not resume:
         check_free(out)
+    find_files([*job.data, *job.test])
     skipped = Skipped(config.strict, quiet=True)  # they are all read at once, and reported together
     pairs, held_out = _split(read_all_pairs(job.data, skipped), job.test, config.seed)
     template_name = choose_template(config.template, [*pairs, *held_out])
@@ -155,6 +163,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     tokenizer = load_tokenizer(job.tokenizer)
     check_fit(shape, tokenizer, exact=True)
     _check_length(config, shape)
+    find_files([*job.data, *job.validation])
     skipped = Skipped(config.strict)
     stream = DocumentStream(job.data, job.text_field, None, config.seed, config.shuffle_buffer, skipped)
     batches = PageBatches(
@@ -172,8 +181,9 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     print(f"{job.config}: {_count(model):,} parameters, from random weights, on {device.type} in {config.dtype}")
     state = start_state(model, batches, config)
     done = _run("pretrain", job, config, plan, state, tokenizer, validation, out, resume)
-    if skipped.skipped:
-        print(skipped)
+    counted = Skipped(**batches.state_dict()["stream"]["skipped"])  # up to the last batch: more has been read ahead
+    if counted.skipped:
+        print(counted)
     return done
 
 
@@ -259,7 +269,8 @@ def _machine(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
 def _start_folder(name: str, job: FinetuneJob | PretrainJob, config: TrainConfig, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(out / "config.json", {"job": name, "inputs": vars(job), "train": config.to_dict()})
+        text = json.dumps({"job": name, "inputs": vars(job), "train": config.to_dict()}, indent=2, ensure_ascii=False)
+        write_file(out / "config.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
 
@@ -268,7 +279,7 @@ def check_free(out: Path) -> None:
     """Raise InputError when `out` already holds a run, or anything else."""
     if out.is_dir() and (out / "config.json").exists():
         raise InputError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not file.name.endswith(".partial") for file in out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder; choose another --out")
 
 
@@ -276,9 +287,7 @@ def _cut_metrics(file: Path, step: int) -> None:
     """Drop the lines of steps that the resumed run takes again."""
     if file.exists():
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = file.with_name(f".{file.name}.partial")
-        kept.write_text("".join(lines[:step]), encoding="utf-8")
-        os.replace(kept, file)
+        write_file(file, lambda partial: partial.write_text("".join(lines[:step]), encoding="utf-8"))
 
 
 def _split(pairs: list[Pair], test: Sequence[str], seed: int) -> tuple[list[Pair], list[Pair]]:

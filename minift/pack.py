@@ -302,16 +302,20 @@ class PageBatches:
     def __iter__(self) -> Iterator[Batch]:
         self.stream.load_state_dict(self._place)  # it may have been read on, for workers that had nothing to do
         size = self.batch_size * self.length
-        for chunk in encode_documents(self.stream, self.tokenizer, self.workers):
+        chunks = encode_documents(self.stream, self.tokenizer, self.workers)
+        while True:
+            while len(self._ids) > size:
+                batch = self._batch(self._rows(self._ids), self._rows(self._firsts))
+                self._ids, self._firsts = self._ids[size:], self._firsts[size:]
+                yield batch
+            chunk = next(chunks, None)
+            if chunk is None:
+                return
             firsts = np.zeros(len(chunk.ids), np.bool_)
             firsts[np.cumsum(chunk.lengths) - chunk.lengths] = True
             self._ids = np.concatenate((self._ids, chunk.ids))
             self._firsts = np.concatenate((self._firsts, firsts))
             self._place = chunk.place
-            while len(self._ids) > size:
-                batch = self._batch(self._rows(self._ids), self._rows(self._firsts))
-                self._ids, self._firsts = self._ids[size:], self._firsts[size:]
-                yield batch
 
     def _rows(self, values: "np.ndarray[Any, Any]") -> Tensor:
         """[B, T + 1]: this rank's rows of the next batch, each with the first token of the row behind it."""

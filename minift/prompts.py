@@ -116,7 +116,8 @@ def read_pairs(path: str | Path, skipped: Skipped | None = None) -> list[Pair]:
     """
     skipped = skipped or Skipped(strict=True)
     fields: tuple[str, str] | None = None
-    pairs = []
+    pairs: list[Pair] = []
+    before = skipped.skipped
     for item in scan(path):
         skipped.records += 1
         try:
@@ -126,8 +127,7 @@ def read_pairs(path: str | Path, skipped: Skipped | None = None) -> list[Pair]:
             pairs.append(pair)
         except InputError as fault:
             skipped.add(fault)
-    if not pairs:
-        skipped.check()
+    if not pairs and skipped.skipped == before:
         raise InputError(f"{path}: holds no records")
     return pairs
 

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, cast
 
 from tqdm import tqdm
 
-from minift.errors import InputError
+from minift.errors import InputError, one_line
 from minift.extras import need
 
 KINDS = (".jsonl", ".json", ".txt")
@@ -88,7 +88,8 @@ def find_files(sources: Iterable[str | Path]) -> list[Path]:
         elif path.is_dir():
             found = sorted(entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES))
         else:
-            found = [path] if path.exists() else sorted(Path(name) for name in glob(str(source), recursive=True))
+            names = [] if path.exists() else map(Path, glob(str(source), recursive=True))
+            found = [path] if path.exists() else sorted(name for name in names if not name.is_dir())
         if not found:
             raise InputError(f"{source}: no such file, or no data file in it ({', '.join(SUFFIXES)})")
         files += found
@@ -180,9 +181,12 @@ class Lines:
                 part.append(line)
                 size += len(line)
             if line is None or size >= TEXT_PART:
-                yield start, None if line is None else b"".join(part)
+                if not all(map(bytes.isspace, part)):
+                    yield start, b"".join(part)
+                if line is None:
+                    yield self.number, None
                 start, size, part = self.number + 1, 0, []
-        if any(not line.isspace() for line in part):
+        if not all(map(bytes.isspace, part)):
             yield start, b"".join(part)
 
     def _read(self, file: BinaryIO) -> Iterator[bytes | None]:
@@ -246,12 +250,13 @@ class Skipped:
         """
         self.records += lost
         self.skipped += 1 + lost
+        shown = len(self.first) < SHOWN
+        if shown:
+            self.first.append(one_line(fault))
         if self.strict:
             raise fault
-        if len(self.first) < SHOWN:
-            self.first.append(str(fault))
-            if not self.quiet:
-                tqdm.write(f"skipped: {fault}", file=sys.stderr)
+        if shown and not self.quiet:
+            tqdm.write(f"skipped: {self.first[-1]}", file=sys.stderr)
         if self.skipped > FEW:
             self.check()
 
@@ -268,14 +273,42 @@ class Skipped:
 
 def _open(path: Path) -> BinaryIO:
     if path == STDIN:
-        file = cast(io.BufferedReader, sys.stdin.buffer)
-        head = file.peek(4)[:4]
-        if head[:2] == b"\x1f\x8b":
-            return cast(BinaryIO, gzip.open(file, "rb"))
-        return _unpack_zstd(file, "standard input") if head == b"\x28\xb5\x2f\xfd" else file
+        return _open_stdin()
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     return _unpack_zstd(path.open("rb"), str(path)) if path.suffix == ".zst" else path.open("rb")
+
+
+def _open_stdin() -> BinaryIO:
+    """Standard input, unpacked if its first bytes are those of gzip or zstd: there is no name that says it."""
+    if sys.stdin is None or sys.stdin.buffer.closed:
+        raise InputError("-: standard input is closed, or was read already")
+    head = sys.stdin.buffer.read(4)
+    file = cast(BinaryIO, io.BufferedReader(_Rejoined(head, cast(io.BufferedReader, sys.stdin.buffer))))
+    if head[:2] == b"\x1f\x8b":
+        return cast(BinaryIO, gzip.open(file, "rb"))
+    return _unpack_zstd(file, "standard input") if head == b"\x28\xb5\x2f\xfd" else file
+
+
+class _Rejoined(io.RawIOBase):
+    """The first bytes of a stream, which were looked at, and then the rest."""
+
+    def __init__(self, head: bytes, rest: io.BufferedReader):
+        self._head = head
+        self._rest = rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._head or self._rest.read1(len(buffer))  # what is there: a pipe may give more only much later
+        count = min(len(buffer), len(found))
+        buffer[:count], self._head = found[:count], found[count:]
+        return count
+
+    def close(self) -> None:
+        self._rest.close()
+        super().close()
 
 
 def _unpack_zstd(file: BinaryIO, what: str) -> BinaryIO:

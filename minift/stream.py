@@ -17,6 +17,7 @@ Read next: `prompts.py` for instruction pairs, `pack.py` for pages.
 
 import hashlib
 import random
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -80,7 +81,7 @@ class DocumentStream:
             self._random.shuffle(self._order)
         self._opened = 0  # shards of the order that have been opened
         self._shards: list[_Shard] = []
-        self._places: list[tuple[int, int]] = []  # of the buffer's documents: the file, and the line in it
+        self._places: list[tuple[int, int, int]] = []  # of the buffer's documents: file, line in it, checksum
         self._texts: list[str] = []  # … and they themselves
         self._characters = 0
         self._given = 0  # documents of this epoch
@@ -125,22 +126,25 @@ class DocumentStream:
                 return False
             shard = self._shards[self._random.randrange(len(self._shards)) if len(self._shards) > 1 else 0]
             try:
-                record = shard.read()
-                if record is None:
+                item = shard.read()
+                if item is None:
                     self._shards.remove(shard)
                     self._records[shard.index] = shard.records
                     continue
+                record, checksum = item
                 text = record.text(self.text_field)
             except InputError as fault:
                 self.skipped.records += 1
-                # Of a file that can be read no further, all is lost that was in it in an earlier epoch.
-                lost = max(0, self._records.get(shard.index, 0) - shard.records) if shard.lines.failed else 0
+                # Of a file that can be read no further, all is lost that was in it in an earlier epoch: the record of
+                # this fault, and the others.
+                others = self._records.get(shard.index, 0) - shard.records - 1
+                lost = max(0, others) if shard.lines.failed else 0
                 if shard.lines.failed:
                     self._shards.remove(shard)
                 self.skipped.add(fault, lost)
                 continue
             self.skipped.records += 1
-            self._places.append((shard.index, record.line))
+            self._places.append((shard.index, record.line, checksum))
             self._texts.append(text)
             self._characters += len(text)
             return True
@@ -189,22 +193,24 @@ class DocumentStream:
         self._records = {int(index): count for index, count in state["records"].items()}
         version, words, gauss = state["random"]
         self._random.setstate((version, tuple(words), gauss))
-        vars(self.skipped).update(state["skipped"])
-        self._places = [(file, line) for file, line in state["buffer"]]
-        wanted: dict[int, set[int]] = defaultdict(set)
-        for file, line in self._places:
-            wanted[file].add(line)
+        vars(self.skipped).update(state["skipped"] | {"first": list(state["skipped"]["first"])})
+        if self.skipped.strict and self.skipped.first:  # it ended the run, or would have
+            raise InputError(self.skipped.first[0])
+        self._places = [(file, line, checksum) for file, line, checksum in state["buffer"]]
+        wanted: dict[int, dict[int, int]] = defaultdict(dict)
+        for file, line, checksum in self._places:
+            wanted[file][line] = checksum
         texts: dict[tuple[int, int], str] = {}
         for index, records, number, checksum in state["shards"]:
             shard = _Shard(index, self.files[index])
-            texts |= shard.skip(number, wanted.pop(index, set()), self.text_field)
+            texts |= shard.skip(number, wanted.pop(index, {}), self.text_field)
             if shard.lines.checksum != checksum:
                 raise InputError(f"{shard.lines.path}: {_CHANGED}")
             shard.records = records
             self._shards.append(shard)
         for index, lines in wanted.items():
             texts |= _Shard(index, self.files[index]).skip(max(lines), lines, self.text_field)
-        self._texts = [texts[place] for place in self._places]
+        self._texts = [texts[file, line] for file, line, _ in self._places]
         self._characters = sum(map(len, self._texts))
 
     @cached_property
@@ -221,21 +227,24 @@ class _Shard:
         self.lines = Lines(path)
         self._items = self.lines.items()
 
-    def read(self) -> Record | None:
-        """The next record; None at the end. Raises InputError for one that is none."""
+    def read(self) -> tuple[Record, int] | None:
+        """The next record, and the checksum of its bytes; None at the end. Raises InputError for one that is none."""
         item = next(self._items, None)
         if item is None:
             return None
         self.records += 1
-        return parse(item[1], self.lines.path, item[0])
+        return parse(item[1], self.lines.path, item[0]), zlib.crc32(item[1] or b"")
 
     @property
     def place(self) -> tuple[int, int, int, int]:
         """(index of the file, records found in it, lines read, their checksum)."""
         return self.index, self.records, self.lines.number, self.lines.checksum
 
-    def skip(self, number: int, wanted: set[int], text_field: str) -> dict[tuple[int, int], str]:
+    def skip(self, number: int, wanted: dict[int, int], text_field: str) -> dict[tuple[int, int], str]:
         """Read the first `number` lines again; return the documents that begin at the lines `wanted`, by place.
+
+        Args:
+            wanted: the checksum of each.
 
         Raises:
             InputError: when they are not there any more.
@@ -246,7 +255,7 @@ class _Shard:
                 item = next(self._items, None)
                 if item is None:
                     break
-                if item[0] in wanted:
+                if wanted.get(item[0]) == zlib.crc32(item[1] or b""):
                     texts[self.index, item[0]] = parse(item[1], self.lines.path, item[0]).text(text_field)
             except InputError as fault:
                 raise InputError(f"{fault}; {_CHANGED}") from None

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from minift.errors import InputError
+from minift.errors import InputError, one_line
 from minift.prompts import TEMPLATES, Pair, Template, choose_template, has_pair, read_pair
 from minift.records import SHOWN, Record, scan
 from minift.tokenizer import Tokenizer
@@ -144,7 +144,7 @@ class _Faults:
     def add(self, fault: InputError) -> None:
         self.count += 1
         if len(self.first) < SHOWN:
-            self.first.append(str(fault))
+            self.first.append(one_line(fault))
 
 
 def _result(kind: str, faults: _Faults, columns: dict[str, Lengths]) -> dict[str, Any]:

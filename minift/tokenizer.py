@@ -103,7 +103,7 @@ class Tokenizer(ABC):
         """
         try:
             encoded = self._many_ids(texts)
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # SentencePiece says the latter, of a list
             raise InputError("a text is not Unicode: it holds half a character") from None
         return [[self.bos_id, *ids, self.eos_id] for ids in encoded]
 

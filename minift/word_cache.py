@@ -25,8 +25,8 @@ LONGEST = 32  # characters of a word that is kept; longer ones are rarely met ag
 NEW = 0.1  # the share of new words above which …
 WHOLE = 8  # … so many calls encode their texts as a whole, before words are tried again
 
-# Line breaks; a word with the spaces before it, and with those behind it at a line's end; a line of nothing but spaces.
-_WORD = re.compile(r"\n+| *[^ \n]+(?: +(?=\n|\Z))?| +")
+# Line breaks; a word with the spaces before it; spaces at a line's end.
+_WORD = re.compile(r"\n+| *[^ \n]+| +")
 
 
 class WordCache:
