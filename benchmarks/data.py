@@ -32,14 +32,14 @@ from minift.records import find_files, read_records
 
 SHARDS = 4
 BATCH_SIZE, LENGTH = 16, 1_024
-SHUFFLE_BUFFER = 10_000
+SHUFFLE_BUFFER = 1_000  # a part of the corpus, as in use: while it is filled, workers have nothing to do
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--data", nargs="+", metavar="GLOB", help="pages, .json.gz (default: docstrings of Python)")
     parser.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help="with SentencePiece (%(default)s)")
-    parser.add_argument("--megabytes", type=float, default=16, metavar="N", help="of default text (%(default)s)")
+    parser.add_argument("--megabytes", type=float, default=24, metavar="N", help="of default text (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a fresh process is asked to do

@@ -28,7 +28,8 @@ from minift.errors import InputError, RunError
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer
 
-CHUNK_CHARACTERS = 2**16  # that are encoded in one go: a worker's task of some milliseconds
+CHUNK_CHARACTERS = 2**16  # that are encoded in one go: a task of some milliseconds, whose result a pipe can hold
+PREFETCH = 8  # chunks that each worker is given ahead, so that it never waits for this process
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def encode_documents(stream: DocumentStream, tokenizer: Tokenizer, workers: int 
         batch_size=None,
         sampler=chunks(),
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # nothing is drawn from it but numbers that nobody uses
@@ -141,9 +143,7 @@ class _Encoder:
         self.tokenizer = tokenizer
 
     def __getitem__(self, texts: list[str]) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-        documents = self.tokenizer.encode_documents(texts)
-        lengths = np.array([len(ids) for ids in documents])
-        return np.concatenate([np.array(ids, np.int32) for ids in documents]), lengths
+        return self.tokenizer.encode_documents(texts)
 
 
 def _as_it_is(result: Any) -> Any:

@@ -25,7 +25,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from minift.config import LlamaConfig, check_number
@@ -96,16 +98,24 @@ class Tokenizer(ABC):
             raise InputError("this tokenizer joins a line break with what follows it; minift cannot mask such a prompt")
         return anchored[len(self._anchor) :] + [self.eos_id] * eos
 
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_documents(self, texts: Sequence[str]) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
         """The ids of many texts, each with BOS and EOS, and special tokens as characters: faster than one by one.
 
-        Raises InputError as `encode`.
+        Returns:
+            ids: int32, those of all texts one behind the other.
+            lengths: int64, of each text.
+
+        Raises:
+            InputError: as `encode`.
         """
         try:
             encoded = self._many_ids(texts)
         except (UnicodeEncodeError, TypeError):  # SentencePiece says the latter, of a list
             raise InputError("a text is not Unicode: it holds half a character") from None
-        return [[self.bos_id, *ids, self.eos_id] for ids in encoded]
+        bos, eos = np.array([self.bos_id], np.int32), np.array([self.eos_id], np.int32)
+        return np.concatenate([part for ids in encoded for part in (bos, ids, eos)]), np.array(
+            [len(ids) + 2 for ids in encoded]
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids that begin a text. BOS and EOS leave no trace. Raises InputError for an id out of range."""
@@ -134,8 +144,8 @@ class Tokenizer(ABC):
     def _text(self, ids: list[int]) -> str:
         """The text of ids that are in range."""
 
-    def _many_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._checked_ids(text, special=False) for text in texts]
+    def _many_ids(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
+        return [np.array(self._checked_ids(text, special=False), np.int32) for text in texts]
 
     def _checked_ids(self, text: str, special: bool) -> list[int]:
         try:
@@ -195,10 +205,10 @@ class SentencePieceTokenizer(Tokenizer):
     def _words(self) -> WordCache | None:
         return WordCache(self.processor) if fits(self.processor) else None
 
-    def _many_ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _many_ids(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
         if self._words is not None:
             return self._words.encode(texts)
-        return self.processor.encode(texts, num_threads=1)
+        return [np.array(ids, np.int32) for ids in self.processor.encode(texts, num_threads=1)]
 
     def _text(self, ids: list[int]) -> str:
         return self.processor.decode(ids)

@@ -8,22 +8,24 @@ other, and those of a word can be kept in a table: the ids are the same, to the 
 
     "What is  new\n?"   →   " What" · " is" · "  new" · "\n" · "?"   →   their ids, joined
 
-In prose nine words of ten have been met before. Where too many are new (source code, another language), looking costs
-more than it saves, and the next texts are encoded as a whole. `fits` says whether a vocabulary is of that kind.
+Of ten words of a text some nine have been met before, or stand in the same chunk of texts twice. `fits` says whether a
+vocabulary is of that kind; where it is not, texts are encoded as a whole.
 
 Measured by `python -m benchmarks data`. Read next: `records.py`.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
+from typing import Any
 
+import numpy as np
 import sentencepiece
 
 SPACE = "\u2581"  # "▁", as which a space stands in the vocabulary
-TABLE_SIZE = 2**16  # words that are kept, some 20 MB: those met first, so the frequent ones are among them
+TABLE_SIZE = 2**17  # words that are kept, some 25 MB: those met first, so the frequent ones are among them
+TOGETHER = 300  # new words that are encoded as one text
 LONGEST = 32  # characters of a word that is kept; longer ones are rarely met again
-NEW = 0.1  # the share of new words above which …
-WHOLE = 8  # … so many calls encode their texts as a whole, before words are tried again
 
 # Line breaks; a word with the spaces before it; spaces at a line's end.
 _WORD = re.compile(r"\n+| *[^ \n]+| +")
@@ -38,40 +40,33 @@ class WordCache:
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor):
         self._processor = processor
-        self._table: dict[str, list[int]] = {}
-        self._break = len(processor.encode("\n"))  # ids of a line break at the start of a text
-        self._whole = 0  # calls that are still to encode their texts as a whole
+        self._table: dict[str, bytes] = {}  # the ids of a word as int32: bytes are joined faster than lists
+        self._break = processor.encode("\n")[-1]  # a byte's id, which stands for nothing else
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same ids as `processor.encode(texts)`. Give it many texts at once: a call of SentencePiece is dear."""
-        if self._whole:
-            self._whole -= 1
-            return self._processor.encode(texts, num_threads=1)
+    def encode(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
+        """The same ids as `processor.encode(texts)`, int32. Give it many texts: a call of SentencePiece is dear."""
         # SentencePiece adds that space, and takes "▁" itself for one.
         split = [_WORD.findall(" " + text.replace(SPACE, " ")) if text else [] for text in texts]
-        table = self._table
-        new = list(dict.fromkeys(word for words in split for word in words if word not in table))
-        if len(new) > NEW * sum(map(len, split)):
-            self._whole = WHOLE
-        if new:
-            table.update(zip(new, self._encode_words(new), strict=True))
-        encoded = []
-        for words in split:
-            ids: list[int] = []
-            for word in words:
-                ids += table[word]
-            encoded.append(ids)
+        new = list(set(chain.from_iterable(split)).difference(self._table))
+        for start in range(0, len(new), TOGETHER):
+            words = new[start : start + TOGETHER]
+            self._table.update(zip(words, self._encode_words(words), strict=True))
+        ids_of = self._table.__getitem__
+        encoded = [np.frombuffer(b"".join(map(ids_of, words)), np.int32) for words in split]
         self._forget(new)
         return encoded
 
-    def _encode_words(self, words: list[str]) -> list[list[int]]:
-        """The ids of each word as they are inside a text."""
-        # SentencePiece puts a space before what it is given: it takes the place of the word's own, or stands before a
-        # line break, whose ids are then taken off again.
-        spaced = [word[0] == " " and len(word) > 1 for word in words]
-        given = [word[1:] if has else "\n" + word for word, has in zip(words, spaced, strict=True)]
-        encoded = self._processor.encode(given, num_threads=1)
-        return [ids if has else ids[self._break :] for ids, has in zip(encoded, spaced, strict=True)]
+    def _encode_words(self, words: list[str]) -> list[bytes]:
+        """The ids of each word as they are inside a text: all in one text, a line break before and behind each."""
+        given = "\n" + "\n".join("" if word[0] == "\n" else word for word in words) + "\n"
+        ids = np.array(self._processor.encode(given), np.int32)
+        breaks = np.flatnonzero(ids == self._break).tolist()
+        data = ids.tobytes()
+        between = [data[4 * a + 4 : 4 * b] for a, b in pairwise(breaks)]
+        line_break = np.array([self._break], np.int32).tobytes()
+        return [
+            line_break * len(word) if word[0] == "\n" else found for word, found in zip(words, between, strict=True)
+        ]
 
     def _forget(self, new: list[str]) -> None:
         full = len(self._table) > TABLE_SIZE
@@ -97,7 +92,8 @@ def fits(processor: sentencepiece.SentencePieceProcessor) -> bool:
         and normalizer.number(4, 1) == 0  # remove_extra_whitespaces
         and normalizer.number(5, 1) == 1  # escape_whitespaces
     )
-    return as_llama and not any(map(_crosses, model.all(1)))
+    line_break = processor.encode("\n")[-1:]
+    return as_llama and processor.is_byte(line_break)[0] and not any(map(_crosses, model.all(1)))
 
 
 def _crosses(content: bytes) -> bool:
