@@ -20,6 +20,7 @@ import gzip
 import importlib.util
 import json
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -79,6 +80,9 @@ def run(options: argparse.Namespace) -> None:
         "tokens": int(runs["parts alone"][0]["tokens"]),
         "characters_per_second": {
             name: record.spread([characters / run["seconds"] for run in measured]) for name, measured in runs.items()
+        },
+        "times_as_fast_as": {  # medians over the turns: whatever else the machine did then, hit both
+            name: {other: _ratio(runs[other], runs[name]) for other in runs} for name in runs
         },
     }
     print(_table(result))
@@ -141,12 +145,16 @@ def _measure_datasets(name: str, scratch: str, files: tuple[str, ...]) -> dict[s
     return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
+def _ratio(slower: list[dict[str, float]], faster: list[dict[str, float]]) -> float:
+    return statistics.median(a["seconds"] / b["seconds"] for a, b in zip(slower, faster, strict=True))
+
+
 def _table(result: dict[str, Any]) -> str:
     speeds = result["characters_per_second"]
     others = [name for name in ("parts alone", "minift", "datasets, loop", "datasets, map") if name in speeds]
     lines = [f"{'':<20}{'million characters/s':>24}" + "".join(f"{f'x {name}':>18}" for name in others)]
     for name, speed in speeds.items():
         cell = "{:.2f} ({:.2f}-{:.2f})".format(*(speed[key] / 1e6 for key in ("median", "min", "max")))
-        ratios = (speed["median"] / speeds[other]["median"] for other in others)
+        ratios = (result["times_as_fast_as"][name][other] for other in others)
         lines.append(f"{name:<20}{cell:>24}" + "".join(f"{ratio:>18.2f}" for ratio in ratios))
     return "\n".join(lines)

@@ -82,7 +82,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(run: tuple[Path, str]) -> 
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert not done.stderr, line
         printed.append(done.stdout)
-    assert len(printed) == 6
+    assert len(printed) == 8
     assert printed[0].strip().endswith("?") or "?\n" in printed[0]
     assert printed[1] == "Mexico City\n"
     assert json.loads((folder / "compare.json").read_text()) == json.loads((run[0] / "compare.json").read_text())
