@@ -108,10 +108,9 @@ class Tokenizer(ABC):
         Raises:
             InputError: as `encode`.
         """
-        try:
-            encoded = self._many_ids(texts)
-        except (UnicodeEncodeError, TypeError):  # SentencePiece says the latter, of a list
-            raise InputError("a text is not Unicode: it holds half a character") from None
+        for text in texts:
+            _check_unicode(text)
+        encoded = self._many_ids(texts)
         bos, eos = np.array([self.bos_id], np.int32), np.array([self.eos_id], np.int32)
         return np.concatenate([part for ids in encoded for part in (bos, ids, eos)]), np.array(
             [len(ids) + 2 for ids in encoded]
@@ -148,12 +147,7 @@ class Tokenizer(ABC):
         return [np.array(self._checked_ids(text, special=False), np.int32) for text in texts]
 
     def _checked_ids(self, text: str, special: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InputError(
-                "the text is not Unicode: it holds bytes that are not UTF-8, or half a character"
-            ) from None
+        _check_unicode(text)
         return self._ids(text, special)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
@@ -164,6 +158,13 @@ class Tokenizer(ABC):
 
     def _text_ids(self, ids: Sequence[int]) -> list[int]:
         return [id for id in self._checked(ids) if id not in (self.bos_id, self.eos_id)]
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the text is not Unicode: it holds bytes that are not UTF-8, or half a character") from None
 
 
 class SentencePieceTokenizer(Tokenizer):

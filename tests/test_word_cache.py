@@ -231,7 +231,10 @@ def trained(**changes: Any) -> sentencepiece.SentencePieceProcessor:
 
 def differ(processor: sentencepiece.SentencePieceProcessor, text: str) -> bool:
     """Whether a table of words would give other ids."""
-    return look_up(WordCache(processor), [text]) != [processor.encode(text)]
+    try:
+        return look_up(WordCache(processor), [text]) != [processor.encode(text)]
+    except ValueError:  # the line breaks between the words are lost
+        return True
 
 
 def test_a_vocabulary_as_llamas_fits() -> None:
@@ -249,7 +252,7 @@ def test_a_vocabulary_as_llamas_fits() -> None:
         ({"user_defined_symbols": ["\u2581the\u2581"]}, "in the city"),
         ({"treat_whitespace_as_suffix": True}, "of\nthe people"),
         ({"add_dummy_prefix": False}, "people of the city"),
-        ({"remove_extra_whitespaces": True}, "a  word  of \nthe"),
+        ({"remove_extra_whitespaces": True}, None),
         ({"normalization_rule_name": "nmt_nfkc"}, "a\u3000word\u00a0of the"),
         ({"normalization_rule_name": "nfkc"}, "a\u3000\u3000word \u00a0 of the"),
         ({"model_type": "unigram", "vocab_size": 290}, None),
