@@ -28,7 +28,7 @@ from minift.errors import InputError, RunError
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer
 
-CHUNK_CHARACTERS = 2**16  # that are encoded in one go: a task of some milliseconds, whose result a pipe can hold
+CHUNK_CHARACTERS = 2**16  # that are encoded in one go: a task of some ten milliseconds
 PREFETCH = 8  # chunks that each worker is given ahead, so that it never waits for this process
 
 
