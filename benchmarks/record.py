@@ -49,8 +49,13 @@ def write(file: str | None, result: dict[str, Any]) -> None:
 
 def _without_places(words: Sequence[str]) -> list[str]:
     """A command without the options that only say where files go."""
-    places = [i for i, word in enumerate(words) if word in ("--json", "--folder", "--data", "--tokenizer", "--pairs")]
-    return [word for i, word in enumerate(words) if i not in places and i - 1 not in places]
+    kept, place = [], False
+    for word in words:
+        if word.startswith("--"):
+            place = word in ("--json", "--folder", "--data", "--tokenizer", "--pairs")
+        if not place:
+            kept.append(word)
+    return kept
 
 
 def _versions() -> dict[str, str]:

@@ -3,14 +3,23 @@
 Here they run on tiny shapes. Their numbers are not looked at: a slow machine is no defect.
 """
 
+import argparse
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import data, process, prose
+from benchmarks.__main__ import BENCHMARKS
+from minift.config import bundled
+from minift.tokenizer import load_tokenizer
 from tests.conftest import ROOT, SMALL
+from tests.test_stream import write_jsonl
 
 
 def benchmark(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -52,3 +61,62 @@ def test_wrong_input_is_one_line(words: list[str], named: str) -> None:
     assert done.returncode == 2
     assert named in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def run_here(name: str, tmp_path: Path, *words: object) -> dict[str, Any]:
+    """What a benchmark writes, run in this process: a fresh one for each part takes its time."""
+    parser = argparse.ArgumentParser()
+    BENCHMARKS[name].add_arguments(parser)
+    out = tmp_path / "result.json"
+    BENCHMARKS[name].run(parser.parse_args([*map(str, words), "--json", str(out)]))
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every side has read the same text, and the ratios are those of the times."""
+    measured: list[str] = []
+
+    def fresh(benchmark: str, *words: object, **options: object) -> dict[str, float]:
+        measured.append(str(words[0]))
+        return data._measure(*map(str, words))
+
+    monkeypatch.setattr(process, "fresh", fresh)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # one side switches off the network and threads
+    texts = [f"Page {i} is about the number {i}, which comes after {i - 1}." * 8 for i in range(300)]
+    file = write_jsonl(tmp_path / "x.json.gz", [{"text": text, "timestamp": "", "url": ""} for text in texts])
+    result = run_here("data", tmp_path, "--data", file, "--repeats", 1)
+    assert str(tmp_path) not in json.dumps(result)  # a record does not say where the data lay
+    assert result["characters"] == sum(map(len, texts))
+    tokenizer = load_tokenizer(bundled("base"))
+    assert result["tokens"] == sum(len(tokenizer.encode(text, bos=False)) for text in texts)
+    sides = result["characters_per_second"]
+    assert measured == [*reversed(sides), *sides]  # in turns; the first is not counted
+    assert {"parts alone", "minift", "minift, 2 workers"} <= set(sides)
+    assert ("datasets, loop" in sides) == (importlib.util.find_spec("datasets") is not None)
+    printed = capsys.readouterr().out
+    for name, speed in sides.items():
+        assert name in printed
+        ratio = speed["median"] / sides["parts alone"]["median"]
+        assert result["times_as_fast_as"][name]["parts alone"] == pytest.approx(ratio)
+
+
+@pytest.mark.slow
+def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"text": f"Page {i} is about {i}. " * 50}).encode() + b"\n" for i in range(100)]
+    monkeypatch.setattr(prose, "lines", lambda megabytes: iter(lines))
+    first, second = run_here("stream", tmp_path, "--megabytes", 0.5, 1)["runs"]
+    assert 1.9 < second["documents"] / first["documents"] < 2.1
+    assert second["tokens"] > 1.5 * first["tokens"] > 0
+    assert 1e8 < first["peak_bytes"] < 1e9
+
+
+@pytest.mark.slow
+def test_packing(tmp_path: Path) -> None:
+    shape = tmp_path / "shape.json"
+    shape.write_text(json.dumps({**SMALL, "vocab_size": load_tokenizer(bundled("base")).vocab_size}))
+    words = ["--batch-size", 8, "--max-length", 64, "--repeats", 1, "--device", "cpu", "--config", shape]
+    result = run_here("packing", tmp_path, *words)
+    assert result["positions"]["packed"] < result["positions"]["padded"]
+    assert result["largest_relative_difference_of_loss"] < 1e-2  # bfloat16 on different shapes
+    assert result["targets_per_second"]["packed"]["n"] == 1

@@ -1,8 +1,8 @@
 """The promise that a run may be stopped anywhere, and goes on as if it had not been.
 
-Real processes are stopped by real signals while they train: Ctrl-C and SIGTERM let the step finish and save, a kill -9
-leaves the last `--save-every`. The command that they print is then run, and the whole is compared with a run that
-nobody stopped, in this process: every loss, learning rate and gradient norm, and every bit of the final weights.
+Real processes are stopped by real signals while they train: Ctrl-C and SIGTERM let the step finish and save. The
+command that they print is then run, and the whole is compared with a run that nobody stopped, in this process: every
+loss, learning rate and gradient norm, and every bit of the final weights. (`test_resume_bitwise.py` is about kill -9.)
 """
 
 import json
@@ -134,25 +134,6 @@ def test_a_stopped_run_prints_the_command_that_continues_it_exactly(
     words = shlex.split(printed[1])
     assert words[0] == "minift" or words[:3] == [sys.executable, "-m", "minift"]  # whichever would be found
     assert main(words[words.index("minift") + 1 :]) == 0
-    assert_same_run(out, whole)
-
-
-@pytest.mark.slow
-def test_a_killed_run_continues_from_its_last_save(
-    inputs: dict[str, list[str]], job: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    code, _ = stop([*inputs[job], "--out", out], tmp_path, out, after=SAVE_EVERY + 9, number=signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    folder = step_folders(out)[0]
-    saved = int(folder.name.removeprefix("step_"))
-    assert saved % SAVE_EVERY == 0
-    assert SAVE_EVERY <= saved < STEPS
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9')  # a line that the killed process had no time to finish
-    capsys.readouterr()
-    assert main([job, "--resume", "--out", str(out)]) == 0
-    assert f"continues behind step {saved} of {STEPS}" in capsys.readouterr().out
     assert_same_run(out, whole)
 
 
