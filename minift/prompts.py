@@ -19,7 +19,7 @@ Read next: `pack.py`.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,21 +115,35 @@ def read_pairs(path: str | Path, skipped: Skipped | None = None) -> list[Pair]:
             text, a blank question, as far as `skipped` does not bear it; for a file without records.
     """
     skipped = skipped or Skipped(strict=True)
-    fields: tuple[str, str] | None = None
     pairs: list[Pair] = []
     before = skipped.skipped
-    for item in scan(path):
+    for item in scan_pairs(scan(path)):
         skipped.records += 1
-        try:
-            if isinstance(item, InputError):
-                raise item
-            pair, fields = read_pair(item, fields)
-            pairs.append(pair)
-        except InputError as fault:
-            skipped.add(fault)
+        if isinstance(item, InputError):
+            skipped.add(item)
+        else:
+            pairs.append(item)
     if not pairs and skipped.skipped == before:
         raise InputError(f"{path}: holds no records")
     return pairs
+
+
+def scan_pairs(items: Iterable[Record | InputError]) -> Iterator[Pair | InputError]:
+    """The pairs of scanned records and, in the places of those that are none, what is wrong with them.
+
+    The first pair's fields are those of all.
+    """
+    fields: tuple[str, str] | None = None
+    for item in items:
+        if isinstance(item, InputError):
+            yield item
+            continue
+        try:
+            pair, fields = read_pair(item, fields)
+        except InputError as fault:
+            yield fault
+        else:
+            yield pair
 
 
 def read_all_pairs(sources: Iterable[str | Path], skipped: Skipped | None = None) -> list[Pair]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minift.errors import InputError, one_line
-from minift.prompts import TEMPLATES, Pair, Template, choose_template, has_pair, read_pair
+from minift.prompts import TEMPLATES, Pair, Template, choose_template, has_pair, scan_pairs
 from minift.records import SHOWN, Record, scan
 from minift.tokenizer import Tokenizer
 
@@ -111,15 +111,11 @@ def _survey_pages(items: Any, tokenizer: Tokenizer, text_field: str) -> dict[str
 def _survey_pairs(items: Any, tokenizer: Tokenizer, template: str) -> dict[str, Any]:
     pairs: list[Pair] = []
     faults = _Faults()
-    fields: tuple[str, str] | None = None
-    for item in items:
-        try:
-            if isinstance(item, InputError):
-                raise item
-            pair, fields = read_pair(item, fields)
-            pairs.append(pair)
-        except InputError as fault:
-            faults.add(fault)
+    for item in scan_pairs(items):
+        if isinstance(item, InputError):
+            faults.add(item)
+        else:
+            pairs.append(item)
     name = choose_template(template, pairs)
     columns = {key: Lengths() for key in ("characters", "tokens", "prompt_tokens", "answer_tokens")}
     for pair in pairs:
