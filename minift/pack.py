@@ -14,8 +14,8 @@ comes from construction (the prompt's ids and the answer's are encoded apart), n
 padding is masked by position, never by its id, because the padding id is usually EOS itself.
 
 Several short pairs share a row, each isolated from the others: its positions start at 0 and its attention stays inside
-its own `document_ids`. That computes the same loss as one pair a row, with far less padding. Pages are packed without
-isolation, one behind the other, as is usual in pretraining.
+its own `document_ids`. That computes the same loss as one pair a row, with far less padding. Pages are packed one
+behind the other and, as is usual in pretraining, see each other, unless they are to be isolated, too.
 
 Read next: `model.py`.
 """
