@@ -114,11 +114,14 @@ def _stats(options: dict[str, Any]) -> int:
 
 
 def _format(options: dict[str, Any]) -> int:
+    from minift.checkpoint import write_file
     from minift.prompts import TEMPLATES, choose_template, read_all_pairs, templates_for
     from minift.records import Skipped
 
     check_number("-n", options["n"], least=1)
     out, wanted = options["out"], options["template"]
+    if out is not None and Path(out).exists():
+        raise InputError(f"{out}: exists; choose another --out")
     skipped = Skipped()
     pairs = read_all_pairs(options["data"], skipped)
     if out is None:
@@ -137,12 +140,6 @@ def _format(options: dict[str, Any]) -> int:
         if pair.metric and not options["as_text"]:
             values["metric"] = pair.metric
         lines.append(json.dumps(values, ensure_ascii=False) + "\n")
-    try:
-        with Path(out).open("x", encoding="utf-8") as file:
-            file.writelines(lines)
-    except FileExistsError:
-        raise InputError(f"{out}: exists; choose another --out") from None
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+    write_file(Path(out), lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
     print(f"saved: {out} ({len(pairs):,} pairs in the template {name})")
     return 0

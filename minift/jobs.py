@@ -131,7 +131,7 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     state = start_state(model, batches, config)
     plan = Plan.make(config, len(batches))
     groups = [unseen[i : i + config.batch_size] for i in range(0, len(unseen), config.batch_size)]
-    validation = [collate(group, tokenizer.eos_id) for group in groups]
+    validation = [collate(group, tokenizer.eos_id, pack=config.pack) for group in groups]
     if not _run("finetune", job, config, plan, state, tokenizer, validation, out, resume):
         return None
 
