@@ -7,7 +7,7 @@ from typing import Any
 
 from minift.cli_parts import MODEL_HELP, add_command, write_json
 from minift.config import check_number, model_path
-from minift.errors import InputError, one_line
+from minift.errors import InputError, RunError, one_line
 from minift.report import shorten
 
 PAGES_HELP = "files, globs or folders of JSON Lines or text, packed or not; - for standard input"
@@ -140,6 +140,9 @@ def _format(options: dict[str, Any]) -> int:
         if pair.metric and not options["as_text"]:
             values["metric"] = pair.metric
         lines.append(json.dumps(values, ensure_ascii=False) + "\n")
-    write_file(Path(out), lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+    try:
+        write_file(Path(out), lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+    except RunError as error:
+        raise InputError(str(error)) from None
     print(f"saved: {out} ({len(pairs):,} pairs in the template {name})")
     return 0

@@ -255,7 +255,7 @@ def test_an_out_that_exists_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     ("words", "culprit"),
     [
         (["--out", "{}/out.jsonl"], "--template"),
-        (["--out", "{}/no/such/out.jsonl", "--template", "qa"], "cannot be written"),
+        (["--out", "{}/x.jsonl/out.jsonl", "--template", "qa"], "cannot be written"),
         (["-n", "0"], "-n"),
         (["--template", "alpaca", "{}/carried.jsonl"], "already carries a template"),
         (["--template", "alpaca", "{}/carried.jsonl", "--out", "{}/out.jsonl"], "already carries a template"),
