@@ -280,7 +280,7 @@ class TrainConfig:
     device: str = _flag("auto", "where to train; auto takes a GPU if there is one", choices=DEVICES)
     compile: bool = _flag(False, "compile the model with torch.compile (pays on long runs)")
     checkpoint_activations: bool = _flag(False, "recompute activations in the backward pass: less memory, more time")
-    loss_chunk: int = _flag(2_048, "targets whose logits exist at the same time", least=1)
+    loss_chunk: int = _flag(1_024, "targets whose logits exist at the same time", least=1)
     seed: int = _flag(0, "seed of the data's order, of what is held out, and of random first weights", least=0)
     pack: bool = _flag(True, "put several short pairs into a row, each isolated from the others")
     isolate: bool = _flag(False, "keep the pages of a row apart, in attention and positions")

@@ -65,7 +65,7 @@ def training_flops_per_token(config: LlamaConfig, length: int) -> float:
 
 
 def training_memory(
-    config: LlamaConfig, dtype: str, batch_size: int, length: int, loss_chunk: int = 2_048, device: str = "cpu"
+    config: LlamaConfig, dtype: str, batch_size: int, length: int, loss_chunk: int = 1_024, device: str = "cpu"
 ) -> dict[str, int]:
     """Bytes at the fullest moment of a training step in one process, by what they are for.
 
@@ -82,8 +82,12 @@ def training_memory(
         ledger["autocast's copies of matrices"] = 2 * _matrices(config)
     tokens = batch_size * length
     ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype, device)
-    ledger["the loss's own gradients"] = 4 * config.vocab_size * config.hidden_size + 4 * tokens * config.hidden_size
-    ledger["logits of a chunk"] = min(loss_chunk, tokens) * config.vocab_size * (4 + (2 if low else 0))
+    head, size = config.vocab_size * config.hidden_size, BYTES[dtype]
+    ledger["the loss's own gradients"] = 4 * head + size * tokens * config.hidden_size
+    if device == "cpu":
+        ledger["the head, by columns"] = size * head
+    # A CPU takes few rows of a chunk at a time through the float32 softmax.
+    ledger["logits of a chunk"] = min(loss_chunk, tokens) * config.vocab_size * (size + (4 if device == "cuda" else 0))
     return ledger
 
 

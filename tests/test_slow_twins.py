@@ -300,7 +300,7 @@ class _Multiplications(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func is torch.ops.aten.mm.default
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
         return func(*args, **(kwargs or {}))
 
 
