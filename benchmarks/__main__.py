@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from benchmarks import data, load, packing, stream
+from benchmarks import data, load, packing, peers, stream
 from minift.errors import InputError
 
-BENCHMARKS = {"load": load, "data": data, "stream": stream, "packing": packing}
+BENCHMARKS = {"load": load, "data": data, "stream": stream, "packing": packing, "peers": peers}
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,54 @@ def fresh(benchmark: str, *words: object, cores: int | None = None, stdin: Itera
     if child.returncode:
         raise InputError(f"{words[0]} failed: {(stderr.decode().strip().splitlines() or ['no message'])[-1]}")
     return json.loads(stdout.splitlines()[-1])
+
+
+class Worker:
+    """A fresh process that measures again and again, whenever it is asked to: so that several can take turns.
+
+    It runs `python -m benchmarks BENCHMARK --measure WORDS`, prints a first line of JSON when it is ready (`ready`), and
+    then answers each line that it is sent by a line of JSON, until there is no more.
+
+        with Worker("peers", "minift") as worker:
+            print(worker.ready, worker.ask("step"))
+    """
+
+    def __init__(self, benchmark: str, *words: object):
+        command = [sys.executable, "-m", "benchmarks", benchmark, "--measure", *map(str, words)]
+        self._name = str(words[0])
+        self._errors = tempfile.TemporaryFile()
+        pipe = subprocess.PIPE
+        self._child = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
+        self.ready = self._answer()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait()
+        self._errors.close()
+
+    def ask(self, words: str) -> Any:
+        """What the process answers. Raises InputError with its last words, when it fails."""
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(words + "\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has failed, and says why
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            if line.startswith(("{", "[")):  # a library may print other things
+                return json.loads(line)
+        self._child.wait()
+        self._errors.seek(0)
+        last = self._errors.read().decode(errors="replace").strip().splitlines()
+        raise InputError(f"{self._name} failed: {(last or ['no message'])[-1]}")
 
 
 def resident() -> int:

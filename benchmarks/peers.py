@@ -1,0 +1,239 @@
+"""A training step of minift beside the same step of `transformers`: the same weights, batches and optimizer, in turns.
+
+Every side is a process of its own, which makes its model from the same weights and waits; then they take turns, a few
+steps each, in an order that is reversed each time. All of them train: full finetuning under autocast, AdamW's fused
+kernel, clipping by the global norm. `transformers` attends by SDPA, as minift does. Their losses must agree at every
+step, or the times compare nothing.
+
+* *minift, compiled* and *minift*: `train_step`, with and without `--compile`;
+* *transformers, compiled* and *transformers*: the loop of its documentation around `LlamaForCausalLM`.
+
+    python -m benchmarks peers
+    python -m benchmarks peers --config smollm2-135m --batch-size 4 --length 512
+
+Read next: `ladder.py`.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from benchmarks import process, record, roof
+from benchmarks.timing import paired_ratio, wait_for
+from minift.config import PRETRAIN, LlamaConfig, TrainConfig
+from minift.errors import InputError
+from minift.flops import training_flops_per_token
+from minift.model import Llama
+from minift.pack import IGNORE, Batch
+from minift.train import choose_device, choose_dtype, start_state, train_step
+
+BATCHES = 4  # different ones, which all sides go through again and again
+LEARNING_RATE = 1e-4
+AGREE = 0.01  # how far the losses of a step may be apart, of the smaller one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the shape (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows (%(default)s)")
+    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
+    parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="of each side in a turn (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=8, metavar="N", help="turns (%(default)s)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="NAME", help="only these: " + ", ".join(SIDES))
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is asked to do
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table and write the JSON."""
+    config = _train_config(options)
+    shape = LlamaConfig.named(options.config)
+    if options.measure:
+        _serve(options.measure[0], shape, config, options.steps)
+        return
+    if options.repeats < 1 or options.steps < 1:
+        raise InputError("--repeats and --steps must be at least 1")
+    sides = [name for name in SIDES if name in (options.sides or SIDES)]
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: skipped")
+        sides = [name for name in sides if not name.startswith("transformers")]
+    words = [f"--config={options.config}", f"--batch-size={config.batch_size}", f"--length={config.max_length}"]
+    words += [f"--dtype={config.dtype}", f"--device={config.device}", f"--steps={options.steps}"]
+    with ExitStack() as stack:
+        workers = {}
+        for name in sides:
+            workers[name] = stack.enter_context(process.Worker("peers", name, *words))
+            print(f"{name}: ready; its first step took {workers[name].ready['first_step_seconds']:.1f} s")
+        answers: dict[str, list[Any]] = {name: [] for name in sides}
+        for turn in range(options.repeats):
+            for name in sides if turn % 2 == 0 else reversed(sides):
+                answers[name].append(workers[name].ask("steps"))
+    peaks = {name: answers[name][-1]["peak_bytes"] for name in sides}
+    measured = roof.measure(config.device, getattr(torch, config.dtype))
+    result = _result(options, config, shape, measured, {name: workers[name].ready for name in sides}, answers, peaks)
+    print(_table(result))
+    record.write(options.json, result)
+
+
+def _train_config(options: argparse.Namespace) -> TrainConfig:
+    config = PRETRAIN.replace(
+        device=options.device,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        max_length=options.length,
+        weight_decay=0.0,
+        lr=LEARNING_RATE,
+    )
+    device = choose_device(config)
+    return config.replace(device=device.type, dtype=choose_dtype(config, device))
+
+
+# In a process of its own ----------------------------------------------------------------------------------------------
+
+
+def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> None:
+    """Make a side's model, take a first pair of steps, and then some whenever a line comes in."""
+    generator = torch.Generator().manual_seed(0)
+    model = Llama(shape)
+    model.init_weights(generator)
+    ids = torch.randint(shape.vocab_size, (BATCHES, config.batch_size, config.max_length), generator=generator)
+    make = _minift_step if name.startswith("minift") else _transformers_step
+    step = make(model, ids.to(config.device), config.replace(compile=name.endswith("compiled")))
+    del model
+    start = time.perf_counter()
+    losses = [step(0)]
+    first = time.perf_counter() - start
+    losses.append(step(1))  # some things are made in the second step only
+    taken = 2
+    print(json.dumps({"first_step_seconds": first, "losses": losses}), flush=True)
+    for _ in sys.stdin:
+        wait_for(config.device)
+        start = time.perf_counter()
+        losses = [step(taken + i) for i in range(steps)]
+        wait_for(config.device)
+        seconds = (time.perf_counter() - start) / steps
+        taken += steps
+        print(json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": _peak(config.device)}), flush=True)
+
+
+def _minift_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[int], float]:
+    _, B, T = ids.shape
+    targets = torch.cat((ids[:, :, 1:], torch.full_like(ids[:, :, :1], IGNORE)), dim=-1)
+    places, rows = torch.arange(T, device=ids.device).expand(B, T), torch.zeros_like(ids[0])
+    state = start_state(model.to(ids.device), None, config)  # type: ignore[arg-type]  # no data to keep the place of
+
+    def step(number: int) -> float:
+        i = number % BATCHES
+        batch = Batch(ids[i], targets[i], places, rows, False, B * (T - 1))
+        return train_step(state, [batch], LEARNING_RATE, config).loss
+
+    return step
+
+
+def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[int], float]:
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaForCausalLM
+
+    values = {key: value for key, value in model.config.to_dict().items() if key != "architectures"}
+    theirs: Any = LlamaForCausalLM(TheirConfig(**values, use_cache=False, attn_implementation="sdpa"))
+    weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
+    theirs.load_state_dict(weights, strict=not model.config.tie_word_embeddings)  # tied, the head has no entry here
+    theirs.to(ids.device).train()
+    optimizer = torch.optim.AdamW(
+        theirs.parameters(), LEARNING_RATE, (config.beta1, config.beta2), 1e-8, config.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(ids.device.type, enabled=config.dtype == "float16")
+    forward = torch.compile(theirs) if config.compile else theirs
+    dtype = getattr(torch, config.dtype)
+
+    def step(number: int) -> float:
+        tokens = ids[number % BATCHES]
+        with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = forward(tokens, labels=tokens).loss  # it shifts them
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else process.peak()
+
+
+SIDES = ("minift, compiled", "minift", "transformers, compiled", "transformers")
+
+
+# The result -----------------------------------------------------------------------------------------------------------
+
+
+def _result(
+    options: argparse.Namespace,
+    config: TrainConfig,
+    shape: LlamaConfig,
+    measured: roof.Roof,
+    ready: dict[str, Any],
+    answers: dict[str, list[Any]],
+    peaks: dict[str, int],
+) -> dict[str, Any]:
+    tokens = config.batch_size * config.max_length
+    seconds = {name: [answer["seconds"] for answer in given] for name, given in answers.items()}
+    at_roof = measured.flops / training_flops_per_token(shape, config.max_length)
+    losses = {
+        name: ready[name]["losses"] + [loss for answer in given for loss in answer["losses"]]
+        for name, given in answers.items()
+    }
+    apart = max(max(step) / min(step) - 1 for step in zip(*losses.values(), strict=True))
+    if apart > AGREE:
+        raise InputError(f"the sides' losses are up to {apart:.1%} apart: they do not train the same")
+    return {
+        "benchmark": "peers",
+        **record.environment(),
+        "config": shape.to_dict() if options.config.endswith(".json") else options.config,
+        "dtype": config.dtype,
+        "device": config.device,
+        "batch_size": config.batch_size,
+        "length": config.max_length,
+        "roof": measured.to_dict(),
+        "roof_tokens_per_second": at_roof,
+        "tokens_per_second": {name: record.spread([tokens / s for s in times]) for name, times in seconds.items()},
+        "share_of_roof": {name: tokens / min(times) / at_roof for name, times in seconds.items()},
+        "times_as_fast_as": {
+            name: {other: paired_ratio(seconds[other], times) for other in seconds} for name, times in seconds.items()
+        },
+        "first_step_seconds": {name: answer["first_step_seconds"] for name, answer in ready.items()},
+        "peak_bytes": peaks,
+        "losses": {name: [round(loss, 4) for loss in values] for name, values in losses.items()},
+        "losses_apart_at_most": apart,
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    speeds, peaks = result["tokens_per_second"], result["peak_bytes"]
+    short = {name: name.replace("transformers", "HF").replace(", compiled", " c.") for name in speeds}
+    lines = [
+        f"{result['batch_size']} x {result['length']} tokens, {result['dtype']} on {result['device']}; "
+        f"matrix products allow {result['roof_tokens_per_second']:,.0f} tokens/s",
+        f"{'':<24}{'tokens/s':>24}{'of the roof':>13}{'peak':>10}" + "".join(f"{'x ' + s:>14}" for s in short.values()),
+    ]
+    for name, speed in speeds.items():
+        cell = "{:,.0f} ({:,.0f}-{:,.0f})".format(*(speed[key] for key in ("median", "min", "max")))
+        ratios = "".join(f"{ratio:>14.2f}" for ratio in result["times_as_fast_as"][name].values())
+        share, peak = result["share_of_roof"][name], peaks[name] / 1e6
+        lines.append(f"{name:<24}{cell:>24}{share:>13.2f}{peak:>7,.0f} MB{ratios}")
+    steps = len(next(iter(result["losses"].values())))
+    lines.append(f"losses at most {result['losses_apart_at_most']:.2%} apart at any of {steps} steps")
+    return "\n".join(lines)
