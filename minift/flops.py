@@ -73,7 +73,7 @@ def training_memory(
         dtype: of the arithmetic: float32, or bfloat16 or float16 by autocast. The weights are float32 in any case.
         batch_size, length: B rows of T tokens in a micro-batch.
         loss_chunk: targets whose logits exist at the same time.
-        device: on a CPU, attention is trained in float32 (`model.attend`).
+        device: a CPU keeps the head by columns too, and takes a few rows at a time through the softmax (`loss.py`).
     """
     total = count_parameters(config).total
     low = dtype != "float32"
@@ -81,12 +81,11 @@ def training_memory(
     if low:
         ledger["autocast's copies of matrices"] = 2 * _matrices(config)
     tokens = batch_size * length
-    ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype, device)
+    ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype)
     head, size = config.vocab_size * config.hidden_size, BYTES[dtype]
     ledger["the loss's own gradients"] = 4 * head + size * tokens * config.hidden_size
     if device == "cpu":
         ledger["the head, by columns"] = size * head
-    # A CPU takes few rows of a chunk at a time through the float32 softmax.
     ledger["logits of a chunk"] = min(loss_chunk, tokens) * config.vocab_size * (size + (4 if device == "cuda" else 0))
     return ledger
 
@@ -108,18 +107,16 @@ def _matrices(config: LlamaConfig) -> int:
     return parameters.without_embedding - norms + config.vocab_size * config.hidden_size
 
 
-def _activation_bytes(config: LlamaConfig, dtype: str, device: str) -> int:
+def _activation_bytes(config: LlamaConfig, dtype: str) -> int:
     """Bytes that each token leaves behind for the backward pass: what autograd saves, operation by operation."""
     D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
     low = BYTES[dtype]
-    attention = 4 if device == "cpu" else low
     # The stream is float32: each norm saves it as it came and normalised, and one number a token.
     norm = 4 * D + 4 * D + 4
     # What the norm gives is read by three matrices in attention and by two in the feed-forward network. They share it
     # in float32; under autocast each makes a copy of its own.
     layer = 2 * norm + (low * 5 * D if low < 4 else 4 * 2 * D)
-    layer += attention * (2 * H * C + 2 * K * C) + 4 * H  # q, k, v, the result, and the sum of each softmax
-    layer += low * H * C if low < attention else 0  # what o_proj reads, where it is not that result itself
+    layer += low * (2 * H * C + 2 * K * C) + 4 * H  # q, k, v, the result, and the sum of each softmax
     layer += low * 4 * F  # gate, silu(gate), up, and their product
     return config.num_hidden_layers * layer + norm

@@ -19,7 +19,6 @@ Every operation has a slow, obvious twin in `reference.py`. Read next: `loss.py`
 
 import functools
 import math
-from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -132,9 +131,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """softmax(q·kᵀ / √C) v by PyTorch's fused kernels, which never hold the [T, S] weights.
 
-    On a CPU the backward pass of the bfloat16 kernel takes 1.3 (rows of 256) to 7 times (rows of 64) as long as the
-    float32 one, and the products of attention are a small part of the whole: so training there attends in float32.
-
     Args:
         query: [B, H, T, C]; key, value: [B, K, S, C].
         mask: bool [B, 1, T, S]; or the same as blocks (see `block_mask`); or None for plain causal attention.
@@ -142,25 +138,55 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     Returns:
         [B, H, T, C], in value's dtype.
     """
-    dtype, shared = value.dtype, query.shape[1] // key.shape[1]
+    shared = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockMask):
         return _flex_attention(query.device.type)(query, key, value, block_mask=mask, enable_gqa=shared > 1)
-    if query.device.type == "cuda" and shared > 1 and (mask is not None or dtype == torch.float32):
+    if query.device.type == "cuda" and shared > 1 and (mask is not None or value.dtype == torch.float32):
         # No fused CUDA kernel takes shared heads together with a mask, or in float32: give each query head its own.
         key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
-    widen = dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled()
-    if widen:
-        query, key, value = query.float(), key.float(), value.float()
-    with torch.autocast("cpu", enabled=False) if widen else nullcontext():
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None and query.shape[2] > 1,  # a single new token may see everything there is
-            enable_gqa=shared > 1,
+    if value.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and _HAS_CPU_KERNELS:
+        return _CPUAttention.apply(query, key, value, mask)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None and query.shape[2] > 1,  # a single new token may see everything there is
+        enable_gqa=shared > 1,
+    )
+
+
+class _CPUAttention(torch.autograd.Function):
+    """The CPU's kernels of `attend` for training in bfloat16: forward as they are, backward in float32.
+
+    The bfloat16 kernel of the backward pass takes 1.3 (rows of 256 tokens) to 7 times (rows of 64) as long as the
+    float32 one, that of the forward pass half as long. So what is kept between the two is bfloat16, and widened when it
+    is needed. These kernels are what `scaled_dot_product_attention` calls; they are not public: where a version of
+    PyTorch lacks them, it is used as it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:  # to what is added to q·kᵀ
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        mixed, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, mask is None, attn_mask=mask
         )
-    return mixed.to(dtype)
+        ctx.save_for_backward(query, key, value, mixed, log_total, mask)
+        return mixed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        *tensors, log_total, mask = ctx.saved_tensors
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_mixed.float(), *(x.float() for x in tensors), log_total, 0.0, mask is None, attn_mask=mask
+        )
+        query, key, value = (grad.to(grad_mixed.dtype) for grad in grads)
+        return query, key, value, None
+
+
+_HAS_CPU_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
 def block_mask(document_ids: Tensor) -> BlockMask:

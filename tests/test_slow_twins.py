@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minift import model as llama
 from minift import reference
 from minift.config import LlamaConfig, RopeScaling, TrainConfig
 from minift.generate import sample
@@ -163,6 +164,32 @@ def test_attention(dtype: torch.dtype, documents: Tensor | None, heads: int, kv_
 
     leaves = [x, *attention.parameters()]
     check_twins(lambda: attention(x, cos, sin, mask, None), slow, leaves, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["its kernels", "without them"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_in_bfloat16_on_a_cpu(
+    kernels: bool, masked: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward in bfloat16 and backward in float32, beside the loop in float64; and where PyTorch lacks the kernels."""
+    assert llama._HAS_CPU_KERNELS  # in the versions that this is tested with
+    monkeypatch.setattr(llama, "_HAS_CPU_KERNELS", kernels)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, 24, 16) for heads in (4, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
+    documents = torch.tensor([[0] * 9 + [1] * 15, [0] * 20 + [1] * 4]) if masked else None
+    mask = None if documents is None else (documents[:, :, None] == documents[:, None, :])[:, None].tril()
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    mixed, wanted = llama.attend(*inputs, mask), reference.attention(*exact, documents)
+    grad = torch.randn(wanted.shape, generator=generator)
+    mixed.backward(grad.bfloat16())
+    wanted.backward(grad.bfloat16().double())
+    assert mixed.dtype == torch.bfloat16
+    for found, right in [(mixed, wanted), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]:
+        assert found is not None
+        assert right is not None
+        assert (found.double() - right).norm() < 0.01 * right.norm()
 
 
 def counted(documents: Tensor) -> Tensor:
