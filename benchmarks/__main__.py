@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from benchmarks import data, load, packing, peers, stream
+from benchmarks import data, load, ops, packing, peers, stream
 from minift.errors import InputError
 
-BENCHMARKS = {"load": load, "data": data, "stream": stream, "packing": packing, "peers": peers}
+BENCHMARKS = {"load": load, "data": data, "stream": stream, "packing": packing, "ops": ops, "peers": peers}
 
 
 def main() -> int:

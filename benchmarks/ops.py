@@ -1,0 +1,201 @@
+"""Every operation of a training step, forward and backward: as a textbook has it, as minift trains, and compiled.
+
+For each: the time, its floating-point operations and the least traffic that it needs, and from these and the roofs
+that this machine reached in the same run (`roof.py`), the share of what was possible. The operations and the
+formulas are in `operations.py`, the textbook's versions in `textbook.py`.
+
+The forward pass is timed as in training, keeping what the backward pass will need. The backward pass cannot be timed
+without a forward pass before it, unless its graph is kept, which compiled code does not allow; so both are timed
+together, right after the forward pass alone, and the backward pass is the difference within each turn.
+
+    python -m benchmarks ops
+    python -m benchmarks ops --only attention swiglu --no-compile --plot roofline.png
+
+Read next: `roofline.py`.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import record, roof, roofline
+from benchmarks.operations import OPERATIONS, Operation, Setting, Step, Work, make_step
+from benchmarks.timing import in_turns, paired_ratio
+from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig
+from minift.errors import InputError
+from minift.train import check_compiler, choose_device, choose_dtype
+
+VARIANTS = ("naive", "used", "compiled")
+Times = dict[str, dict[str, list[float]]]  # by phase, by variant: seconds in each turn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the shape (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows (%(default)s)")
+    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the products (%(default)s)")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="turns (%(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="without the compiled variants")
+    parser.add_argument("--only", nargs="+", choices=OPERATIONS, metavar="NAME", help="of " + ", ".join(OPERATIONS))
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline to FILE.png (needs the plot extra)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table, write the JSON and draw the plot."""
+    setting = _setting(options)
+    if options.plot:
+        roofline.check(options.plot)
+    measured = roof.measure(setting.device, setting.dtype)
+    print(_heading(options.config, setting, measured))
+    step = make_step(setting)
+    operations = {}
+    for name in options.only or OPERATIONS:
+        operations[name] = _measured(name, step, options.repeats, measured)
+        print(_rows(name, operations[name]), flush=True)
+    result: dict[str, Any] = {
+        "benchmark": "ops",
+        **record.environment(),
+        "config": setting.shape.to_dict() if options.config.endswith(".json") else options.config,
+        "dtype": measured.dtype,
+        "device": setting.device,
+        "batch_size": setting.batch_size,
+        "length": setting.length,
+        "roof": measured.to_dict(),
+        "operations": operations,
+    }
+    if not options.only:
+        result["step_seconds"] = step_seconds(operations)
+        together = ", ".join(f"{name} {_milliseconds(s)}" for name, s in result["step_seconds"].items())
+        print(f"All, each as often as a step does it (ms): {together}")
+    record.write(options.json, result)
+    if options.plot:
+        roofline.draw(result, options.plot)
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    if min(options.batch_size, options.length, options.repeats) < 1:
+        raise InputError("--batch-size, --length and --repeats must be at least 1")
+    config = PRETRAIN.replace(device=options.device, dtype=options.dtype, compile=not options.no_compile)
+    device = choose_device(config)
+    try:
+        check_compiler(config, device)
+    except InputError:
+        raise InputError(
+            "the compiled variants need a C++ compiler, and none is installed; give --no-compile"
+        ) from None
+    dtype = getattr(torch, choose_dtype(config, device))
+    shape = LlamaConfig.named(options.config)
+    return Setting(shape, options.batch_size, options.length, dtype, device.type, config.compile)
+
+
+def _measured(name: str, step: Step, repeats: int, measured: roof.Roof) -> dict[str, Any]:
+    """In a function of its own: an operation's tensors are gone before the next one makes its own."""
+    operation = OPERATIONS[name](step)
+    return summary(operation, measure(operation, repeats, step.setting.device), measured)
+
+
+def measure(operation: Operation, repeats: int, device: str) -> Times:
+    """Seconds of each phase and variant in each turn. The backward pass is "both" less the same turn's "forward"."""
+    if not operation.leaves:
+        return {"step": in_turns(operation.variants, repeats, device=device)}
+    sides: dict[str, Callable[[], object]] = {}
+    for name, call in operation.variants.items():
+        sides[f"{name} forward"] = call
+        sides[f"{name} both"] = partial(operation.both, name)
+    seconds = in_turns(sides, repeats, device=device)
+    forward, both = ({name: seconds[f"{name} {phase}"] for name in operation.variants} for phase in ("forward", "both"))
+    backward = {name: [b - f for b, f in zip(both[name], forward[name], strict=True)] for name in both}
+    return {"forward": forward, "backward": backward, "both": both}
+
+
+def summary(operation: Operation, times: Times, measured: roof.Roof) -> dict[str, Any]:
+    """What the record says of an operation: for each phase the work, and for each variant the time and the share."""
+    work = dict(operation.work)
+    if operation.leaves:
+        work["both"] = work["forward"] + work["backward"]
+    phases = {}
+    for phase, seconds in times.items():
+        unlike = operation.early if phase in ("forward", "backward") else ()
+        phases[phase] = _phase(work[phase], seconds, measured, unlike)
+    return {"calls": operation.calls, "phases": phases}
+
+
+def _phase(
+    work: Work, seconds: Mapping[str, list[float]], measured: roof.Roof, unlike: tuple[str, ...]
+) -> dict[str, Any]:
+    least = measured.seconds(work.flops, work.nbytes)
+    variants: dict[str, Any] = {}
+    for name, times in seconds.items():
+        spread = record.spread(times)
+        comparable = name not in unlike and spread["min"] > 0  # a difference may be below 0 by chance
+        variants[name] = {"seconds": spread, "share_of_roof": least / spread["median"] if comparable else None}
+        if name != "naive" and comparable:
+            variants[name]["times_as_fast_as_naive"] = paired_ratio(seconds["naive"], times)
+    return {
+        "flops": work.flops,
+        "bytes": work.nbytes,
+        "intensity": work.flops / work.nbytes,
+        "roof_seconds": least,
+        "variants": variants,
+    }
+
+
+def step_seconds(operations: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of all the operations, each as often as a step does it. What is not compiled counts as used."""
+    total = {"at the roof": 0.0, **dict.fromkeys(VARIANTS, 0.0)}
+    for operation in operations.values():
+        whole = operation["phases"].get("both") or operation["phases"]["step"]
+        total["at the roof"] += operation["calls"] * whole["roof_seconds"]
+        for name in VARIANTS:
+            variant = whole["variants"].get(name) or whole["variants"]["used"]
+            total[name] += operation["calls"] * variant["seconds"]["median"]
+    if not any("compiled" in phase["variants"] for op in operations.values() for phase in op["phases"].values()):
+        del total["compiled"]
+    return total
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def _heading(config: str, setting: Setting, measured: roof.Roof) -> str:
+    flops, bandwidth = measured.flops / 1e9, measured.bandwidth / 1e9
+    columns = f"{'':<10}{'':<9}{'calls':>5}{'MFLOP':>10}{'MB':>9}{'FLOP/B':>8}{'roof ms':>9}"
+    variants = VARIANTS if setting.compile else VARIANTS[:2]
+    return (
+        f"{setting.batch_size} x {setting.length} tokens of {config}, {measured.dtype} on {setting.device}; "
+        f"the roof: {flops:,.0f} GFLOP/s, {bandwidth:,.1f} GB/s\n"
+        f"{columns}" + "".join(f"{name + ' ms':>12}{'±':>5}{'share':>6}" for name in variants)
+    )
+
+
+def _rows(name: str, operation: Mapping[str, Any]) -> str:
+    lines: list[str] = []
+    for phase, values in operation["phases"].items():
+        first = not lines
+        line = f"{name if first else '':<10}{phase:<9}{operation['calls'] if first else '':>5}"
+        line += f"{_short(values['flops'] / 1e6):>10}{_short(values['bytes'] / 1e6):>9}{_short(values['intensity']):>8}"
+        line += f"{_milliseconds(values['roof_seconds']):>9}"
+        lines.append(line + "".join(_cells(variant) for variant in values["variants"].values()))
+    return "\n".join(lines)
+
+
+def _cells(variant: Mapping[str, Any]) -> str:
+    """The median, half the range from the smallest to the largest as a share of it, and the share of the roof."""
+    seconds, share = variant["seconds"], variant["share_of_roof"]
+    around = (seconds["max"] - seconds["min"]) / 2 / abs(seconds["median"] or 1)
+    return f"{_milliseconds(seconds['median']):>12}{around:>5.0%}{'-' if share is None else f'{share:.2f}':>6}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return _short(1e3 * seconds)
+
+
+def _short(number: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:#.3g}" if abs(number) >= 1e-3 else f"{number:.2g}"

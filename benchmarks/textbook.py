@@ -1,0 +1,59 @@
+"""The operations as a textbook has them: a few lines of plain tensor operations each, with nothing fused or left out.
+
+`python -m benchmarks ops` times what trains against these. (The twins of `minift/reference.py` are there to be right:
+they loop over indices, and a step of them would take hours.) They give what the functions that train give, in value,
+gradient and dtype; `tests/test_benchmark_ops.py` holds them to it. Three need no function: the embedding is
+`weight[tokens]`, a projection `x @ weight.T`, and AdamW PyTorch's own loop over the parameters.
+
+Legend: B batch, T tokens of a row, N = B·T, D model width, H query heads, K key/value heads, C head width, V
+vocabulary. Read next: `operations.py`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minift.pack import IGNORE
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Each operation on its own; see `reference.rms_norm`. x: […, D]."""
+    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weight
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of channels as complex numbers; see `reference.rope`. x: [B, H, T, C]; cos, sin: [B, 1, T, C]."""
+    (a, b), half = x.float().chunk(2, dim=-1), x.shape[-1] // 2
+    turned = torch.complex(a, b) * torch.complex(cos[..., :half], sin[..., :half])
+    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """With all T² scores; see `reference.attention`. query: [B, H, T, C]; key, value: [B, K, T, C]."""
+    (_, H, T, C), K = query.shape, key.shape[1]
+    key, value = key.repeat_interleave(H // K, 1), value.repeat_interleave(H // K, 1)
+    future = torch.ones(T, T, dtype=torch.bool, device=query.device).triu(1)
+    scores = (query @ key.transpose(-2, -1) / math.sqrt(C)).masked_fill(future, -math.inf)  # [B, H, T, T]
+    return torch.softmax(scores.float(), dim=-1).to(value.dtype) @ value
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """silu by its formula; see `reference.swiglu`. x: […, D]."""
+    z = x @ gate.T
+    return (z / (1 + torch.exp(-z)) * (x @ up.T)) @ down.T
+
+
+def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """With all N·V logits, in float32; see `reference.cross_entropy`. hidden: [B, T, D]; weight: [V, D]."""
+    logits = (hidden @ weight.T).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def clip(gradients: Sequence[Tensor], max_norm: float) -> None:
+    """One gradient after the other, in place; see `reference.clip`."""
+    norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
+    for gradient in gradients:
+        gradient *= min(1.0, max_norm / norm)
