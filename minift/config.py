@@ -278,7 +278,9 @@ class TrainConfig:
         choices=DTYPES,
     )
     device: str = _flag("auto", "where to train; auto takes a GPU if there is one", choices=DEVICES)
-    compile: bool = _flag(False, "compile the model with torch.compile (pays on long runs)")
+    compile: bool | None = _flag(
+        None, "compile the model with torch.compile (default: if it pays, on a CPU and for a long run over pages)"
+    )
     checkpoint_activations: bool = _flag(False, "recompute activations in the backward pass: less memory, more time")
     loss_chunk: int = _flag(1_024, "targets whose logits exist at the same time", least=1)
     seed: int = _flag(0, "seed of the data's order, of what is held out, and of random first weights", least=0)

@@ -37,6 +37,7 @@ from minift.encode import encode_documents
 from minift.errors import InputError, RunError
 from minift.evaluate import compare
 from minift.extras import need
+from minift.flops import training_flops_per_token
 from minift.formats import shape_named
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
@@ -44,7 +45,16 @@ from minift.prompts import TEMPLATES, Pair, choose_template, read_all_pairs
 from minift.records import STDIN, Skipped, find_files
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
-from minift.train import Plan, TrainState, check_compiler, choose_device, choose_dtype, start_state, train
+from minift.train import (
+    Plan,
+    TrainState,
+    check_compiler,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    start_state,
+    train,
+)
 
 VALIDATION_ROWS = 64  # rows of held-out pages on which a pretraining run is evaluated
 HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given
@@ -128,8 +138,9 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     if skipped.skipped:
         print(skipped)
     batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack)
-    state = start_state(model, batches, config)
     plan = Plan.make(config, len(batches))
+    config = config.replace(compile=bool(config.compile))  # no two batches are of the same shape
+    state = start_state(model, batches, config)
     groups = [unseen[i : i + config.batch_size] for i in range(0, len(unseen), config.batch_size)]
     validation = [collate(group, tokenizer.eos_id, pack=config.pack) for group in groups]
     if not _run("finetune", job, config, plan, state, tokenizer, validation, out, resume):
@@ -174,11 +185,15 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     validation = _page_validation(job, tokenizer, config)
     per_epoch = 0.0 if config.steps else _count_micro_batches(job, tokenizer, config)
     plan = Plan.make(config, per_epoch)
+    tokens = plan.micro_batches * config.batch_size * config.max_length
+    flops = tokens * training_flops_per_token(shape, config.max_length)
+    config = config.replace(compile=choose_compile(config, device, flops))
 
     model = Llama(shape)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     model.to(device)
     print(f"{job.config}: {_count(model):,} parameters, from random weights, on {device.type} in {config.dtype}")
+    print(f"{plan.steps:,} steps, {flops:.2g} FLOPs" + (", compiled" if config.compile else ""))
     state = start_state(model, batches, config)
     done = _run("pretrain", job, config, plan, state, tokenizer, validation, out, resume)
     counted = Skipped(**batches.state_dict()["stream"]["skipped"])  # up to the last batch: more has been read ahead

@@ -42,6 +42,9 @@ from minift.tokenizer import Tokenizer
 # What can end a run in the middle of a step: a bad record, a gradient that is not finite, a GPU that is full.
 STEP_FAILURES = (InputError, RunError, torch.OutOfMemoryError)
 
+# Operations (flops.py) of a run on a CPU from which compiling saves more time than it takes: see benchmarks/README.md.
+COMPILING_PAYS = 5e13
+
 
 @dataclass
 class TrainState:
@@ -152,9 +155,23 @@ def choose_dtype(config: TrainConfig, device: torch.device) -> str:
 
 def check_compiler(config: TrainConfig, device: torch.device) -> None:
     """Raise InputError when `compile` is asked for on a CPU and there is no C++ compiler to do it."""
-    names = (os.environ.get("CXX") or "g++", "g++", "clang++")
-    if config.compile and device.type == "cpu" and not any(shutil.which(name) for name in names):
+    if config.compile and not _can_compile(device):
         raise InputError("--compile on a CPU needs a C++ compiler (g++ or clang++), and none is installed")
+
+
+def choose_compile(config: TrainConfig, device: torch.device, flops: float) -> bool:
+    """Whether a run of so many operations compiles its model: as asked for, or else where it is sure to pay.
+
+    That is measured for CPUs (`COMPILING_PAYS`) and rows of one length: for others the compiler would start again.
+    """
+    if config.compile is not None:
+        return config.compile
+    return device.type == "cpu" and flops >= COMPILING_PAYS and _can_compile(device)
+
+
+def _can_compile(device: torch.device) -> bool:
+    names = (os.environ.get("CXX") or "g++", "g++", "clang++")
+    return device.type != "cpu" or any(shutil.which(name) for name in names)
 
 
 def start_state(model: Llama, batches: PairBatches | PageBatches, config: TrainConfig) -> TrainState:

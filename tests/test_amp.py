@@ -403,3 +403,15 @@ def test_auto_computes_in_bfloat16_only_where_it_is_in_hardware(
     expected = "bfloat16" if in_hardware else "float32"
     assert choose_dtype(TrainConfig(), torch.device("cpu")) == expected
     assert choose_dtype(TrainConfig(dtype="bfloat16"), torch.device("cpu")) == "bfloat16"
+
+
+def test_only_a_long_run_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, long = torch.device("cpu"), minift.train.COMPILING_PAYS
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert minift.train.choose_compile(TrainConfig(), cpu, long)
+    assert not minift.train.choose_compile(TrainConfig(), cpu, 0.99 * long)
+    assert not minift.train.choose_compile(TrainConfig(), torch.device("cuda"), long)  # where it pays was not measured
+    assert minift.train.choose_compile(TrainConfig(compile=True), cpu, 0)
+    assert not minift.train.choose_compile(TrainConfig(compile=False), cpu, long)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not minift.train.choose_compile(TrainConfig(), cpu, long)
