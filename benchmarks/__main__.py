@@ -3,10 +3,20 @@
 import argparse
 import sys
 
-from benchmarks import data, load, ops, packing, peers, stream
+from benchmarks import data, load, memory, ops, packing, peers, profile, step, stream
 from minift.errors import InputError
 
-BENCHMARKS = {"load": load, "data": data, "stream": stream, "packing": packing, "ops": ops, "peers": peers}
+BENCHMARKS = {
+    "load": load,
+    "data": data,
+    "stream": stream,
+    "packing": packing,
+    "ops": ops,
+    "peers": peers,
+    "step": step,
+    "profile": profile,
+    "memory": memory,
+}
 
 
 def main() -> int:

@@ -52,7 +52,7 @@ def _without_places(words: Sequence[str]) -> list[str]:
     kept, place = [], False
     for word in words:
         if word.startswith("--"):
-            place = word in ("--json", "--plot", "--folder", "--data", "--tokenizer", "--pairs")
+            place = word in ("--json", "--plot", "--folder", "--data", "--tokenizer", "--pairs", "--trace")
         if not place:
             kept.append(word)
     return kept

@@ -1,0 +1,200 @@
+"""A training run to measure: a shape with random weights, batches of pages, and its optimizer step taken apart.
+
+`take_step` does what `train.py` does for each step, by the same calls in the same order, inside named parts. What a
+part is for is up to the caller: to read the clock (`step.py`), to name a range of a trace (`profile.py`), to say what
+memory was taken for (`memory.py`). A test holds it to `train_step`: three steps of either leave the same weights, bit
+for bit.
+
+Read next: `step.py`.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minift.config import DTYPES, PRETRAIN, LlamaConfig, TrainConfig, bundled, check_number, model_path
+from minift.errors import InputError
+from minift.loss import next_token_loss
+from minift.model import Llama
+from minift.optim import learning_rate
+from minift.pack import Batch, PageBatches
+from minift.stream import DocumentStream
+from minift.tokenizer import load_tokenizer
+from minift.train import (
+    StepResult,
+    TrainState,
+    autocast,
+    check_compiler,
+    choose_device,
+    choose_dtype,
+    start_state,
+)
+
+STEPS = 1_000  # of the run that is measured the beginning of: the schedule depends on it
+PARTS = (
+    "next batch",
+    "copy to device",
+    "forward",
+    "loss",
+    "backward",
+    "clip",
+    "optimizer",
+    "zero_grad",
+    "bookkeeping",
+)
+Part = Callable[[str], AbstractContextManager[Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which run is measured."""
+    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the model's shape (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of a micro-batch (%(default)s)")
+    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
+    parser.add_argument("--grad-accum", type=int, default=1, metavar="N", help="micro-batches of a step (%(default)s)")
+    parser.add_argument("--dtype", default="auto", metavar="|".join(DTYPES), help="of the arithmetic (%(default)s)")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="(%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile the layers")
+    add_data_arguments(parser)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say what text it reads."""
+    parser.add_argument("--data", metavar="FILE", help="pages (default: the bundled ones, which are generated)")
+    parser.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help="(%(default)s)")
+
+
+def settings(options: argparse.Namespace) -> TrainConfig:
+    """The options as a run's config, its device and dtype decided. Raises InputError for one that cannot be."""
+    config = PRETRAIN.replace(
+        steps=STEPS,
+        batch_size=options.batch_size,
+        max_length=options.length,
+        grad_accum=options.grad_accum,
+        dtype=options.dtype,
+        device=options.device,
+        compile=options.compile,
+    )
+    device = choose_device(config)
+    check_compiler(config, device)
+    return config.replace(device=device.type, dtype=choose_dtype(config, device))
+
+
+@dataclass
+class Job:
+    """A run that has begun.
+
+    Attributes:
+        shape: of the model.
+        config: how it is trained.
+        state: what changes.
+        micro_batches: where the next one comes from.
+    """
+
+    shape: LlamaConfig
+    config: TrainConfig
+    state: TrainState
+    micro_batches: Iterator[Batch]
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.config.grad_accum * self.config.batch_size * self.config.max_length
+
+
+def pages(shape: LlamaConfig, config: TrainConfig, data: str | None, tokenizer: str) -> PageBatches:
+    """Micro-batches of pages, in a shuffled order, without end.
+
+    Raises:
+        InputError: for files that cannot be read, ids that the model does not have, or rows longer than its positions.
+    """
+    words = load_tokenizer(model_path(tokenizer))
+    if words.vocab_size > shape.vocab_size:
+        raise InputError(
+            f"the tokenizer has {words.vocab_size} pieces, the model a vocabulary of {shape.vocab_size}; "
+            "give another --tokenizer or --config"
+        )
+    check_number("length", config.max_length, below=shape.max_position_embeddings + 1)
+    stream = DocumentStream([data or bundled("pages")], seed=config.seed, shuffle_buffer=config.shuffle_buffer)
+    return PageBatches(stream, words, config.batch_size, config.max_length)
+
+
+def begin(shape: LlamaConfig, config: TrainConfig, batches: PageBatches, micro_batches: Iterator[Batch]) -> Job:
+    """A run from random weights, before its first step."""
+    model = Llama(shape)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    return Job(shape, config, start_state(model.to(config.device), batches, config), micro_batches)
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """The run that the options ask for."""
+    config, shape = settings(options), LlamaConfig.named(options.config)
+    batches = pages(shape, config, options.data, options.tokenizer)
+    return begin(shape, config, batches, iter(batches))
+
+
+def check_output(file: str | None) -> None:
+    """Raise InputError when a file cannot be written: before it is measured what should stand in it."""
+    if file is None:
+        return
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).open("a").close()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
+
+
+def take_step(job: Job, part: Part) -> StepResult:
+    """One optimizer step, from the next batch on: `train.train_step` and what the loop does around it, in parts.
+
+    Args:
+        part: called with the name of each part, one of PARTS, in the order in which they come.
+    """
+    state, config = job.state, job.config
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    with part("bookkeeping"):
+        state.batches.state_dict()  # from where the batches would be drawn again if the step failed
+        lr = learning_rate(state.step, STEPS, config)
+    window = []
+    for _ in range(config.grad_accum):
+        with part("next batch"):
+            batch = next(job.micro_batches)
+        with part("copy to device"):
+            window.append(batch.to(model.device))
+    n_targets = sum(batch.n_targets for batch in window)
+
+    total_nll = torch.zeros((), device=model.device)
+    for batch in window:
+        with autocast(model, config):
+            with part("forward"):
+                documents = batch.document_ids if batch.isolated else None
+                hidden = model.hidden(batch.tokens, batch.positions, documents)
+            with part("loss"):
+                nll_sum, _ = next_token_loss(hidden, model.head_weight, batch.targets, config.loss_chunk)
+        del hidden  # as it goes when `train.batch_loss` returns
+        with part("backward"):
+            scaler.scale(nll_sum / n_targets).backward()
+        total_nll += nll_sum.detach()
+
+    with part("clip"):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
+        stepped = bool(torch.isfinite(grad_norm))
+    with part("optimizer"):
+        if scaler.is_enabled() or stepped:
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            stepped = scaler.get_scale() >= scale
+    with part("zero_grad"):
+        optimizer.zero_grad(set_to_none=True)
+    with part("bookkeeping"):
+        result = StepResult(float(total_nll) / n_targets, float(grad_norm), stepped)
+        state.step += result.stepped
+    return result

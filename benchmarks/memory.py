@@ -1,0 +1,183 @@
+"""The ledger of memory of `minift info` (`flops.training_memory`) beside what a training step really holds.
+
+The ledger is for the fullest moment of a step: all gradients are there from the micro-batches before, and the forward
+pass has just left all its activations behind. So a step of two micro-batches is taken, each shape and dtype in a
+process of its own, and measured in two ways at once:
+
+* line by line, from a history of every tensor's storage (`alive.py`), at the moment when there were most bytes. What
+  is in no line of the ledger has a line of its own.
+* from outside: on a GPU `torch.cuda.max_memory_allocated`; on a CPU the highest resident memory of the process, above
+  what it was before the first step without the weights (imports, the tokenizer, the buffer of pages). That is taken
+  twice: as it is, and in another step for which the C library was told to give every large freed block back at once.
+  What lies between the two are holes: glibc keeps freed blocks of up to 32 MB, and tensors of other sizes do not fit.
+
+A ledger that is more than 10 % off the first of them is said loudly.
+
+    python -m benchmarks memory
+    python -m benchmarks memory --shapes tinyllama-1.1b:2x1024 --dtypes bfloat16 --device cuda
+"""
+
+import argparse
+import ctypes
+import json
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+
+from benchmarks import process, record
+from benchmarks.alive import CAST, REORDERED, Memory, watch_step
+from benchmarks.job import Job, add_data_arguments, begin, check_output, pages, settings, take_step
+from minift.config import LlamaConfig
+from minift.errors import InputError
+from minift.flops import training_memory
+from minift.report import size
+
+SHAPES = ["stories15m:16x256", "smollm2-135m:4x512"]
+TOLERANCE = 0.1
+REST = "in no line of the ledger"
+M_MMAP_THRESHOLD, RETURNED = -3, 2**20  # for mallopt: blocks of this size go back to the system when they are freed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NAME:BxT", help="(%(default)s)")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="(%(default)s)")
+    add_data_arguments(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a fresh process is asked to do
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table for each shape and write the JSON."""
+    if options.measure:
+        print(json.dumps(measure(*options.measure)))
+        return
+    check_output(options.json)
+    cases = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]
+    for shape, dtype in cases:  # what is wrong is said before anything runs
+        named = _named(shape, dtype, options.device)
+        settings(named)
+        LlamaConfig.named(named.config)
+    runs = []
+    for shape, dtype in cases:
+        words = (shape, dtype, options.device, options.tokenizer, *([options.data] if options.data else []))
+        runs.append(process.fresh("memory", *words))
+        show(runs[-1])
+    record.write(options.json, {"benchmark": "memory", **record.environment(), "runs": runs})
+
+
+def measure(shape: str, dtype: str, device: str, tokenizer: str, data: str | None = None) -> dict[str, Any]:
+    """In a fresh process: the ledger of a shape, and the memory of its second step."""
+    named = _named(shape, dtype, device)
+    config, model = settings(named), LlamaConfig.named(named.config)
+    batches = pages(model, config, data, tokenizer)
+    micro_batches = iter(batches)
+    first = next(micro_batches)  # fills the buffer of pages
+    job = begin(model, config, batches, chain([first], micro_batches))
+    before = _held(config.device) - sum(parameter.nbytes for parameter in job.state.model.parameters())
+    take_step(job, nullcontext)
+    _forget_most(config.device)
+    peak = watch_step(job).peak(lambda memory: purpose(memory, job))
+    outside = _most(config.device) - before
+    compact = None
+    if config.device == "cpu" and _give_back_freed():
+        _forget_most(config.device)
+        take_step(job, nullcontext)
+        compact = _most(config.device) - before
+    ledger = training_memory(
+        model, config.dtype, config.batch_size, config.max_length, config.loss_chunk, config.device
+    )
+    names = dict.fromkeys([*ledger, *sorted(peak.nbytes), REST])
+    lines = {name: {"ledger": ledger.get(name, 0), "measured": peak.nbytes.get(name, 0)} for name in names}
+    return {
+        "shape": shape,
+        "dtype": config.dtype,
+        "device": config.device,
+        "lines": lines,
+        "ledger_bytes": sum(ledger.values()),
+        "measured_bytes": peak.total,
+        "ledger_of_measured": sum(ledger.values()) / peak.total,
+        "fullest_in": peak.part,
+        "outside_bytes": outside,
+        "outside_without_holes_bytes": compact,
+    }
+
+
+def purpose(memory: Memory, job: Job) -> str:
+    """The line of the ledger that memory belongs to."""
+    config = job.config
+    chunk = (min(config.loss_chunk, config.batch_size * config.max_length), job.shape.vocab_size)
+    if memory.label:
+        return memory.label
+    if memory.copy_of == "weights" and memory.made_by == CAST:
+        return "autocast's copies of matrices"
+    if memory.copy_of == "weights" and memory.made_by == REORDERED:
+        return "the head, by columns"
+    if memory.part == "forward" and memory.saved:
+        return "activations for the backward pass"
+    if memory.part == "loss" and memory.saved and memory.dtype.is_floating_point:
+        return "the loss's own gradients"
+    if memory.part == "loss" and memory.shape == chunk:
+        return "logits of a chunk"
+    return REST
+
+
+def show(run: dict[str, Any]) -> None:
+    """Print the ledger of a shape."""
+    off = run["ledger_of_measured"] - 1
+    print(f"{run['shape']}, {run['dtype']} on {run['device']}; fullest in the part {run['fullest_in']!r}")
+    print(f"{'':<36}{'ledger':>10}{'measured':>10}")
+    for name, line in run["lines"].items():
+        print(f"{name:<36}{size(line['ledger']):>10}{size(line['measured']):>10}")
+    print(f"{'in all':<36}{size(run['ledger_bytes']):>10}{size(run['measured_bytes']):>10}   ledger {off:+.1%}")
+    outside = "max_memory_allocated" if run["device"] == "cuda" else "resident memory of the process"
+    print(f"{outside:<46}{size(run['outside_bytes']):>10}")
+    if run["outside_without_holes_bytes"] is not None:
+        print(f"{'… with freed blocks given back':<46}{size(run['outside_without_holes_bytes']):>10}")
+    if abs(off) > TOLERANCE:
+        print(f"WARNING: THE LEDGER IS MORE THAN {TOLERANCE:.0%} OFF")
+    print()
+
+
+def _named(shape: str, dtype: str, device: str) -> argparse.Namespace:
+    """A shape as the options of a run. Raises InputError when it is not NAME:BxT."""
+    name, _, sizes = shape.rpartition(":")
+    rows, _, length = sizes.partition("x")
+    if not (name and rows.isdecimal() and length.isdecimal()):
+        raise InputError(f"--shapes: {shape!r} is not NAME:BxT, as in stories15m:16x256")
+    return argparse.Namespace(
+        config=name,
+        batch_size=int(rows),
+        length=int(length),
+        grad_accum=2,
+        dtype=dtype,
+        device=device,
+        compile=False,
+    )
+
+
+def _held(device: str) -> int:
+    """Bytes that are held now: by tensors on a GPU, by this process on a CPU."""
+    return torch.cuda.memory_allocated() if device == "cuda" else process.resident()
+
+
+def _forget_most(device: str) -> None:
+    torch.cuda.reset_peak_memory_stats() if device == "cuda" else process.forget_peak()
+
+
+def _most(device: str) -> int:
+    """The most that was held since it was forgotten."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else process.peak()
+
+
+def _give_back_freed() -> bool:
+    """Have the C library give large freed blocks back, those that it has kept until now, too. False if it cannot."""
+    library = ctypes.CDLL(None)
+    if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):
+        return False
+    library.mallopt(M_MMAP_THRESHOLD, RETURNED)
+    library.malloc_trim(0)
+    return True

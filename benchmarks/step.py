@@ -1,0 +1,167 @@
+"""Where the time of an optimizer step goes, from the next batch to the bookkeeping.
+
+A step is timed part by part (`job.take_step`), and the parts have to add up: in turns with it, a whole step of the real
+`train.train_step` is timed by one clock around all of it. The sum is held against that, and a difference of more than
+5 % is said loudly, as the parts then do not describe the step. On a GPU the clock waits for its work at both ends of
+each part; what a real step overlaps, the parts do not, so they may add up to more when the GPU has little to do.
+
+    python -m benchmarks step
+    python -m benchmarks step --config smollm2-135m --batch-size 4 --length 512 --device cuda --dtype bfloat16
+
+*share* is of the time of all steps together, as some parts come in bursts: text is encoded for many batches at once.
+MFU: the FLOPs of the model (`flops.py`) that the real steps do in a second, as a share of those of a large matrix
+product in the same dtype, measured in the same run (`roof.py`). Read next: `profile.py`.
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks import record, roof
+from benchmarks.job import PARTS, STEPS, Job, check_output, prepare, take_step
+from benchmarks.job import add_arguments as add_job_arguments
+from benchmarks.timing import paired_ratio, wait_for
+from minift.config import check_number
+from minift.flops import training_flops_per_token
+from minift.optim import learning_rate
+from minift.train import train_step
+
+WARMUP = 2  # steps of each kind that do not count
+TOLERANCE = 0.05  # by which the parts may miss the whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    add_job_arguments(parser)
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="steps of each kind (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table and write the JSON."""
+    check_number("repeats", options.repeats, least=1)
+    check_output(options.json)
+    job = prepare(options)
+    whole, parts = measure(job, options.repeats)
+    result = {
+        "benchmark": "step",
+        **record.environment(),
+        "config": options.config,
+        **{key: getattr(job.config, key) for key in ("device", "dtype", "batch_size", "grad_accum", "compile")},
+        "length": job.config.max_length,
+        "threads": torch.get_num_threads(),
+        **summary(job, whole, parts),
+    }
+    show(result)
+    record.write(options.json, result)
+
+
+class Stopwatch:
+    """Seconds of each part of a step. A part that comes several times, for each micro-batch, adds up.
+
+    Attributes:
+        seconds: by part, since the beginning.
+    """
+
+    def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = device
+        self._clock = clock
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what is done inside."""
+        start = self._clock()
+        yield
+        wait_for(self._device)
+        self.seconds[name] += self._clock() - start
+
+
+def whole_step(job: Job) -> None:
+    """A step as the loop takes it."""
+    state, config = job.state, job.config
+    state.batches.state_dict()
+    window = [next(job.micro_batches).to(state.model.device) for _ in range(config.grad_accum)]
+    lr = learning_rate(state.step, STEPS, config)
+    state.step += train_step(state, window, lr, config).stepped
+
+
+def measure(
+    job: Job, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Seconds of whole steps, and of the parts of as many others, which are taken in turns with them."""
+    device = job.config.device
+    whole: list[float] = []
+    parts: list[dict[str, float]] = []
+
+    def take_whole() -> None:
+        wait_for(device)
+        start = clock()
+        whole_step(job)
+        wait_for(device)
+        whole.append(clock() - start)
+
+    def take_parts() -> None:
+        watch = Stopwatch(device, clock)
+        wait_for(device)
+        take_step(job, watch.part)
+        parts.append(dict(watch.seconds))
+
+    for turn in range(WARMUP + repeats):
+        for take in (take_whole, take_parts) if turn % 2 else (take_parts, take_whole):
+            take()
+    return whole[WARMUP:], parts[WARMUP:]
+
+
+def summary(job: Job, whole: list[float], parts: list[dict[str, float]]) -> dict[str, Any]:
+    """What the measurements come to."""
+    sums = [sum(step.values()) for step in parts]
+    covered = paired_ratio(sums, whole)
+    measured = roof.measure(job.config.device, getattr(torch, job.config.dtype))
+    tokens_per_second = job.tokens / statistics.median(whole)
+    flops = training_flops_per_token(job.shape, job.config.max_length) * tokens_per_second
+    return {
+        "tokens": job.tokens,
+        "parts_seconds": {name: record.spread([step[name] for step in parts]) for name in PARTS},
+        "parts_share": {name: sum(step[name] for step in parts) / sum(sums) for name in PARTS},
+        "sum_of_parts_seconds": record.spread(sums),
+        "whole_step_seconds": record.spread(whole),
+        "parts_of_whole": covered,
+        "adds_up": abs(covered - 1) <= TOLERANCE,
+        "tokens_per_second": tokens_per_second,
+        "roof": measured.to_dict(),
+        "model_flops_per_second": flops,
+        "mfu": flops / measured.flops,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table."""
+    accum = f"{result['grad_accum']} x " if result["grad_accum"] > 1 else ""
+    print(
+        f"{result['config']}, {result['dtype']} on {result['device']}, {accum}{result['batch_size']} x "
+        f"{result['length']} tokens a step{', compiled' if result['compile'] else ''}"
+    )
+    print(f"{'part':<26}{'median':>12}{'spread':>22}{'share':>9}")
+    for name, times in result["parts_seconds"].items():
+        print(_row(name, times) + f"{result['parts_share'][name]:>9.1%}")
+    print(_row("sum of the parts", result["sum_of_parts_seconds"]))
+    print(_row("a whole train_step", result["whole_step_seconds"]))
+    print(f"the parts come to {result['parts_of_whole']:.1%} of the whole step (median over the turns)")
+    if not result["adds_up"]:
+        print(f"WARNING: THAT IS MORE THAN {TOLERANCE:.0%} OFF: THE PARTS DO NOT DESCRIBE THE STEP")
+    print(
+        f"{result['tokens_per_second']:,.0f} tokens/s, {result['model_flops_per_second'] / 1e9:,.1f} GFLOP/s: "
+        f"MFU {result['mfu']:.1%} of {result['roof']['flops'] / 1e9:,.1f} measured"
+    )
+
+
+def _row(name: str, times: dict[str, float]) -> str:
+    spread = f"{times['min'] * 1e3:,.2f}-{times['max'] * 1e3:,.2f}"
+    return f"{name:<26}{times['median'] * 1e3:>9,.2f} ms{spread:>22}"
