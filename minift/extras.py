@@ -5,7 +5,8 @@ from types import ModuleType
 
 from minift.errors import InputError
 
-_PACKAGES = {"hf": ("safetensors", "tokenizers"), "zstd": ("zstandard",)}  # of each extra, as in pyproject.toml
+# Of each extra, as in pyproject.toml.
+_PACKAGES = {"hf": ("safetensors", "tokenizers"), "plot": ("matplotlib",), "zstd": ("zstandard",)}
 
 
 def need(package: str, extra: str, what: str) -> ModuleType:
