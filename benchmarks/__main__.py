@@ -1,9 +1,10 @@
-"""`python -m benchmarks NAME [options]`: one measurement each. Read next: `README.md`."""
+"""`python -m benchmarks NAME [options]`: one measurement each; no name: a quick tour. Read next: `README.md`."""
 
 import argparse
+import shlex
 import sys
 
-from benchmarks import data, load, memory, ops, packing, peers, profile, step, stream
+from benchmarks import data, ladder, load, memory, ops, packing, peers, profile, step, stream
 from minift.errors import InputError
 
 BENCHMARKS = {
@@ -12,23 +13,35 @@ BENCHMARKS = {
     "stream": stream,
     "packing": packing,
     "ops": ops,
+    "ladder": ladder,
     "peers": peers,
     "step": step,
     "profile": profile,
     "memory": memory,
 }
 
+# What a first look should see, in under three minutes on two cores. Few repeats: the record is made by each alone.
+TOUR = (
+    ("step", "--repeats", "5"),
+    ("ladder", "--repeats", "3", "--rungs", "naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ packing"),
+    ("generate", "--config", "stories15m", "--repeats", "3"),
+)
+
 
 def main() -> int:
-    """Run one benchmark. Returns the exit code: 2 for wrong input, in one line."""
+    """Run one benchmark, or the tour. Returns the exit code: 2 for wrong input, in one line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure minift.")
-    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    names = parser.add_subparsers(dest="name", metavar="NAME")
     for name, module in BENCHMARKS.items():
         text = (module.__doc__ or "").splitlines()[0]
         module.add_arguments(names.add_parser(name, help=text, description=text))
     options = parser.parse_args()
     try:
-        BENCHMARKS[options.name].run(options)
+        for words in [sys.argv[1:]] if options.name else TOUR:
+            if not options.name:
+                print(f"\npython -m benchmarks {shlex.join(words)}", flush=True)
+            options_of = parser.parse_args(words)
+            BENCHMARKS[options_of.name].run(options_of)
     except InputError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2

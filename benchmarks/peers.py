@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import process, record, roof
-from benchmarks.timing import paired_ratio, wait_for
+from benchmarks.timing import in_turn_order, paired_ratio, wait_for
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
 from minift.flops import training_flops_per_token
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"{name}: ready; its first step took {workers[name].ready['first_step_seconds']:.1f} s")
         answers: dict[str, list[Any]] = {name: [] for name in sides}
         for turn in range(options.repeats):
-            for name in sides if turn % 2 == 0 else reversed(sides):
+            for name in in_turn_order(sides, turn):
                 answers[name].append(workers[name].ask("steps"))
     peaks = {name: answers[name][-1]["peak_bytes"] for name in sides}
     measured = roof.measure(config.device, getattr(torch, config.dtype))
@@ -122,7 +122,9 @@ def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> No
         wait_for(config.device)
         seconds = (time.perf_counter() - start) / steps
         taken += steps
-        print(json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": _peak(config.device)}), flush=True)
+        print(
+            json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": process.peak_of(config.device)}), flush=True
+        )
 
 
 def _minift_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[int], float]:
@@ -168,10 +170,6 @@ def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> 
         return float(loss.detach())
 
     return step
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else process.peak()
 
 
 SIDES = ("minift, compiled", "minift", "transformers, compiled", "transformers")

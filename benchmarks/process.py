@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minift.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,8 +50,8 @@ def fresh(benchmark: str, *words: object, cores: int | None = None, stdin: Itera
 class Worker:
     """A fresh process that measures again and again, whenever it is asked to: so that several can take turns.
 
-    It runs `python -m benchmarks BENCHMARK --measure WORDS`, prints a first line of JSON when it is ready (`ready`), and
-    then answers each line that it is sent by a line of JSON, until there is no more.
+    It is `python -m benchmarks BENCHMARK --measure WORDS`. It prints a first line of JSON when it is ready (`ready`),
+    and then answers each line that it is sent by a line of JSON, until there is no more.
 
         with Worker("peers", "minift") as worker:
             print(worker.ready, worker.ask("step"))
@@ -58,7 +60,7 @@ class Worker:
     def __init__(self, benchmark: str, *words: object):
         command = [sys.executable, "-m", "benchmarks", benchmark, "--measure", *map(str, words)]
         self._name = str(words[0])
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
         pipe = subprocess.PIPE
         self._child = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
         self.ready = self._answer()
@@ -101,6 +103,11 @@ def resident() -> int:
 def peak() -> int:
     """The most that this ever was."""
     return _status("VmHWM:")
+
+
+def peak_of(device: str) -> int:
+    """The most memory of a device that this process ever had, in bytes: of a GPU what PyTorch allocated."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak()
 
 
 def forget_peak() -> None:

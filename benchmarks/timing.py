@@ -9,7 +9,7 @@ Read next: `roof.py`.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -39,9 +39,14 @@ def in_turns(
         calls[name] = max(1, min(1_000, round(SHORTEST / max(seconds, 1e-9))))
     seconds_of: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats):
-        for name in list(sides) if turn % 2 == 0 else reversed(list(sides)):
+        for name in in_turn_order(list(sides), turn):
             seconds_of[name].append(_measure(sides[name], calls[name], device, clock))
     return seconds_of
+
+
+def in_turn_order(names: Sequence[str], turn: int) -> Sequence[str]:
+    """The names in the order of a turn: reversed in every other one, so that nobody is always the first."""
+    return names if turn % 2 == 0 else names[::-1]
 
 
 def paired_ratio(slower: list[float], faster: list[float]) -> float:

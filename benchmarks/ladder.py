@@ -1,0 +1,218 @@
+"""What each optimisation of the training step buys: from a textbook's float32 step up, one rung at a time.
+
+Every rung is `train.train_step` over the same documents, and has all that the rungs below it have:
+
+    naive         float32; attention with all T² scores, a loss with all logits, AdamW's loop, a row a document
+    + SDPA        attention by PyTorch's fused kernels
+    + AMP         autocast: matrix products in bfloat16, where the machine has it
+    + loss        the chunked loss, whose logits never exist all at once
+    + AdamW       the optimizer's fused kernel
+    + packing     several documents in a row, isolated from each other: no position is computed for nothing
+    + compile     torch.compile, which fuses what lies between the matrix products
+
+Each is a process of its own, and they take turns. Counted are the targets of documents, not padding, so that packing
+compares. At the end stands from how many steps on compiling pays.
+
+    python -m benchmarks ladder
+
+Read next: `peers.py`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+import minift.model
+import minift.train
+from benchmarks import process, record, textbook
+from benchmarks.timing import in_turn_order, paired_ratio, wait_for
+from minift.config import PRETRAIN, LlamaConfig, TrainConfig
+from minift.errors import InputError
+from minift.flops import training_flops_per_token
+from minift.model import Llama
+from minift.pack import IGNORE, Batch, Example, collate
+from minift.train import check_compiler, choose_device, choose_dtype, start_state, train_step
+
+RUNGS = ("naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ packing", "+ compile")
+SHORTEST = 8  # of the documents, as a part of a row: they are from an eighth of it to all of it long
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the shape (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="documents of a step (%(default)s)")
+    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument("--repeats", type=int, default=6, metavar="N", help="turns (%(default)s)")
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, metavar="NAME", help="only these: " + ", ".join(RUNGS))
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is asked to do
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table and write the JSON."""
+    config = PRETRAIN.replace(
+        device=options.device, batch_size=options.batch_size, max_length=options.length, compile=False
+    )
+    device = choose_device(config)
+    config = config.replace(device=device.type, dtype=choose_dtype(config, device))
+    shape = LlamaConfig.named(options.config)
+    if options.measure:
+        _serve(options.measure[0], shape, config)
+        return
+    if options.repeats < 1:
+        raise InputError("--repeats must be at least 1")
+    rungs = [name for name in RUNGS if name in (options.rungs or RUNGS)]
+    check_compiler(config.replace(compile=rungs[-1] == "+ compile"), device)
+    words = [f"--config={options.config}", f"--batch-size={config.batch_size}", f"--length={config.max_length}"]
+    words.append(f"--device={config.device}")
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(process.Worker("ladder", name, *words)) for name in rungs}
+        answers: dict[str, list[Any]] = {name: [] for name in rungs}
+        for turn in range(options.repeats):
+            for name in in_turn_order(rungs, turn):
+                answers[name].append(workers[name].ask("step"))
+    ready = {name: worker.ready for name, worker in workers.items()}
+    result = _result(options, config, shape, ready, answers)
+    print(_table(result))
+    record.write(options.json, result)
+
+
+# In a process of its own ----------------------------------------------------------------------------------------------
+
+
+def _serve(name: str, shape: LlamaConfig, config: TrainConfig) -> None:
+    """Make a rung, take two steps, and then one whenever a line comes in."""
+    step, batch = make_rung(name, shape, config)
+    start = time.perf_counter()
+    loss = step()
+    first = time.perf_counter() - start
+    step()
+    tokens = batch.tokens.numel()
+    print(json.dumps({"first_step_seconds": first, "loss": loss, "targets": batch.n_targets, "positions": tokens}))
+    sys.stdout.flush()
+    for _ in sys.stdin:
+        wait_for(config.device)
+        start = time.perf_counter()
+        step()
+        wait_for(config.device)
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "peak_bytes": process.peak_of(config.device)}), flush=True)
+
+
+def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Callable[[], float], Batch]:
+    """A rung's step, which returns its loss, and the batch that it takes.
+
+    What the rung has not yet is replaced by a textbook's in the modules that train: this is for a process that does
+    nothing else.
+    """
+    has = RUNGS[: RUNGS.index(name) + 1]
+    if "+ SDPA" not in has:
+        minift.model.attend = _textbook_attention  # type: ignore[assignment]
+    if "+ loss" not in has:
+        minift.train.next_token_loss = _textbook_loss
+    config = config.replace(
+        dtype=config.dtype if "+ AMP" in has else "float32", compile="+ compile" in has, pack="+ packing" in has
+    )
+    generator = torch.Generator().manual_seed(0)
+    model = Llama(shape)
+    model.init_weights(generator)
+    batch = collate(_documents(shape, config, generator), shape.eos_token_ids[0], config.max_length, config.pack)
+    batch = batch.to(torch.device(config.device))
+    state = start_state(model.to(config.device), None, config)  # type: ignore[arg-type]  # no data to keep the place of
+    if "+ AdamW" not in has:
+        for group in state.optimizer.param_groups:
+            group |= {"fused": False, "foreach": False}
+    return lambda: train_step(state, [batch], config.lr, config).loss, batch
+
+
+def _documents(shape: LlamaConfig, config: TrainConfig, generator: torch.Generator) -> list[Example]:
+    T = config.max_length
+    lengths = torch.randint(max(2, T // SHORTEST), T + 1, (config.batch_size,), generator=generator).tolist()
+    texts = [torch.randint(shape.vocab_size, (n + 1,), generator=generator).tolist() for n in lengths]
+    return [Example(prompt=ids[:1], answer=ids[1:]) for ids in texts]
+
+
+def _textbook_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+    assert mask is None  # a row for each document
+    return textbook.attention(query, key, value)
+
+
+def _textbook_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return textbook.loss(hidden, weight, targets), (targets != IGNORE).sum()
+
+
+# The result -----------------------------------------------------------------------------------------------------------
+
+
+def _result(
+    options: argparse.Namespace,
+    config: TrainConfig,
+    shape: LlamaConfig,
+    ready: dict[str, Any],
+    answers: dict[str, list[Any]],
+) -> dict[str, Any]:
+    seconds = {name: [answer["seconds"] for answer in given] for name, given in answers.items()}
+    names = list(seconds)
+    result = {
+        "benchmark": "ladder",
+        **record.environment(),
+        "config": shape.to_dict() if options.config.endswith(".json") else options.config,
+        "dtype": config.dtype,
+        "device": config.device,
+        "documents": config.batch_size,
+        "length": config.max_length,
+        "rungs": {
+            name: {
+                "targets_per_second": record.spread([ready[name]["targets"] / s for s in seconds[name]]),
+                "times_the_rung_below": paired_ratio(seconds[below], seconds[name]) if below else 1.0,
+                "times_the_first": paired_ratio(seconds[names[0]], seconds[name]),
+                "peak_bytes": answers[name][-1]["peak_bytes"],
+                **ready[name],
+            }
+            for below, name in zip([None, *names[:-1]], names, strict=True)
+        },
+    }
+    if names[-1] == "+ compile" and len(names) > 1:
+        result["compiling_pays"] = break_even(ready, seconds, names[-2])
+        flops = ready["+ compile"]["positions"] * training_flops_per_token(shape, config.max_length)
+        result["compiling_pays"]["flops"] = flops * result["compiling_pays"]["steps"]
+    return result
+
+
+def break_even(ready: dict[str, Any], seconds: dict[str, list[float]], below: str) -> dict[str, float]:
+    """What compiling costs and saves, in seconds, and from how many steps on it saves more (infinite: never)."""
+    cost = ready["+ compile"]["first_step_seconds"] - ready[below]["first_step_seconds"]
+    eager = record.spread(seconds[below])["median"]
+    saved = eager * (1 - 1 / paired_ratio(seconds[below], seconds["+ compile"]))
+    return {"cost_seconds": cost, "saved_seconds_a_step": saved, "steps": cost / saved if saved > 0 else float("inf")}
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['documents']} documents in rows of {result['length']}, {result['dtype']} on {result['device']}",
+        f"{'':<12}{'targets/s':>22}{'x below':>9}{'x first':>9}{'peak':>10}{'loss':>9}{'positions':>11}",
+    ]
+    for name, rung in result["rungs"].items():
+        speed = "{:,.0f} ({:,.0f}-{:,.0f})".format(
+            *(rung["targets_per_second"][key] for key in ("median", "min", "max"))
+        )
+        lines.append(
+            f"{name:<12}{speed:>22}{rung['times_the_rung_below']:>9.2f}{rung['times_the_first']:>9.2f}"
+            f"{rung['peak_bytes'] / 1e6:>7,.0f} MB{rung['loss']:>9.4f}{rung['positions']:>11,}"
+        )
+    if "compiling_pays" in result:
+        pays = result["compiling_pays"]
+        lines.append(
+            f"compiling took {pays['cost_seconds']:.0f} s and saves {1e3 * pays['saved_seconds_a_step']:.0f} ms a step: it "
+            f"pays from {pays['steps']:,.0f} steps of this size on ({pays['flops']:.1e} FLOPs)"
+        )
+    return "\n".join(lines)
