@@ -114,7 +114,7 @@ def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Calla
     """
     has = RUNGS[: RUNGS.index(name) + 1]
     if "+ SDPA" not in has:
-        minift.model.attend = _textbook_attention  # type: ignore[assignment]
+        minift.model.attend = _textbook_attention
     if "+ loss" not in has:
         minift.train.next_token_loss = _textbook_loss
     config = config.replace(
@@ -212,7 +212,7 @@ def _table(result: dict[str, Any]) -> str:
     if "compiling_pays" in result:
         pays = result["compiling_pays"]
         lines.append(
-            f"compiling took {pays['cost_seconds']:.0f} s and saves {1e3 * pays['saved_seconds_a_step']:.0f} ms a step: it "
-            f"pays from {pays['steps']:,.0f} steps of this size on ({pays['flops']:.1e} FLOPs)"
+            f"compiling took {pays['cost_seconds']:.0f} s and saves {1e3 * pays['saved_seconds_a_step']:.0f} ms a step: "
+            f"it pays from {pays['steps']:,.0f} steps of this size on ({pays['flops']:.1e} FLOPs)"
         )
     return "\n".join(lines)

@@ -91,7 +91,7 @@ def _setting(options: argparse.Namespace) -> Setting:
         ) from None
     dtype = getattr(torch, choose_dtype(config, device))
     shape = LlamaConfig.named(options.config)
-    return Setting(shape, options.batch_size, options.length, dtype, device.type, config.compile)
+    return Setting(shape, options.batch_size, options.length, dtype, device.type, bool(config.compile))
 
 
 def _measured(name: str, step: Step, repeats: int, measured: roof.Roof) -> dict[str, Any]:

@@ -145,8 +145,8 @@ def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> 
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
 
-    values = {key: value for key, value in model.config.to_dict().items() if key != "architectures"}
-    theirs: Any = LlamaForCausalLM(TheirConfig(**values, use_cache=False, attn_implementation="sdpa"))
+    values = {**model.config.to_dict(), "use_cache": False, "attn_implementation": "sdpa"}
+    theirs: Any = LlamaForCausalLM(TheirConfig(**values))
     weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
     theirs.load_state_dict(weights, strict=not model.config.tie_word_embeddings)  # tied, the head has no entry here
     theirs.to(ids.device).train()

@@ -11,8 +11,8 @@ another measures:
 * with it: the trace, and the table of operators by *self* time: without the operators that they call. On a GPU that is
   the time of the kernels that they started. What is left of the parts is the row "Python, between the operators".
 * with every tensor's storage watched (`alive.py`): memory at the fullest moment, by what it is for. "activations" are
-  what autograd keeps for the backward pass: those of the layers and what the loss has prepared; "other" is what comes
-  and goes, logits above all. A compiled step cannot be watched in this way.
+  what autograd keeps for the backward pass: those of the layers, autocast's copies of weights, and what the loss has
+  prepared; "other" is what comes and goes, logits above all. A compiled step cannot be watched in this way.
 
 A GPU is idle while neither a kernel nor a copy runs: their time in the trace is held against that of a step without the
 profiler. On a CPU the idle share is 1 − CPU time / (wall clock × threads). Read next: `memory.py`.
@@ -187,17 +187,17 @@ def show(result: dict[str, Any], top: int) -> None:
         f"{result['grad_accum']} x {result['batch_size']} x {result['length']} tokens: "
         f"{result['step_seconds'] * 1e3:,.1f} ms a step, {result['profiled_step_seconds'] * 1e3:,.1f} ms profiled"
     )
-    print(f"{'operator':<48}{'calls':>8}{'self CPU':>12}{'self CUDA' if cuda else '':>12}{'share':>8}")
+    print(f"{'operator':<60}{'calls':>8}{'self CPU':>12}{'self CUDA' if cuda else '':>12}{'share':>8}")
     for row in result["operators"][:top]:
         kernels = f"{row['self_cuda_seconds'] * 1e3:,.2f} ms" if cuda else ""
         print(
-            f"{row['name'][:47]:<48}{row['calls']:>8,}{row['self_cpu_seconds'] * 1e3:>9,.2f} ms{kernels:>12}"
+            f"{row['name'][:59]:<60}{row['calls']:>8,}{row['self_cpu_seconds'] * 1e3:>9,.2f} ms{kernels:>12}"
             f"{row['share']:>8.1%}"
         )
     rest = result["operators"][top:]
     if rest:
-        print(f"{len(rest)} more{sum(row['share'] for row in rest):>{76 - len(f'{len(rest)} more') + 12}.1%}")
-    print(f"idle: {result['idle']:.1%} of the {'GPU' if cuda else 'CPU'} ({result['threads']} CPU threads)")
+        print(f"{f'{len(rest)} more':<92}{sum(row['share'] for row in rest):>8.1%}")
+    print(f"idle: {result['idle']:.1%} of the {'GPU' if cuda else 'CPU'} ({result['threads']} threads)")
     memory = result["peak_memory"]
     if memory is None:
         print("memory: not watched, as the step is compiled")
