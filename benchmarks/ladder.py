@@ -212,7 +212,7 @@ def _table(result: dict[str, Any]) -> str:
     if "compiling_pays" in result:
         pays = result["compiling_pays"]
         lines.append(
-            f"compiling took {pays['cost_seconds']:.0f} s and saves {1e3 * pays['saved_seconds_a_step']:.0f} ms a step: "
-            f"it pays from {pays['steps']:,.0f} steps of this size on ({pays['flops']:.1e} FLOPs)"
+            f"compiling took {pays['cost_seconds']:.0f} s, saves {1e3 * pays['saved_seconds_a_step']:.0f} ms a step, "
+            f"and pays from {pays['steps']:,.0f} steps of this size on ({pays['flops']:.1e} FLOPs)"
         )
     return "\n".join(lines)

@@ -114,9 +114,7 @@ def _activation_bytes(config: LlamaConfig, dtype: str) -> int:
     low = BYTES[dtype]
     # The stream is float32: each norm saves it as it came and normalised, and one number a token.
     norm = 4 * D + 4 * D + 4
-    # What the norm gives is read by three matrices in attention and by two in the feed-forward network. They share it
-    # in float32; under autocast each makes a copy of its own.
-    layer = 2 * norm + (low * 5 * D if low < 4 else 4 * 2 * D)
+    layer = 2 * norm + 2 * low * D  # what each norm gives, as the matrices read it
     layer += low * (2 * H * C + 2 * K * C) + 4 * H  # q, k, v, the result, and the sum of each softmax
     layer += low * 4 * F  # gate, silu(gate), up, and their product
     return config.num_hidden_layers * layer + norm

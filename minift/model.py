@@ -211,6 +211,12 @@ def _flex_attention(device: str) -> Any:
     return torch.compile(flex_attention) if device == "cuda" else flex_attention  # on a CPU: only its plain definition
 
 
+def narrowed(x: Tensor) -> Tensor:
+    """x in the dtype of the matrix products: autocast would make a copy for each matrix that reads it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class KVCache:
     """The keys and values of all tokens so far, so that generating a token reads one token, not the whole text.
 
@@ -264,6 +270,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
         """[B, T, D] → [B, T, D]. `mask` is bool [B, 1, T, S], True where attention may go; None: plain causal."""
         B, T, _ = x.shape
+        x = narrowed(x)
         query = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, C]
         key = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, C]
         value = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, C]
@@ -286,6 +293,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
+        x = narrowed(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
