@@ -8,8 +8,8 @@ process of its own, and measured in two ways at once:
   is in no line of the ledger has a line of its own.
 * from outside: on a GPU `torch.cuda.max_memory_allocated`; on a CPU the highest resident memory of the process, above
   what it was before the first step without the weights (imports, the tokenizer, the buffer of pages). That is taken
-  twice: as it is, and in another step for which the C library was told to give every large freed block back at once.
-  What lies between the two are holes: glibc keeps freed blocks of up to 32 MB, and tensors of other sizes do not fit.
+  twice: as it is, and in another process, whose C library was told to give every large freed block back at once. What
+  lies between the two are holes: glibc keeps freed blocks of up to 32 MB, and tensors of other sizes do not fit.
 
 A ledger that is more than 10 % off the first of them is said loudly.
 
@@ -37,6 +37,7 @@ from minift.report import size
 SHAPES = ["stories15m:16x256", "smollm2-135m:4x512"]
 TOLERANCE = 0.1
 REST = "in no line of the ledger"
+KEEP, GIVE_BACK = "keep", "give-back"
 M_MMAP_THRESHOLD, RETURNED = -3, 2**20  # for mallopt: blocks of this size go back to the system when they are freed
 
 
@@ -63,14 +64,24 @@ def run(options: argparse.Namespace) -> None:
         LlamaConfig.named(named.config)
     runs = []
     for shape, dtype in cases:
-        words = (shape, dtype, options.device, options.tokenizer, *([options.data] if options.data else []))
-        runs.append(process.fresh("memory", *words))
-        show(runs[-1])
+        where = (options.device, options.tokenizer, *([options.data] if options.data else []))
+        one = process.fresh("memory", KEEP, shape, dtype, *where)
+        if one["device"] == "cpu":
+            again = process.fresh("memory", GIVE_BACK, shape, dtype, *where)
+            one["outside_without_holes_bytes"] = again["outside_bytes"]
+        runs.append(one)
+        show(one)
     record.write(options.json, {"benchmark": "memory", **record.environment(), "runs": runs})
 
 
-def measure(shape: str, dtype: str, device: str, tokenizer: str, data: str | None = None) -> dict[str, Any]:
-    """In a fresh process: the ledger of a shape, and the memory of its second step."""
+def measure(freed: str, shape: str, dtype: str, device: str, tokenizer: str, data: str | None = None) -> dict[str, Any]:
+    """In a fresh process: the ledger of a shape, and the memory of its second step.
+
+    Args:
+        freed: what the C library does with large blocks that are freed: as always (KEEP), or GIVE_BACK.
+    """
+    if freed == GIVE_BACK:
+        _give_back_freed()
     named = _named(shape, dtype, device)
     config, model = settings(named), LlamaConfig.named(named.config)
     batches = pages(model, config, data, tokenizer)
@@ -82,11 +93,6 @@ def measure(shape: str, dtype: str, device: str, tokenizer: str, data: str | Non
     _forget_most(config.device)
     peak = watch_step(job).peak(lambda memory: purpose(memory, job))
     outside = _most(config.device) - before
-    compact = None
-    if config.device == "cpu" and _give_back_freed():
-        _forget_most(config.device)
-        take_step(job, nullcontext)
-        compact = _most(config.device) - before
     ledger = training_memory(
         model, config.dtype, config.batch_size, config.max_length, config.loss_chunk, config.device
     )
@@ -102,7 +108,6 @@ def measure(shape: str, dtype: str, device: str, tokenizer: str, data: str | Non
         "ledger_of_measured": sum(ledger.values()) / peak.total,
         "fullest_in": peak.part,
         "outside_bytes": outside,
-        "outside_without_holes_bytes": compact,
     }
 
 
@@ -135,7 +140,7 @@ def show(run: dict[str, Any]) -> None:
     print(f"{'in all':<36}{size(run['ledger_bytes']):>10}{size(run['measured_bytes']):>10}   ledger {off:+.1%}")
     outside = "max_memory_allocated" if run["device"] == "cuda" else "resident memory of the process"
     print(f"{outside:<46}{size(run['outside_bytes']):>10}")
-    if run["outside_without_holes_bytes"] is not None:
+    if "outside_without_holes_bytes" in run:
         print(f"{'… with freed blocks given back':<46}{size(run['outside_without_holes_bytes']):>10}")
     if abs(off) > TOLERANCE:
         print(f"WARNING: THE LEDGER IS MORE THAN {TOLERANCE:.0%} OFF")
@@ -173,11 +178,13 @@ def _most(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else process.peak()
 
 
-def _give_back_freed() -> bool:
-    """Have the C library give large freed blocks back, those that it has kept until now, too. False if it cannot."""
+def _give_back_freed() -> None:
+    """Have the C library give large blocks back to the system when they are freed. It must not have freed any yet.
+
+    Raises:
+        InputError: when it is not glibc.
+    """
     library = ctypes.CDLL(None)
-    if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):
-        return False
+    if not hasattr(library, "mallopt"):
+        raise InputError("resident memory without holes needs glibc's mallopt")
     library.mallopt(M_MMAP_THRESHOLD, RETURNED)
-    library.malloc_trim(0)
-    return True

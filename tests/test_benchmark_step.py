@@ -258,7 +258,7 @@ def test_memory(
 ) -> None:
     """The ledger of a tiny shape: the lines that must be equal are, and all of them together are within 10 %."""
     monkeypatch.setattr(process, "fresh", lambda name, *words: memory.measure(*map(str, words)))
-    monkeypatch.setattr(memory, "_give_back_freed", lambda: False)  # that is for a process of its own
+    monkeypatch.setattr(memory, "_give_back_freed", lambda: None)  # that is for a process of its own
     monkeypatch.setattr("minift.loss.CACHED", 2**16)  # few of the rows, as with a real vocabulary
     result = run_here("memory", tmp_path, "--shapes", f"{shape}:16x256", "--device", device)
     assert {"cpu", "cores", "memory_bytes", "system"} <= set(result["machine"])
@@ -283,7 +283,6 @@ def test_memory(
 
 def test_a_ledger_that_is_off_is_said_loudly(capsys: pytest.CaptureFixture[str]) -> None:
     run = {"shape": "x:1x1", "dtype": "float32", "device": "cpu", "fullest_in": "loss", "outside_bytes": 100}
-    run["outside_without_holes_bytes"] = None
     lines = {"weights": {"ledger": 89, "measured": 100}}
     memory.show({**run, "lines": lines, "ledger_bytes": 89, "measured_bytes": 100, "ledger_of_measured": 0.89})
     assert "WARNING" in capsys.readouterr().out
