@@ -182,18 +182,18 @@ def _result(
         },
     }
     if names[-1] == "+ compile" and len(names) > 1:
-        result["compiling_pays"] = break_even(ready, seconds, names[-2])
+        pays = break_even(ready, seconds, names[-2])
         flops = ready["+ compile"]["positions"] * training_flops_per_token(shape, config.max_length)
-        result["compiling_pays"]["flops"] = flops * result["compiling_pays"]["steps"]
+        result["compiling_pays"] = {**pays, "flops": pays["steps"] and flops * pays["steps"]}
     return result
 
 
-def break_even(ready: dict[str, Any], seconds: dict[str, list[float]], below: str) -> dict[str, float]:
-    """What compiling costs and saves, in seconds, and from how many steps on it saves more (infinite: never)."""
+def break_even(ready: dict[str, Any], seconds: dict[str, list[float]], below: str) -> dict[str, float | None]:
+    """What compiling costs and saves, in seconds, and from how many steps on it saves more (None: never)."""
     cost = ready["+ compile"]["first_step_seconds"] - ready[below]["first_step_seconds"]
     eager = record.spread(seconds[below])["median"]
     saved = eager * (1 - 1 / paired_ratio(seconds[below], seconds["+ compile"]))
-    return {"cost_seconds": cost, "saved_seconds_a_step": saved, "steps": cost / saved if saved > 0 else float("inf")}
+    return {"cost_seconds": cost, "saved_seconds_a_step": saved, "steps": cost / saved if saved > 0 else None}
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -211,8 +211,11 @@ def _table(result: dict[str, Any]) -> str:
         )
     if "compiling_pays" in result:
         pays = result["compiling_pays"]
-        lines.append(
-            f"compiling took {pays['cost_seconds']:.0f} s, saves {1e3 * pays['saved_seconds_a_step']:.0f} ms a step, "
-            f"and pays from {pays['steps']:,.0f} steps of this size on ({pays['flops']:.1e} FLOPs)"
-        )
+        if pays["steps"] is None:
+            lines.append(f"compiling took {pays['cost_seconds']:.0f} s and saves nothing")
+        else:
+            lines.append(
+                f"compiling took {pays['cost_seconds']:.0f} s, saves {1e3 * pays['saved_seconds_a_step']:.0f} ms a step, "
+                f"and pays from {pays['steps']:,.0f} steps of this size on ({pays['flops']:.1e} FLOPs)"
+            )
     return "\n".join(lines)

@@ -1,0 +1,169 @@
+"""The promise of `ladder` and `peers`: every side trains the same thing, and only what is named differs."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import minift.model
+import minift.train
+from benchmarks import ladder, peers, process, roof
+from benchmarks.timing import in_turn_order
+from minift.config import PRETRAIN, LlamaConfig
+from minift.errors import InputError
+from minift.flops import training_flops_per_token
+from tests.test_benchmarks import run_here
+
+TINY = LlamaConfig.preset("stories260k")
+CONFIG = PRETRAIN.replace(device="cpu", dtype="bfloat16", batch_size=6, max_length=32, compile=False)
+
+
+@pytest.fixture(autouse=True)
+def whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rung replaces comes back after each test."""
+    monkeypatch.setattr(minift.model, "attend", minift.model.attend)
+    monkeypatch.setattr(minift.train, "next_token_loss", minift.train.next_token_loss)
+
+
+def climb(name: str) -> tuple[list[float], Any]:
+    attend, loss = minift.model.attend, minift.train.next_token_loss
+    step, batch = ladder.make_rung(name, TINY, CONFIG)
+    losses = [step() for _ in range(3)]
+    minift.model.attend, minift.train.next_token_loss = attend, loss
+    return losses, batch
+
+
+def test_all_rungs_train_the_same() -> None:
+    """The same loss at each step, to rounding, over the same targets; only packing computes fewer positions."""
+    first, padded = climb("naive")
+    assert first[2] < first[0]
+    for name in ladder.RUNGS[1:-1]:
+        losses, batch = climb(name)
+        assert losses == pytest.approx(first, rel=1e-5 if name == "+ SDPA" else 5e-3), name
+        assert batch.n_targets == padded.n_targets
+        assert (batch.tokens.numel() < padded.tokens.numel()) == (name == "+ packing")
+        assert batch.isolated == (name == "+ packing")
+
+
+def test_a_rung_has_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: set[str] = set()
+
+    def spy(module: Any, name: str) -> None:
+        called = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **more: (used.add(name), called(*args, **more))[1])
+
+    spy(ladder.textbook, "attention")
+    spy(ladder.textbook, "loss")
+    spy(torch, "_fused_adamw_")
+    spy(F, "scaled_dot_product_attention")
+    climb("naive")
+    assert used == {"attention", "loss"}
+    used.clear()
+    climb("+ SDPA")
+    assert used == {"scaled_dot_product_attention", "loss"}
+    used.clear()
+    climb("+ loss")
+    assert "loss" not in used
+    assert "_fused_adamw_" not in used
+    climb("+ AdamW")
+    assert "_fused_adamw_" in used
+
+
+def test_break_even() -> None:
+    ready = {"+ AdamW": {"first_step_seconds": 2.0}, "+ compile": {"first_step_seconds": 32.0}}
+    pays = ladder.break_even(ready, {"+ AdamW": [2.0, 2.0, 3.0], "+ compile": [1.0, 1.0, 1.5]}, "+ AdamW")
+    assert pays == {"cost_seconds": 30.0, "saved_seconds_a_step": 1.0, "steps": 30.0}
+    pays = ladder.break_even(ready, {"+ AdamW": [1.0], "+ compile": [1.0]}, "+ AdamW")
+    assert pays["steps"] is None  # never
+
+
+@pytest.mark.slow
+def test_the_ladder_from_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "stories260k", "--batch-size", 4, "--length", 32, "--repeats", 2]
+    result = run_here("ladder", tmp_path, *words, "--rungs", "naive", "+ packing")
+    assert list(result["rungs"]) == ["naive", "+ packing"]
+    for rung in result["rungs"].values():
+        speed = rung["targets_per_second"]
+        assert speed["n"] == 2
+        assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        assert rung["peak_bytes"] > 2**26
+    assert "compiling_pays" not in result
+    assert "+ packing" in capsys.readouterr().out
+    assert {"machine", "versions", "commit"} <= set(result)
+
+
+@pytest.mark.slow
+def test_peers_train_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roof, "SIDE", {"cpu": 64})
+    monkeypatch.setattr(roof, "COPIED", {"cpu": 2**20})
+    words = ["--config", "stories260k", "--batch-size", 2, "--length", 32, "--repeats", 2, "--steps", 3]
+    result = run_here("peers", tmp_path, *words, "--dtype", "float32", "--sides", "minift", "transformers")
+    ours, theirs = result["losses"]["minift"], result["losses"]["transformers"]
+    assert len(ours) == 2 + 2 * 3
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours[4] < ours[0]  # the same batch again
+    assert result["losses_apart_at_most"] < 1e-4
+    ratios = result["times_as_fast_as"]
+    assert ratios["minift"]["minift"] == 1
+    assert ratios["minift"]["transformers"] > 0
+    assert "losses at most" in capsys.readouterr().out
+
+
+def made_up(losses: float) -> dict[str, list[Any]]:
+    return {"minift": [{"seconds": 1.0, "losses": [2.0]}], "transformers": [{"seconds": 2.0, "losses": [losses]}]}
+
+
+def test_sides_that_train_differently_are_no_result() -> None:
+    options = argparse.Namespace(config="stories260k")
+    ready = {name: {"first_step_seconds": 1.0, "losses": [3.0]} for name in ("minift", "transformers")}
+    peaks = {name: 10 for name in ready}
+    measured = roof.Roof("float32", 1e12, 1e10, 1e10)
+    result = peers._result(options, CONFIG, TINY, measured, ready, made_up(2.019), peaks)
+    assert result["times_as_fast_as"]["minift"]["transformers"] == 2
+    flops = CONFIG.batch_size * CONFIG.max_length * training_flops_per_token(TINY, CONFIG.max_length)
+    assert result["share_of_roof"]["minift"] == pytest.approx(flops / 1.0 / 1e12)
+    with pytest.raises(InputError, match="do not train the same"):
+        peers._result(options, CONFIG, TINY, measured, ready, made_up(2.021), peaks)
+
+
+def test_peers_without_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is skipped by name."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    started: list[str] = []
+
+    class Worker:
+        ready = {"first_step_seconds": 1.0, "losses": [3.0]}
+
+        def __init__(self, benchmark: str, name: str, *words: str):
+            started.append(name)
+
+        def __enter__(self) -> "Worker":
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def ask(self, words: str) -> dict[str, Any]:
+            return {"seconds": 1.0, "losses": [2.0], "peak_bytes": 2**30}
+
+    monkeypatch.setattr(process, "Worker", Worker)
+    monkeypatch.setattr(roof, "measure", lambda device, dtype: roof.Roof("bfloat16", 1e12, 1e10, 1e10))
+    run_here("peers", tmp_path, "--repeats", 1)
+    assert started == ["minift, compiled", "minift"]
+    assert "transformers is not installed: skipped" in capsys.readouterr().out
+
+
+def test_a_worker_says_why_it_failed() -> None:
+    with pytest.raises(InputError, match=r"naive failed: .*unknown preset 'nonesuch'"):
+        process.Worker("ladder", "naive", "--config=nonesuch")
+
+
+def test_turns() -> None:
+    assert [list(in_turn_order(["a", "b", "c"], turn)) for turn in range(3)] == [list("abc"), list("cba"), list("abc")]
