@@ -211,11 +211,7 @@ def _table(result: dict[str, Any]) -> str:
         )
     if "compiling_pays" in result:
         pays = result["compiling_pays"]
-        if pays["steps"] is None:
-            lines.append(f"compiling took {pays['cost_seconds']:.0f} s and saves nothing")
-        else:
-            lines.append(
-                f"compiling took {pays['cost_seconds']:.0f} s, saves {1e3 * pays['saved_seconds_a_step']:.0f} ms a step, "
-                f"and pays from {pays['steps']:,.0f} steps of this size on ({pays['flops']:.1e} FLOPs)"
-            )
+        saved, steps = 1e3 * pays["saved_seconds_a_step"], pays["steps"]
+        when = f"pays from {steps:,.0f} steps of this size on ({pays['flops']:.1e} FLOPs)" if steps else "never pays"
+        lines.append(f"compiling took {pays['cost_seconds']:.0f} s, saves {saved:.0f} ms a step, and {when}")
     return "\n".join(lines)

@@ -122,7 +122,7 @@ def made_up(losses: float) -> dict[str, list[Any]]:
 def test_sides_that_train_differently_are_no_result() -> None:
     options = argparse.Namespace(config="stories260k")
     ready = {name: {"first_step_seconds": 1.0, "losses": [3.0]} for name in ("minift", "transformers")}
-    peaks = {name: 10 for name in ready}
+    peaks = dict.fromkeys(ready, 10)
     measured = roof.Roof("float32", 1e12, 1e10, 1e10)
     result = peers._result(options, CONFIG, TINY, measured, ready, made_up(2.019), peaks)
     assert result["times_as_fast_as"]["minift"]["transformers"] == 2
@@ -140,9 +140,8 @@ def test_peers_without_transformers(
     started: list[str] = []
 
     class Worker:
-        ready = {"first_step_seconds": 1.0, "losses": [3.0]}
-
         def __init__(self, benchmark: str, name: str, *words: str):
+            self.ready = {"first_step_seconds": 1.0, "losses": [3.0]}
             started.append(name)
 
         def __enter__(self) -> "Worker":
