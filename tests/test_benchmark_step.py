@@ -96,15 +96,19 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(("whole_seconds", "adds_up"), [(4.5, True), (4.3, True), (4.2, False), (5.0, False)])
+@pytest.mark.parametrize(
+    ("whole_seconds", "gap", "adds_up"),
+    [(4.5, 0, True), (4.3, 0, True), (4.2, 0, False), (5.0, 0, False), (4.5, 0.2, True), (4.5, 0.3, False)],
+)
 def test_the_parts_are_held_against_the_whole(
     shape: Path,
     whole_seconds: float,
+    gap: float,
     adds_up: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each part takes its place in PARTS times 0.1 s, so all nine take 4.5 s; the two kinds of step take turns."""
+    """Each part takes its place in PARTS times 0.1 s, so all nine take 4.5 s; `gap` is in none of them."""
     clock, taken, running = Clock(), [], tiny_job(shape)
 
     def take_parts(_: job.Job, part: job.Part) -> None:
@@ -113,6 +117,7 @@ def test_the_parts_are_held_against_the_whole(
             for _ in range(2):  # as for two micro-batches
                 with part(name):
                     clock.now += number / 20
+        clock.now += gap
 
     def take_whole(_: job.Job) -> None:
         taken.append("whole")
@@ -121,14 +126,16 @@ def test_the_parts_are_held_against_the_whole(
     monkeypatch.setattr(step, "take_step", take_parts)
     monkeypatch.setattr(step, "whole_step", take_whole)
     monkeypatch.setattr(roof, "measure", lambda device, dtype: roof.Roof("float32", 1e9, 1e9, 1e9))
-    whole, parts = step.measure(running, 3, clock)
+    whole, around, parts = step.measure(running, 3, clock)
     assert taken == ["parts", "whole", "whole", "parts"] * 2 + ["parts", "whole"]
     assert whole == pytest.approx([whole_seconds] * 3)
-    found = step.summary(running, whole, parts)
+    assert around == pytest.approx([4.5 + gap] * 3)
+    found = step.summary(running, whole, around, parts)
     for number, (name, times) in enumerate(found["parts_seconds"].items(), start=1):
         assert times == pytest.approx({"median": number / 10, "min": number / 10, "max": number / 10, "n": 3})
         assert found["parts_share"][name] == pytest.approx(number / 45)
-    assert found["parts_of_whole"] == pytest.approx(4.5 / whole_seconds)
+    assert found["parts_of_whole_step"] == pytest.approx(4.5 / whole_seconds)
+    assert found["parts_of_same_step"] == pytest.approx(4.5 / (4.5 + gap))
     assert found["adds_up"] is adds_up
     assert found["tokens_per_second"] == pytest.approx(32 / whole_seconds)
     assert found["mfu"] == pytest.approx(found["model_flops_per_second"] / 1e9)
@@ -148,6 +155,7 @@ def test_step(shape: Path, tmp_path: Path, device: str, monkeypatch: pytest.Monk
     assert list(result["parts_seconds"]) == list(job.PARTS)
     assert sum(result["parts_share"].values()) == pytest.approx(1)
     assert all(times["n"] == 2 for times in (*result["parts_seconds"].values(), result["whole_step_seconds"]))
+    assert 0.5 < result["parts_of_same_step"] <= 1
     assert result["mfu"] > 0
 
 
