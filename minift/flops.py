@@ -10,6 +10,9 @@ only those are counted. The backward pass is twice the forward pass; operations 
 count. (The "model FLOPs" of Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B, without the half that causality
 masks.)
 
+*MFU*, the model FLOPs utilization, is these operations, for every token that was read, over what the device's data
+sheet promises in the time. Each row counts as one document.
+
 *Memory.* The ledger has a line for everything that is there at once when a training step is at its fullest, between the
 forward and the backward pass, or when the last token of a full context is generated. It counts bytes of tensors, for
 rows that hold one document each (a mask between documents takes more); the allocator's rounding and the workspaces of
@@ -25,6 +28,10 @@ from dataclasses import dataclass
 from minift.config import LlamaConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Dense products of bfloat16 or float16 matrices a second, by a part of the GPU's name: NVIDIA's data sheets, in which
+# twice as much is "with sparsity".
+PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,13 @@ def forward_flops_per_token(config: LlamaConfig, length: int) -> float:
 def training_flops_per_token(config: LlamaConfig, length: int) -> float:
     """Operations of a training step for each token: the forward pass, and twice as many backward."""
     return 3 * forward_flops_per_token(config, length)
+
+
+def peak_flops(gpu: str, dtype: str) -> float | None:
+    """What a GPU of this name could do at most, operations a second; None where it is not known."""
+    if dtype == "float32":
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
 
 
 def training_memory(

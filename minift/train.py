@@ -33,6 +33,7 @@ from tqdm import tqdm
 from minift.checkpoint import save_step
 from minift.config import TrainConfig, check_number
 from minift.errors import InputError, RunError
+from minift.flops import peak_flops, training_flops_per_token
 from minift.loss import next_token_loss
 from minift.model import Llama
 from minift.optim import learning_rate, make_optimizer
@@ -276,7 +277,7 @@ def _steps(
                 bar.write(f"step {state.step + 1}: float16 overflowed; again, at scale {state.scaler.get_scale():g}")
                 continue
             state.step += 1
-            record = _record(state, result, lr, window, seconds)
+            record = _record(state, result, lr, window, seconds, config.dtype)
             if validation and _due(state.step, config.eval_every, plan.steps):
                 record["validation_loss"] = validation_loss(state.model, validation, config)
             _show(bar, record)
@@ -336,7 +337,7 @@ def _check_skipped(state: TrainState, result: StepResult) -> None:
 
 
 def _record(
-    state: TrainState, result: StepResult, lr: float, window: Sequence[Batch], seconds: float
+    state: TrainState, result: StepResult, lr: float, window: Sequence[Batch], seconds: float, dtype: str
 ) -> dict[str, Any]:
     tokens = sum(int((batch.document_ids != PADDING).sum()) for batch in window)
     record = {
@@ -350,6 +351,11 @@ def _record(
     }
     if state.scaler.is_enabled():
         record["loss_scale"] = state.scaler.get_scale()
+    device = state.model.device
+    peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    if peak is not None:
+        length = window[0].tokens.shape[1]
+        record["mfu"] = training_flops_per_token(state.model.config, length) * tokens / seconds / peak
     return record
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from minift import train
 from minift.cli import main
 from minift.config import PRESETS, PRETRAIN, LlamaConfig
 from minift.convert import convert
@@ -27,14 +28,15 @@ from minift.flops import (
     count_parameters,
     forward_flops_per_token,
     inference_memory,
+    peak_flops,
     training_flops_per_token,
     training_memory,
 )
 from minift.formats.files import TensorFile
 from minift.loss import next_token_loss
 from minift.model import KVCache, Llama
-from minift.pack import Example, PairBatches
-from minift.train import start_state, train_step
+from minift.pack import Batch, Example, PairBatches
+from minift.train import StepResult, start_state, train_step
 from tests.conftest import small_model
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -409,3 +411,29 @@ def test_the_ledger_grows_with_what_it_counts() -> None:
         "logits of a chunk": 2,
     }.items():
         assert math.isclose(more[name], growth * one[name]), name
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "peak"),
+    [
+        ("NVIDIA H200", "bfloat16", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "float16", 312e12),
+        ("NVIDIA H100 PCIe", "bfloat16", None),  # a slower one, of which nothing is said
+        ("NVIDIA H200", "float32", None),
+    ],
+)
+def test_peaks(gpu: str, dtype: str, peak: float | None) -> None:
+    assert peak_flops(gpu, dtype) == peak
+
+
+def test_mfu_is_recorded_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU that is only said to be there."""
+    model = small_model()
+    batch = Batch(*(torch.zeros(2, 8, dtype=torch.int64) for _ in range(4)), isolated=False, n_targets=16)
+    config = PRETRAIN.replace(dtype="float32", device="cpu")
+    state, result = start_state(model, None, config), StepResult(1.0, 1.0, True)  # type: ignore[arg-type]
+    assert "mfu" not in train._record(state, result, 0.1, [batch], 0.5, "bfloat16")
+    monkeypatch.setattr(Llama, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    record = train._record(state, result, 0.1, [batch], 0.5, "bfloat16")
+    assert record["mfu"] == pytest.approx(training_flops_per_token(model.config, 8) * 16 / 0.5 / 989e12)
