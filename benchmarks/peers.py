@@ -142,13 +142,7 @@ def _minift_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callab
 
 
 def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[int], float]:
-    from transformers import LlamaConfig as TheirConfig
-    from transformers import LlamaForCausalLM
-
-    values = {**model.config.to_dict(), "use_cache": False, "attn_implementation": "sdpa"}
-    theirs: Any = LlamaForCausalLM(TheirConfig(**values))
-    weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
-    theirs.load_state_dict(weights, strict=not model.config.tie_word_embeddings)  # tied, the head has no entry here
+    theirs = to_transformers(model, use_cache=False)
     theirs.to(ids.device).train()
     optimizer = torch.optim.AdamW(
         theirs.parameters(), LEARNING_RATE, (config.beta1, config.beta2), 1e-8, config.weight_decay, fused=True
@@ -170,6 +164,18 @@ def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> 
         return float(loss.detach())
 
     return step
+
+
+def to_transformers(model: Llama, use_cache: bool = True) -> Any:
+    """`LlamaForCausalLM` with the weights of a model, on the CPU, attending by SDPA."""
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaForCausalLM
+
+    values = {**model.config.to_dict(), "use_cache": use_cache, "attn_implementation": "sdpa"}
+    theirs = LlamaForCausalLM(TheirConfig(**values))
+    weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
+    theirs.load_state_dict(weights, strict=not model.config.tie_word_embeddings)  # tied, the head has no entry here
+    return theirs
 
 
 SIDES = ("minift, compiled", "minift", "transformers, compiled", "transformers")

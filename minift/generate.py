@@ -15,6 +15,7 @@ Read next: `evaluate.py`.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 
 import torch
@@ -97,8 +98,9 @@ def _steps(
     ends = torch.tensor(rooms, device=device)
     padded = bool((document_ids == PADDING).any())
     for n in range(1, max(rooms) + 1):
-        hidden = model.hidden(tokens, positions, document_ids if padded else None, cache)
-        logits = hidden[:, -1] @ model.head_weight.T  # [B, V]: only the last position's are needed
+        with _fast_products(tokens, dtype):
+            hidden = model.hidden(tokens, positions, document_ids if padded else None, cache)
+            logits = hidden[:, -1] @ model.head_weight.T  # [B, V]: only the last position's are needed
         chosen = sample(logits, temperature, top_k, top_p, generator)  # [B]
         yield [id if n <= room else None for id, room in zip(chosen.tolist(), rooms, strict=True)]
         finished |= torch.isin(chosen, eos) | (ends == n)
@@ -106,6 +108,25 @@ def _steps(
             return
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
         document_ids = document_ids[:, -1:]
+
+
+@contextmanager
+def _fast_products(tokens: Tensor, dtype: torch.dtype) -> Iterator[None]:
+    """Where products of matrices are those of one token, on a CPU, in bfloat16: leave them to PyTorch's own kernel.
+
+    By default oneDNN does them, which is the better one for many tokens; but it rearranges each weight before it uses
+    it, and for one token that takes longer than the product, up to twice as long for small matrices. Both add in
+    float32.
+    """
+    if tokens.numel() > 1 or tokens.device.type != "cpu" or dtype != torch.bfloat16:
+        yield
+        return
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property of the module
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def _until_end(ids: Sequence[int | None], ends: tuple[int, ...]) -> list[int]:

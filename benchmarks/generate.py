@@ -1,0 +1,276 @@
+"""Generating text, minift beside `transformers`: reading the prompt, then token by token against the bandwidth roof.
+
+The same random weights and the same prompt on every side, greedily, with a cache of keys and values, in turns. Reading
+the prompt (prefill) is arithmetic, held against the roof of matrix products. Every token after the first (decode) has
+to read all weights and the whole cache once, and does next to nothing with them: its roof is bandwidth.
+
+* *minift*: `generate.stream`, as `minift generate` calls it;
+* *transformers*: `LlamaForCausalLM.generate`, attending by SDPA, with its dynamic cache, as its users call it;
+* *transformers, bare loop*: the fewest of its parts that generate: forward pass, cache and argmax;
+* *transformers, compiled*: that loop with its static cache and `torch.compile`; on a CPU only when it is named in
+  `--sides`, because compiling takes longer there than the whole measurement.
+
+In float32 all sides must choose the same ids, or the times compare nothing. In bfloat16 roundings differ, and a text
+may part from another where two ids are about equally likely.
+
+    python -m benchmarks generate
+    python -m benchmarks generate --config smollm2-135m --prompt-length 512 --new-tokens 64
+
+Read next: `memory.py`.
+"""
+
+import argparse
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from benchmarks import record, roof
+from benchmarks.peers import to_transformers
+from benchmarks.timing import paired_ratio, wait_for
+from minift.config import LlamaConfig, TrainConfig
+from minift.errors import InputError
+from minift.flops import BYTES, count_parameters, forward_flops_per_token
+from minift.generate import stream
+from minift.model import Llama
+from minift.report import size
+from minift.train import choose_device, choose_dtype
+
+CONFIGS = ("smollm2-135m", "stories15m")
+SIDES = ("minift", "transformers", "transformers, bare loop", "transformers, compiled")
+Text: TypeAlias = tuple[list[int], list[float]]  # the ids, and when each of them was there
+Speak: TypeAlias = Callable[[list[int], int], Text]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    names = ", ".join(CONFIGS)
+    parser.add_argument("--config", nargs="+", default=CONFIGS, metavar="NAME|FILE", help=f"the shapes ({names})")
+    parser.add_argument("--prompt-length", type=int, default=128, metavar="N", help="tokens read (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens generated (%(default)s)")
+    parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="texts of each side (%(default)s)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="NAME", help="only these: " + "; ".join(SIDES))
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure each shape, print its table and write the JSON."""
+    if min(options.repeats, options.prompt_length, options.new_tokens - 1) < 1:
+        raise InputError("--repeats and --prompt-length must be at least 1, and --new-tokens at least 2")
+    asked = TrainConfig(dtype=options.dtype, device=options.device)
+    device = choose_device(asked)
+    dtype = choose_dtype(asked, device)
+    shapes = [(name, LlamaConfig.named(name)) for name in options.config]
+    for name, config in shapes:
+        if options.prompt_length + options.new_tokens > config.max_position_embeddings:
+            raise InputError(f"{name} has {config.max_position_embeddings} positions, fewer than the tokens asked for")
+    sides, skipped = _sides(options.sides, device)
+    for side, reason in skipped.items():
+        print(f"{side}: skipped, {reason}")
+    measured = roof.measure(device.type, getattr(torch, dtype))
+    result = {
+        "benchmark": "generate",
+        **record.environment(),
+        "dtype": dtype,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "prompt_length": options.prompt_length,
+        "new_tokens": options.new_tokens,
+        "roof": measured.to_dict(),
+        "skipped": skipped,
+        "models": {},
+    }
+    for name, config in shapes:
+        texts, seconds = _measure(config, sides, device, dtype, options)
+        label = name if not name.endswith(".json") else "a config.json"
+        result["models"][label] = _summary(config, dtype, options, measured, texts, seconds)
+        print(_table(label, result))
+    record.write(options.json, result)
+
+
+def _sides(named: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """The sides to measure, and why others are not."""
+    skipped = {}
+    if importlib.util.find_spec("transformers") is None:
+        skipped = {side: "transformers is not installed" for side in SIDES if side.startswith("transformers")}
+    elif device.type == "cpu" and not named:
+        skipped = {"transformers, compiled": "compiling takes minutes on a CPU; ask for it by --sides"}
+    return [side for side in SIDES if side in (named or SIDES) and side not in skipped], skipped
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    config: LlamaConfig, sides: Sequence[str], device: torch.device, dtype: str, options: argparse.Namespace
+) -> tuple[dict[str, list[int]], dict[str, list[tuple[float, float]]]]:
+    """What each side says, and the seconds of prefill and decode for each of its texts."""
+    prompt_length, new_tokens = options.prompt_length, options.new_tokens
+    generator = torch.Generator().manual_seed(0)
+    model = Llama(config)
+    model.init_weights(generator)
+    with torch.no_grad():  # the logit of an end is 0, never the largest: so no text ends before it is long enough
+        model.head_weight[list(config.eos_token_ids)] = 0
+    prompt = torch.randint(config.vocab_size, (prompt_length,), generator=generator).tolist()
+    model.to(device)
+    theirs = None
+    if any(side.startswith("transformers") for side in sides):
+        theirs = to_transformers(model).to(device).eval()
+    exact = {side: _speaker(side, model, theirs)(prompt, new_tokens)[0] for side in sides if "compiled" not in side}
+    if len({tuple(ids) for ids in exact.values()}) > 1:
+        raise InputError(f"in float32 the sides choose different ids: {exact}")
+    model.to(getattr(torch, dtype))
+    if theirs is not None:
+        theirs.to(getattr(torch, dtype))
+    speak = {side: _speaker(side, model, theirs) for side in sides}
+    texts = {side: speak[side](prompt, new_tokens)[0] for side in sides}  # warms up, too
+    seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    for turn in range(options.repeats):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            wait_for(device.type)
+            start = time.perf_counter()
+            ids, times = speak[side](prompt, new_tokens)
+            assert len(ids) == len(times) == new_tokens
+            seconds[side].append((times[0] - start, times[-1] - times[0]))
+    return texts, seconds
+
+
+def _speaker(side: str, model: Llama, theirs: Any) -> Speak:
+    if side == "minift":
+        return lambda prompt, n: _stamp(stream(model, prompt, n))
+    if side == "transformers":
+        return lambda prompt, n: _generate(theirs, prompt, n)
+    if side == "transformers, compiled":
+        forward = torch.compile(theirs.forward)
+        return lambda prompt, n: _stamp(_bare_loop(theirs, prompt, n, forward))
+    return lambda prompt, n: _stamp(_bare_loop(theirs, prompt, n))
+
+
+def _stamp(ids: Any) -> Text:
+    """The ids as they come, and when. An id is a Python number, so a GPU has been waited for."""
+    text, times = [], []
+    for id in ids:
+        text.append(id)
+        times.append(time.perf_counter())
+    return text, times
+
+
+def _generate(theirs: Any, prompt: list[int], n: int) -> Text:
+    """Their `generate`, with a streamer that notes when each token comes; the first thing it is given is the prompt."""
+    times: list[float] = []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    ids = torch.tensor([prompt], device=theirs.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, streamer=Streamer()
+        )
+    return text[0, len(prompt) :].tolist(), times[1:]
+
+
+@torch.inference_mode()
+def _bare_loop(theirs: Any, prompt: list[int], n: int, compiled: Any = None) -> Any:
+    """The loop that is left when everything is taken out of `generate` which greedy search does not need."""
+    from transformers import DynamicCache, StaticCache
+
+    config = theirs.config
+    cache = StaticCache(config=config, max_cache_len=len(prompt) + n) if compiled else DynamicCache(config=config)
+    ids = torch.tensor([prompt], device=theirs.device)
+    for i in range(n):
+        forward = compiled if compiled and i > 0 else theirs
+        logits = forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(-1, keepdim=True)
+        yield int(ids)
+
+
+# The result -----------------------------------------------------------------------------------------------------------
+
+
+def prefill_flops(config: LlamaConfig, prompt_length: int) -> float:
+    """Operations of reading a prompt: every layer at every position, the head at the last one only."""
+    head = 2 * config.vocab_size * config.hidden_size
+    return prompt_length * (forward_flops_per_token(config, prompt_length) - head) + head
+
+
+def decode_bytes(config: LlamaConfig, dtype: str, seen: float) -> float:
+    """Bytes that one token has to read: every weight once, of the embedding a row, and the cache of `seen` tokens."""
+    weights = count_parameters(config).without_embedding + (config.vocab_size + 1) * config.hidden_size
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * seen
+    return BYTES[dtype] * (weights + cache)
+
+
+def _summary(
+    config: LlamaConfig,
+    dtype: str,
+    options: argparse.Namespace,
+    measured: roof.Roof,
+    texts: dict[str, list[int]],
+    seconds: dict[str, list[tuple[float, float]]],
+) -> dict[str, Any]:
+    steps = options.new_tokens - 1
+    flops = prefill_flops(config, options.prompt_length)
+    nbytes = decode_bytes(config, dtype, options.prompt_length + (steps + 1) / 2)  # of an average token
+    prefill = {side: [times[0] for times in pairs] for side, pairs in seconds.items()}
+    decode = {side: [times[1] / steps for times in pairs] for side, pairs in seconds.items()}
+    sides = {}
+    for side in seconds:
+        sides[side] = {
+            "prefill_tokens_per_second": record.spread([options.prompt_length / s for s in prefill[side]]),
+            "prefill_share_of_product_roof": flops / min(prefill[side]) / measured.flops,
+            "decode_tokens_per_second": record.spread([1 / s for s in decode[side]]),
+            "decode_bytes_per_second": nbytes / min(decode[side]),
+            "decode_share_of_matvec_roof": nbytes / min(decode[side]) / measured.matvec_bandwidth,
+            "decode_share_of_copy_roof": nbytes / min(decode[side]) / measured.bandwidth,
+            "ids_as_minift": sum(a == b for a, b in zip(texts[side], texts.get("minift", ()), strict=False)),
+        }
+    return {
+        "prefill_flops": flops,
+        "decode_bytes_per_token": nbytes,
+        "same_ids_in_float32": True,
+        "sides": sides,
+        "minift_times_as_fast_as": {
+            side: {
+                "prefill": paired_ratio(prefill[side], prefill["minift"]),
+                "decode": paired_ratio(decode[side], decode["minift"]),
+            }
+            for side in seconds
+            if "minift" in seconds
+        },
+    }
+
+
+def _table(name: str, result: dict[str, Any]) -> str:
+    model, measured = result["models"][name], result["roof"]
+    lines = [
+        f"{name}, {result['dtype']} on {result['device']}: {result['prompt_length']} tokens read, "
+        f"{result['new_tokens']} generated; one of them reads {size(model['decode_bytes_per_token'])}",
+        f"roofs: products {measured['flops'] / 1e9:,.0f} GFLOP/s, matrix-vector products "
+        f"{measured['matvec_bandwidth'] / 1e9:,.1f} GB/s, copies {measured['bandwidth'] / 1e9:,.1f} GB/s",
+        f"{'':<26}{'prefill tokens/s':>24}{'of roof':>9}{'decode tokens/s':>24}{'GB/s':>8}{'of roof':>9}"
+        f"{'minift is x':>16}",
+    ]
+    for side, numbers in model["sides"].items():
+        speeds = [
+            "{median:,.1f} ({min:,.1f}-{max:,.1f})".format(**numbers[key])
+            for key in ("prefill_tokens_per_second", "decode_tokens_per_second")
+        ]
+        share, gigabytes = numbers["prefill_share_of_product_roof"], numbers["decode_bytes_per_second"] / 1e9
+        ratios = model["minift_times_as_fast_as"].get(side, {})
+        cell = "{prefill:.2f} / {decode:.2f}".format(**ratios) if ratios and side != "minift" else ""
+        lines.append(
+            f"{side:<26}{speeds[0]:>24}{share:>9.2f}{speeds[1]:>24}{gigabytes:>8.1f}"
+            f"{numbers['decode_share_of_matvec_roof']:>9.2f}{cell:>16}"
+        )
+    return "\n".join(lines)
