@@ -43,7 +43,9 @@ from minift.tokenizer import Tokenizer
 # What can end a run in the middle of a step: a bad record, a gradient that is not finite, a GPU that is full.
 STEP_FAILURES = (InputError, RunError, torch.OutOfMemoryError)
 
-# Operations (flops.py) of a run on a CPU from which compiling saves more time than it takes: see benchmarks/README.md.
+# Operations (flops.py) from which a run on a CPU is compiled unasked. Compiling takes some 40 s on two cores, and without
+# it the bundled pretraining, 1.5e14 operations in 18 minutes, took 1.35 times as long: it pays from about 2e13 on. The
+# rest is a margin; `python -m benchmarks ladder` measures where it pays on a machine.
 COMPILING_PAYS = 5e13
 
 
@@ -163,7 +165,7 @@ def check_compiler(config: TrainConfig, device: torch.device) -> None:
 def choose_compile(config: TrainConfig, device: torch.device, flops: float) -> bool:
     """Whether a run of so many operations compiles its model: as asked for, or else where it is sure to pay.
 
-    That is measured for CPUs (`COMPILING_PAYS`) and rows of one length: for others the compiler would start again.
+    That is known for CPUs (`COMPILING_PAYS`) and rows of one length: for others the compiler would start again.
     """
     if config.compile is not None:
         return config.compile
