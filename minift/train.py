@@ -43,8 +43,8 @@ from minift.tokenizer import Tokenizer
 # What can end a run in the middle of a step: a bad record, a gradient that is not finite, a GPU that is full.
 STEP_FAILURES = (InputError, RunError, torch.OutOfMemoryError)
 
-# Operations (flops.py) from which a run on a CPU is compiled unasked. Compiling takes some 40 s on two cores, and without
-# it the bundled pretraining, 1.5e14 operations in 18 minutes, took 1.35 times as long: it pays from about 2e13 on. The
+# Operations (flops.py) from which a run on a CPU is compiled unasked. Compiling takes 40 s on two cores, but without it
+# the bundled pretraining, 1.5e14 operations in 18 minutes, took 1.35 times as long. So it pays from about 2e13 on. The
 # rest is a margin; `python -m benchmarks ladder` measures where it pays on a machine.
 COMPILING_PAYS = 5e13
 
