@@ -35,7 +35,7 @@ from torch import Tensor
 from benchmarks import textbook
 from minift.config import PRETRAIN, LlamaConfig
 from minift.loss import next_token_loss
-from minift.model import DecoderLayer, Llama, apply_rope, attend, rope_tables
+from minift.model import DecoderLayer, Llama, apply_rope, attend, narrowed, rope_tables
 from minift.optim import make_optimizer
 
 Call: TypeAlias = Callable[[], tuple[Tensor, ...]]
@@ -216,11 +216,16 @@ def qkv(step: Step) -> Operation:
     modules = (attention.q_proj, attention.k_proj, attention.v_proj)
     weights = tuple(module.weight for module in modules)
     products = 2 * step.tokens.numel() * sum(weight.numel() for weight in weights)
+
+    def used(x: Tensor) -> tuple[Tensor, ...]:
+        x = narrowed(x)  # as attention does
+        return tuple(module(x) for module in modules)
+
     return _operation(
         step,
         calls=step.setting.shape.num_hidden_layers,
         naive=lambda x: tuple(x @ weight.T for weight in weights),
-        used=lambda x: tuple(module(x) for module in modules),
+        used=used,
         inputs=(_leaf(step.normed),),
         weights=weights,
         flops=(products, 2 * products),

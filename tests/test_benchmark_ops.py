@@ -74,7 +74,7 @@ def test_inputs_are_those_of_a_step(dtype: torch.dtype) -> None:
     """What the first layer's modules get when the model itself runs: the same numbers in the same dtype and layout."""
     step = make_step(Setting(SHAPE, B, T, dtype, "cpu"))
     got: dict[str, Tensor] = {}
-    modules = {"stream": "input_layernorm", "normed": "self_attn.q_proj", "mixed": "self_attn.o_proj"}
+    modules = {"stream": "input_layernorm", "normed": "self_attn", "mixed": "self_attn.o_proj"}
     for name, module in modules.items():
         step.layer.get_submodule(module).register_forward_pre_hook(
             lambda module, inputs, name=name: got.update({name: inputs[0]})
