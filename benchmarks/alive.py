@@ -64,7 +64,7 @@ class Peak:
         return sum(self.nbytes.values())
 
 
-CAST, REORDERED = "aten::_to_copy", "aten::clone"  # the two ways to copy a tensor
+CAST, FILLED = "aten::_to_copy", "aten::copy_"  # into a tensor of another dtype; into one that was there
 
 
 class Alive(TorchDispatchMode):
@@ -120,8 +120,8 @@ class Alive(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 memory = self._note(tensor, made_by=name)
-                if name in (CAST, REORDERED):
-                    source = self._note(args[0])
+                if name in (CAST, FILLED):
+                    source = self._note(args[0] if name == CAST else args[1])
                     memory.copy_of = source.label or source.copy_of
         return result
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import process, record
-from benchmarks.alive import CAST, REORDERED, Memory, watch_step
+from benchmarks.alive import CAST, Memory, watch_step
 from benchmarks.job import Job, add_data_arguments, begin, check_output, pages, settings, take_step
 from minift.config import LlamaConfig
 from minift.errors import InputError
@@ -117,10 +117,8 @@ def purpose(memory: Memory, job: Job) -> str:
     chunk = (min(config.loss_chunk, config.batch_size * config.max_length), job.shape.vocab_size)
     if memory.label:
         return memory.label
-    if memory.copy_of == "weights" and memory.made_by == CAST:
-        return "autocast's copies of matrices"
-    if memory.copy_of == "weights" and memory.made_by == REORDERED:
-        return "the head, by columns"
+    if memory.copy_of == "weights":
+        return "autocast's copies of matrices" if memory.made_by == CAST else "the head, by columns"
     if memory.part == "forward" and memory.saved:
         return "activations for the backward pass"
     if memory.part == "loss" and memory.saved and memory.dtype.is_floating_point:

@@ -87,16 +87,16 @@ def training_memory(
         dtype: of the arithmetic: float32, or bfloat16 or float16 by autocast. The weights are float32 in any case.
         batch_size, length: B rows of T tokens in a micro-batch.
         loss_chunk: targets whose logits exist at the same time.
-        device: a CPU keeps the head by columns too, and takes a few rows at a time through the softmax (`loss.py`).
+        device: a CPU copies the head by columns, and takes a few rows at a time through the softmax (`loss.py`).
     """
     total = count_parameters(config).total
+    head, size = config.vocab_size * config.hidden_size, BYTES[dtype]
     low = dtype != "float32"
     ledger = {"weights": 4 * total, "gradients": 4 * total, "AdamW's two moments": 8 * total}
     if low:
-        ledger["autocast's copies of matrices"] = 2 * _matrices(config)
+        ledger["autocast's copies of matrices"] = 2 * (_matrices(config) + (head if device == "cuda" else 0))
     tokens = batch_size * length
     ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype)
-    head, size = config.vocab_size * config.hidden_size, BYTES[dtype]
     ledger["the loss's own gradients"] = 4 * head + size * tokens * config.hidden_size
     if device == "cpu":
         ledger["the head, by columns"] = size * head
@@ -115,10 +115,10 @@ def inference_memory(config: LlamaConfig, dtype: str, batch_size: int, length: i
 
 
 def _matrices(config: LlamaConfig) -> int:
-    """Weights that autocast copies: the matrices of the layers, and the head."""
+    """Weights in the matrices of the layers."""
     parameters = count_parameters(config)
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
-    return parameters.without_embedding - norms + config.vocab_size * config.hidden_size
+    return parameters.without_embedding - norms
 
 
 def _activation_bytes(config: LlamaConfig, dtype: str) -> int:

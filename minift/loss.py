@@ -65,9 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=matmul_dtype) if want_hidden else None
         grad_weight = hidden.new_zeros((D, V), dtype=exact) if want_weight else None  # its transpose
         with torch.autocast(device, enabled=False):
-            head = weight.to(matmul_dtype)  # [V, D]
-            # A CPU multiplies by rows faster than by columns, by up to 2 times for a head this wide.
-            columns = head.T.contiguous() if device == "cpu" else head.T  # [D, V]
+            columns = _transposed(weight, matmul_dtype)  # [D, V]
             # One piece of memory for the logits of every chunk: the system zeroes each new one, which takes as long as
             # the product that fills it.
             memory = hidden.new_empty((min(chunk, N), V), dtype=matmul_dtype)
@@ -76,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = torch.mm(x, columns, out=memory[: len(x)])  # [n, V]
                 nll_sum += _nll_and_gradient_(logits, targets[start : start + chunk, None], exact)
                 if grad_hidden is not None:
-                    torch.mm(logits, head, out=grad_hidden[start : start + chunk])
+                    torch.mm(logits, columns.T, out=grad_hidden[start : start + chunk])
                 if grad_weight is not None:
                     grad_weight += x.T.contiguous() @ logits
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -94,6 +92,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight = torch.mul(grad_weight.T, grad_nll, out=grad_weight.new_empty(grad_weight.T.shape))
             grad_weight = grad_weight.to(weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head as [D, V], in the dtype of its products.
+
+    A CPU multiplies by rows faster than by columns, by up to 2 times for a head this wide, so there its rows are laid
+    out: some at a time, which stay in the caches, in a third of the time of one call.
+    """
+    if weight.device.type != "cpu":
+        return weight.to(dtype).T
+    columns = weight.new_empty(weight.T.shape, dtype=dtype)
+    for start in range(0, len(weight), 1_000):
+        columns[:, start : start + 1_000] = weight[start : start + 1_000].to(dtype).T
+    return columns
 
 
 def _nll_and_gradient_(logits: Tensor, targets: Tensor, exact: torch.dtype) -> Tensor:

@@ -34,6 +34,7 @@ from minift.checkpoint import save_step
 from minift.config import TrainConfig, check_number
 from minift.errors import InputError, RunError
 from minift.flops import peak_flops, training_flops_per_token
+from minift.heap import keep_freed_memory
 from minift.loss import next_token_loss
 from minift.model import Llama
 from minift.optim import learning_rate, make_optimizer
@@ -180,9 +181,12 @@ def _can_compile(device: torch.device) -> bool:
 def start_state(model: Llama, batches: PairBatches | PageBatches, config: TrainConfig) -> TrainState:
     """The state of a run before its first step. The model must be where it will be trained.
 
-    torch's own random numbers start from the config's seed, too.
+    torch's own random numbers start from the config's seed, too. On a CPU, what this process frees from now on stays
+    with it (`heap.py`).
     """
     torch.manual_seed(config.seed)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         for layer in model.layers:  # all layers are alike: one is compiled, the others reuse its code
