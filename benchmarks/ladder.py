@@ -7,6 +7,7 @@ Every rung is `train.train_step` over the same documents, and has all that the r
     + AMP         autocast: matrix products in bfloat16, where the machine has it
     + loss        the chunked loss, whose logits never exist all at once
     + AdamW       the optimizer's fused kernel
+    + heap        on a CPU: what a step frees stays with the process for the next one
     + packing     several documents in a row, isolated from each other: no position is computed for nothing
     + compile     torch.compile, which fuses what lies between the matrix products
 
@@ -39,7 +40,7 @@ from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
 from minift.train import check_compiler, choose_device, choose_dtype, start_state, train_step
 
-RUNGS = ("naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ packing", "+ compile")
+RUNGS = ("naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ heap", "+ packing", "+ compile")
 SHORTEST = 8  # of the documents, as a part of a row: they are from an eighth of it to all of it long
 
 
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.repeats < 1:
         raise InputError("--repeats must be at least 1")
-    rungs = [name for name in RUNGS if name in (options.rungs or RUNGS)]
+    rungs = [name for name in RUNGS if name in (options.rungs or RUNGS) and (name != "+ heap" or device.type == "cpu")]
     check_compiler(config.replace(compile=rungs[-1] == "+ compile"), device)
     words = [f"--config={options.config}", f"--batch-size={config.batch_size}", f"--length={config.max_length}"]
     words.append(f"--device={config.device}")
@@ -117,6 +118,8 @@ def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Calla
         minift.model.attend = _textbook_attention
     if "+ loss" not in has:
         minift.train.next_token_loss = _textbook_loss
+    if "+ heap" not in has:
+        minift.train.keep_freed_memory = lambda: False
     config = config.replace(
         dtype=config.dtype if "+ AMP" in has else "float32", compile="+ compile" in has, pack="+ packing" in has
     )

@@ -27,13 +27,14 @@ def whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a rung replaces comes back after each test."""
     monkeypatch.setattr(minift.model, "attend", minift.model.attend)
     monkeypatch.setattr(minift.train, "next_token_loss", minift.train.next_token_loss)
+    monkeypatch.setattr(minift.train, "keep_freed_memory", minift.train.keep_freed_memory)
 
 
 def climb(name: str) -> tuple[list[float], Any]:
-    attend, loss = minift.model.attend, minift.train.next_token_loss
+    attend, loss, keep = minift.model.attend, minift.train.next_token_loss, minift.train.keep_freed_memory
     step, batch = ladder.make_rung(name, TINY, CONFIG)
     losses = [step() for _ in range(3)]
-    minift.model.attend, minift.train.next_token_loss = attend, loss
+    minift.model.attend, minift.train.next_token_loss, minift.train.keep_freed_memory = attend, loss, keep
     return losses, batch
 
 
@@ -60,6 +61,7 @@ def test_a_rung_has_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     spy(ladder.textbook, "loss")
     spy(torch, "_fused_adamw_")
     spy(F, "scaled_dot_product_attention")
+    spy(minift.train, "keep_freed_memory")
     climb("naive")
     assert used == {"attention", "loss"}
     used.clear()
@@ -71,6 +73,9 @@ def test_a_rung_has_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "_fused_adamw_" not in used
     climb("+ AdamW")
     assert "_fused_adamw_" in used
+    assert "keep_freed_memory" not in used
+    climb("+ heap")
+    assert "keep_freed_memory" in used
 
 
 def test_break_even() -> None:
