@@ -1,4 +1,4 @@
-"""The promise of `heap.py`: memory that was freed is not asked of the system again. Told by the system's page faults."""
+"""The promise of `heap.py`: freed memory is not asked of the system again. Told by the system's page faults."""
 
 import subprocess
 import sys
