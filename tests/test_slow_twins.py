@@ -166,22 +166,23 @@ def test_attention(dtype: torch.dtype, documents: Tensor | None, heads: int, kv_
     check_twins(lambda: attention(x, cos, sin, mask, None), slow, leaves, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kernels", [True, False], ids=["its kernels", "without them"])
+@pytest.mark.parametrize("way", ["its kernels", "without them", "compiled"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_attention_in_bfloat16_on_a_cpu(
-    kernels: bool, masked: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Forward in bfloat16 and backward in float32, beside the loop in float64; and where PyTorch lacks the kernels."""
+def test_attention_in_bfloat16_on_a_cpu(way: str, masked: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward in bfloat16, backward in float32 or written out, beside the loop in float64; and by PyTorch's choice."""
     assert llama._HAS_CPU_KERNELS  # in the versions that this is tested with
-    monkeypatch.setattr(llama, "_HAS_CPU_KERNELS", kernels)
+    monkeypatch.setattr(llama, "_HAS_CPU_KERNELS", way != "without them")
+    monkeypatch.setattr(llama, "ATTENTION_ROWS", 10)  # of 24, the last 4 together
+    # Compiled as by default, but without the last stage, the C++ compiler.
+    attend = torch.compile(llama.attend, backend="aot_eager") if way == "compiled" else llama.attend
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, 24, 16) for heads in (4, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
     documents = torch.tensor([[0] * 9 + [1] * 15, [0] * 20 + [1] * 4]) if masked else None
     mask = None if documents is None else (documents[:, :, None] == documents[:, None, :])[:, None].tril()
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    mixed, wanted = llama.attend(*inputs, mask), reference.attention(*exact, documents)
+    mixed, wanted = attend(*inputs, mask), reference.attention(*exact, documents)
     grad = torch.randn(wanted.shape, generator=generator)
     mixed.backward(grad.bfloat16())
     wanted.backward(grad.bfloat16().double())
@@ -190,6 +191,15 @@ def test_attention_in_bfloat16_on_a_cpu(
         assert found is not None
         assert right is not None
         assert (found.double() - right).norm() < 0.01 * right.norm()
+
+
+def test_the_gradients_of_attention_are_written_out_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "_attention_gradients", lambda grad, *tensors: [2 * x for x in tensors[:3]])
+    inputs = [torch.randn(1, 2, 8, 16).bfloat16().requires_grad_() for _ in range(3)]
+    for attend, used in ((llama.attend, False), (torch.compile(llama.attend, backend="aot_eager"), True)):
+        mixed = attend(*inputs, None)
+        gradients = torch.autograd.grad(mixed, inputs, torch.ones_like(mixed))
+        assert [torch.equal(a, 2 * b) for a, b in zip(gradients, inputs, strict=True)] == [used] * 3
 
 
 def counted(documents: Tensor) -> Tensor:
