@@ -214,31 +214,32 @@ def _attention_gradients(
         Those at query, key and value, in their dtype.
     """
     (B, H, T, C), K, dtype = query.shape, key.shape[1], query.dtype
-    keys, values = (x.repeat_interleave(H // K, 1) for x in (key, value))  # [B, H, T, C]
-    expected = (grad.float() * mixed.float()).sum(-1, keepdim=True)  # of ∂p under p: [B, H, T, 1]
-    log_total = log_total.view(B, H, T, 1)
+    R = H // K  # query heads that share a key/value head: their queries are taken together, [B, K, R * n, C]
+    expected = (grad.float() * mixed.float()).sum(-1).view(B, K, R, T, 1)  # of ∂p under p
+    log_total = log_total.view(B, K, R, T, 1)
+    query, grad = query.view(B, K, R, T, C), grad.view(B, K, R, T, C)
     grad_query = []
-    grad_keys = torch.zeros(B, H, T, C)
-    grad_values = torch.zeros(B, H, T, C)
+    grad_key = torch.zeros(B, K, T, C)
+    grad_value = torch.zeros(B, K, T, C)
     for start in range(0, T, ATTENTION_ROWS):
         end = min(start + ATTENTION_ROWS, T)
-        rows = slice(start, end)
         S = end if mask is None else T  # keys that some of these queries can see
-        q, g, k = query[:, :, rows], grad[:, :, rows], keys[:, :, :S]
-        scores = (q @ k.mT).float() / math.sqrt(C)  # [B, H, n, S]
+        q, g = (x[:, :, :, start:end].reshape(B, K, -1, C) for x in (query, grad))
+        k, v = key[:, :, :S], value[:, :, :S]
+        scores = (q @ k.mT).float().view(B, K, R, -1, S) / math.sqrt(C)
         if mask is None:
             visible = torch.arange(S) <= torch.arange(start, end)[:, None]
             scores = scores.masked_fill(~visible, -math.inf)
         else:
-            scores = scores + mask[:, :, rows]
-        p = (scores - log_total[:, :, rows]).exp()
-        grad_p = (g @ values[:, :, :S].mT).float()
-        grad_scores = (p * (grad_p - expected[:, :, rows]) / math.sqrt(C)).to(dtype)
-        grad_query.append(grad_scores @ k)
-        grad_keys[:, :, :S] += grad_scores.mT @ q
-        grad_values[:, :, :S] += p.to(dtype).mT @ g
-    grad_key, grad_value = (x.view(B, K, H // K, T, C).sum(2).to(dtype) for x in (grad_keys, grad_values))
-    return torch.cat(grad_query, 2), grad_key, grad_value
+            scores = scores + mask[:, :, None, start:end]
+        p = (scores - log_total[:, :, :, start:end]).exp()
+        grad_p = (g @ v.mT).float().view(p.shape)
+        grad_scores = p * (grad_p - expected[:, :, :, start:end]) / math.sqrt(C)
+        p, grad_scores = (x.to(dtype).view(B, K, -1, S) for x in (p, grad_scores))
+        grad_query.append((grad_scores @ k).view(B, K, R, -1, C))
+        grad_key[:, :, :S] += grad_scores.mT @ q
+        grad_value[:, :, :S] += p.mT @ g
+    return torch.cat(grad_query, 3).view(B, H, T, C), grad_key.to(dtype), grad_value.to(dtype)
 
 
 _HAS_CPU_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
