@@ -11,17 +11,17 @@ prompt's continuation is the same alone and in company.
 
     minift generate --model runs/finetune/final --prompt "What is the capital of Mexico?"
 
-Read next: `evaluate.py`.
+Read next: `decode.py`.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from minift.config import check_number
+from minift.decode import Decoder
 from minift.errors import InputError
 from minift.model import KVCache, Llama
 from minift.pack import PADDING
@@ -88,45 +88,29 @@ def _steps(
 ) -> Iterator[list[int | None]]:
     """For each new position, the id chosen for each prompt (None behind its last position), until all have ended."""
     device, dtype = model.device, model.embed_tokens.weight.dtype
-    eos = torch.tensor(model.config.eos_token_ids, device=device)
     tokens, positions, document_ids = _left_pad(prompts, model.config.eos_token_ids[0], device)
     B, T = tokens.shape
+    padded = bool((document_ids == PADDING).any())
     # Each text has its own end, so that a long prompt takes nothing from its neighbours.
     rooms = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in prompts]
     cache = KVCache(model.config, B, T + max(rooms), device, dtype)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    ends = torch.tensor(rooms, device=device)
-    padded = bool((document_ids == PADDING).any())
+    decoder = Decoder(model, cache) if B == 1 and device.type == "cpu" else None
+    finished = [False] * B
+    ids: list[int] = []
     for n in range(1, max(rooms) + 1):
-        with _fast_products(tokens, dtype):
+        if decoder is not None and n > 1:
+            logits = decoder.logits(ids[0])[None]  # [1, V]
+        else:
             hidden = model.hidden(tokens, positions, document_ids if padded else None, cache)
             logits = hidden[:, -1] @ model.head_weight.T  # [B, V]: only the last position's are needed
-        chosen = sample(logits, temperature, top_k, top_p, generator)  # [B]
-        yield [id if n <= room else None for id, room in zip(chosen.tolist(), rooms, strict=True)]
-        finished |= torch.isin(chosen, eos) | (ends == n)
-        if finished.all():
+            positions, document_ids = positions[:, -1:] + 1, document_ids[:, -1:]
+        tokens = sample(logits, temperature, top_k, top_p, generator)[:, None]
+        ids = tokens[:, 0].tolist()
+        yield [id if n <= room else None for id, room in zip(ids, rooms, strict=True)]
+        ends = [id in model.config.eos_token_ids or n == room for id, room in zip(ids, rooms, strict=True)]
+        finished = [before or now for before, now in zip(finished, ends, strict=True)]
+        if all(finished):
             return
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
-        document_ids = document_ids[:, -1:]
-
-
-@contextmanager
-def _fast_products(tokens: Tensor, dtype: torch.dtype) -> Iterator[None]:
-    """Where products of matrices are those of one token, on a CPU, in bfloat16: leave them to PyTorch's own kernel.
-
-    By default oneDNN does them, which is the better one for many tokens; but it rearranges each weight before it uses
-    it, and for one token that takes longer than the product, up to twice as long for small matrices. Both add in
-    float32.
-    """
-    if tokens.numel() > 1 or tokens.device.type != "cpu" or dtype != torch.bfloat16:
-        yield
-        return
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property of the module
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
 
 
 def _until_end(ids: Sequence[int | None], ends: tuple[int, ...]) -> list[int]:
@@ -149,7 +133,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         int64 [B].
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # argmax, which takes a CPU three times as long in bfloat16
     logits = logits.float()
     logits = logits - logits.amax(-1, keepdim=True)  # or a temperature near 0 would overflow
     probabilities = torch.softmax(logits / max(temperature, torch.finfo(torch.float32).tiny), dim=-1)

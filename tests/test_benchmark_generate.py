@@ -89,24 +89,25 @@ def test_the_record_can_be_read(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text())["benchmark"] == "generate"
 
 
-def test_one_token_is_left_to_the_fast_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 on a CPU, for a single token only; it is as it was afterwards, and the numbers are the same."""
-    seen: list[tuple[int, bool]] = []
+def test_products_with_a_vector_are_left_to_the_fast_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16; it is as it was afterwards, and the numbers are the same."""
+    seen: list[bool] = []
     model = small_model().bfloat16()
-    hidden = model.hidden
+    product = torch.mv
     outputs: dict[bool, list[torch.Tensor]] = {True: [], False: []}
 
-    def spy(tokens: torch.Tensor, *more: object) -> torch.Tensor:
-        seen.append((tokens.numel(), bool(torch.backends.mkldnn.enabled)))
-        outputs[fast].append(hidden(tokens, *more))  # type: ignore[arg-type]
-        return outputs[fast][-1]
+    def spy(matrix: torch.Tensor, vector: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        seen.append(bool(torch.backends.mkldnn.enabled))
+        outputs[fast].append(product(matrix, vector, **more).clone())
+        return product(matrix, vector, **more)
 
-    monkeypatch.setattr(model, "hidden", spy)
+    monkeypatch.setattr(torch, "mv", spy)
     for fast in (True, False):
         if not fast:
-            monkeypatch.setattr("minift.generate._fast_products", lambda tokens, dtype: nullcontext())
+            monkeypatch.setattr("minift.decode._fast_products", lambda dtype: nullcontext())
         ids = list(stream(model, [1, 5, 9], 4))
         assert torch.backends.mkldnn.enabled
-    assert seen == [(3, True), *[(1, False)] * (len(ids) - 1), (3, True), *[(1, True)] * (len(ids) - 1)]
+    a_text = (len(ids) - 1) * (7 * model.config.num_hidden_layers + 1)
+    assert seen == [False] * a_text + [True] * a_text
     for one, other in zip(outputs[True], outputs[False], strict=True):
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from minift import reference
+from minift.config import RopeScaling
+from minift.decode import Decoder
 from minift.errors import InputError
 from minift.generate import generate
 from minift.model import KVCache, Llama
@@ -76,6 +78,59 @@ def test_more_tokens_than_the_cache_holds_are_refused() -> None:
         model(random_tokens(1, 3), cache=cache)
     assert cache.length == 6
     model(random_tokens(1, 2), cache=cache)  # what does fit still goes
+
+
+SHAPES: dict[str, dict[str, object]] = {
+    "shared heads": {"num_key_value_heads": 2},
+    "wide heads, tied": {"head_dim": 24, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "Llama 3's RoPE": {
+        "rope_scaling": RopeScaling(
+            factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+        )
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_the_decoder_is_the_models_forward_pass(shape: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Token by token after a prompt, and what it leaves in the cache. (The norms reduce in float32 in all of them.)"""
+    model = random_model(dtype, **{"std": 0.2, "tie_word_embeddings": False, **SHAPES[shape]})
+    tokens = random_tokens(1, 30)
+    ours, theirs = (KVCache(model.config, 1, 30, torch.device("cpu"), dtype) for _ in range(2))
+    for cache in (ours, theirs):
+        model(tokens[:, :7], cache=cache)
+    decoder = Decoder(model, ours)
+    for position in range(7, 30):
+        found = decoder.logits(int(tokens[0, position]))
+        wanted = model(tokens[:, position : position + 1], cache=theirs)[0, 0]
+        assert found.dtype == dtype
+        assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
+        assert ours.length == theirs.length == position + 1
+    for found, wanted in zip(ours.keys + ours.values, theirs.keys + theirs.values, strict=True):
+        assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
+    with pytest.raises(InputError, match="31 tokens do not fit a cache of 30"):
+        decoder.logits(1)
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_prompt_is_decoded_without_the_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its first pass; in company the model reads all new tokens together."""
+    model = random_model(dtype, std=0.4)
+    seen: list[tuple[int, ...]] = []
+    hidden = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda tokens, *more: (seen.append(tuple(tokens.shape)), hidden(tokens, *more))[1]
+    )
+    generate(model, [[1, 5, 9]], 4)
+    assert seen == [(1, 3)]
+    seen.clear()
+    generate(model, [[1, 5, 9], [1, 7, 8]], 3)
+    assert seen == [(2, 3), (2, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
