@@ -263,6 +263,19 @@ def test_loss_passes_gradcheck(chunk: int) -> None:
     assert torch.autograd.gradcheck(lambda w: next_token_loss(hidden.detach(), w, targets, chunk)[0], (weight,))
 
 
+@both_dtypes
+def test_loss_of_a_vocabulary_whose_rows_are_whole_pages(dtype: torch.dtype) -> None:
+    """1,024 numbers of 4 or 8 bytes: the gradient's rows are made longer, and what comes out is not."""
+    hidden, _, targets = loss_inputs(dtype)
+    weight = random(1_024, 12, seed=1, dtype=dtype)
+    check_twins(
+        lambda: next_token_loss(hidden, weight, targets)[0],
+        lambda: reference.cross_entropy(hidden, weight, targets)[0],
+        [hidden, weight],
+        TOLERANCE[dtype],
+    )
+
+
 def test_loss_of_huge_logits_is_exact() -> None:
     """Logits of thousands: without subtracting the largest, the exponentials would overflow."""
     hidden, weight, targets = loss_inputs(torch.float32)
