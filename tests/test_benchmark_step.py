@@ -24,7 +24,7 @@ from tests.conftest import SMALL
 from tests.test_benchmarks import run_here
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-TINY = {**SMALL, "vocab_size": 2_000, "hidden_size": 96, "intermediate_size": 256, "max_position_embeddings": 256}
+TINY = {**SMALL, "vocab_size": 2_064, "hidden_size": 96, "intermediate_size": 256, "max_position_embeddings": 256}
 
 
 @pytest.fixture
