@@ -282,7 +282,7 @@ class TrainConfig:
         None, "compile the model with torch.compile (default: if it pays, on a CPU and for a long run over pages)"
     )
     checkpoint_activations: bool = _flag(False, "recompute activations in the backward pass: less memory, more time")
-    loss_chunk: int = _flag(1_024, "targets whose logits exist at the same time", least=1)
+    loss_chunk: int = _flag(512, "targets whose logits exist at the same time", least=1)
     seed: int = _flag(0, "seed of the data's order, of what is held out, and of random first weights", least=0)
     pack: bool = _flag(True, "put several short pairs into a row, each isolated from the others")
     isolate: bool = _flag(False, "keep the pages of a row apart, in attention and positions")

@@ -79,7 +79,7 @@ def peak_flops(gpu: str, dtype: str) -> float | None:
 
 
 def training_memory(
-    config: LlamaConfig, dtype: str, batch_size: int, length: int, loss_chunk: int = 1_024, device: str = "cpu"
+    config: LlamaConfig, dtype: str, batch_size: int, length: int, loss_chunk: int = 512, device: str = "cpu"
 ) -> dict[str, int]:
     """Bytes at the fullest moment of a training step in one process, by what they are for.
 

@@ -30,7 +30,7 @@ from minift.pack import IGNORE
 CACHED = 2**20  # logits that a CPU takes through the softmax at a time: 4 MB in float32, which its caches hold
 
 
-def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1_024) -> tuple[Tensor, Tensor]:
+def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
     """The summed negative log-likelihood of the targets, and their number.
 
     Args:
