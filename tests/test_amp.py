@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 import minift.train
 from minift.config import TrainConfig
@@ -363,7 +364,12 @@ def test_activations_are_recomputed_only_on_request_and_only_for_a_gradient(reco
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_a_compiled_model_gives_the_same_gradients() -> None:
     plain, expected = recorded_step(FLOAT32)
-    result, gradients = recorded_step(FLOAT32.replace(compile=True))
+    kept: list[torch.Size] = []
+    with saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda tensor: tensor):
+        result, gradients = recorded_step(FLOAT32.replace(compile=True))
+    # Of a layer's feed-forward network gate and up, in each micro-batch, but not the product made of them.
+    layers, width = small_model().config.num_hidden_layers, small_model().config.intermediate_size
+    assert sum(shape[-1] == width and shape.numel() == 3 * 16 * width for shape in kept) == 2 * 2 * layers
     assert result.loss == pytest.approx(plain.loss, rel=1e-5)
     assert result.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
     assert_close(gradients, expected, 1e-5)

@@ -403,7 +403,7 @@ def test_a_wrong_word_is_one_line_and_exit_2(
 def test_the_ledger_grows_with_what_it_counts() -> None:
     """Activations with tokens, logits only up to a chunk; weights with neither."""
     config = LlamaConfig.preset("bundled")
-    one, more = (training_memory(config, "float32", rows, 512) for rows in (1, 8))
+    one, more = (training_memory(config, "float32", rows, 256) for rows in (1, 8))
     for name, growth in {
         "weights": 1,
         "gradients": 1,
