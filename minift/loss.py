@@ -28,6 +28,7 @@ from torch import Tensor
 from minift.pack import IGNORE
 
 CACHED = 2**20  # logits that a CPU takes through the softmax at a time: 4 MB in float32, which its caches hold
+COLUMNS = 4_000  # of the head's gradient that a CPU adds to at a time
 
 
 def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # of a CPU's caches, and turning it back would take 3 times as long: such rows are taken a line longer.
         room = 16 if V * exact.itemsize % 4_096 == 0 else 0
         grad_weight = hidden.new_zeros((D, V + room), dtype=exact)[:, :V] if want_weight else None
+        # A CPU adds to some columns of it at a time, so that what is added is never as large as itself.
+        width = COLUMNS if device == "cpu" else V
+        parts = [slice(start, start + width) for start in range(0, V, width)]
         with torch.autocast(device, enabled=False):
             columns = _transposed(weight, matmul_dtype)  # [D, V]
             # One piece of memory for the logits of every chunk: the system zeroes each new one, which takes as long as
@@ -79,7 +83,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     torch.mm(logits, columns.T, out=grad_hidden[start : start + chunk])
                 if grad_weight is not None:
-                    grad_weight += x.T.contiguous() @ logits
+                    x = x.T.contiguous()  # [D, n]
+                    for part in parts:
+                        grad_weight[:, part] += x @ logits[:, part]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return nll_sum
