@@ -74,12 +74,13 @@ def run(options: argparse.Namespace) -> None:
             workers[name] = stack.enter_context(process.Worker("peers", name, *words))
             print(f"{name}: ready; its first step took {workers[name].ready['first_step_seconds']:.1f} s")
         answers: dict[str, list[Any]] = {name: [] for name in sides}
+        product_rate, rates = roof.product_meter(config.device, getattr(torch, config.dtype)), []
         for turn in range(options.repeats):
+            rates.append(product_rate())
             for name in in_turn_order(sides, turn):
                 answers[name].append(workers[name].ask("steps"))
     peaks = {name: answers[name][-1]["peak_bytes"] for name in sides}
-    measured = roof.measure(config.device, getattr(torch, config.dtype))
-    result = _result(options, config, shape, measured, {name: workers[name].ready for name in sides}, answers, peaks)
+    result = _result(options, config, shape, rates, {name: workers[name].ready for name in sides}, answers, peaks)
     print(_table(result))
     record.write(options.json, result)
 
@@ -188,14 +189,14 @@ def _result(
     options: argparse.Namespace,
     config: TrainConfig,
     shape: LlamaConfig,
-    measured: roof.Roof,
+    rates: list[float],
     ready: dict[str, Any],
     answers: dict[str, list[Any]],
     peaks: dict[str, int],
 ) -> dict[str, Any]:
     tokens = config.batch_size * config.max_length
     seconds = {name: [answer["seconds"] for answer in given] for name, given in answers.items()}
-    at_roof = measured.flops / training_flops_per_token(shape, config.max_length)
+    at_roof = [rate / training_flops_per_token(shape, config.max_length) for rate in rates]  # tokens/s in each turn
     losses = {
         name: ready[name]["losses"] + [loss for answer in given for loss in answer["losses"]]
         for name, given in answers.items()
@@ -211,10 +212,13 @@ def _result(
         "device": config.device,
         "batch_size": config.batch_size,
         "length": config.max_length,
-        "roof": measured.to_dict(),
-        "roof_tokens_per_second": at_roof,
+        "roof_flops": record.spread(rates),
+        "roof_tokens_per_second": record.spread(at_roof),
         "tokens_per_second": {name: record.spread([tokens / s for s in times]) for name, times in seconds.items()},
-        "share_of_roof": {name: tokens / min(times) / at_roof for name, times in seconds.items()},
+        "share_of_roof": {
+            name: record.spread([tokens / s / most for s, most in zip(times, at_roof, strict=True)])
+            for name, times in seconds.items()
+        },
         "times_as_fast_as": {
             name: {other: paired_ratio(seconds[other], times) for other in seconds} for name, times in seconds.items()
         },
@@ -228,15 +232,16 @@ def _result(
 def _table(result: dict[str, Any]) -> str:
     speeds, peaks = result["tokens_per_second"], result["peak_bytes"]
     short = {name: name.replace("transformers", "HF").replace(", compiled", " c.") for name in speeds}
+    allowed = "{median:,.0f} ({min:,.0f}-{max:,.0f})".format(**result["roof_tokens_per_second"])
     lines = [
         f"{result['batch_size']} x {result['length']} tokens, {result['dtype']} on {result['device']}; "
-        f"matrix products allow {result['roof_tokens_per_second']:,.0f} tokens/s",
+        f"matrix products allow {allowed} tokens/s",
         f"{'':<24}{'tokens/s':>24}{'of the roof':>13}{'peak':>10}" + "".join(f"{'x ' + s:>14}" for s in short.values()),
     ]
     for name, speed in speeds.items():
         cell = "{:,.0f} ({:,.0f}-{:,.0f})".format(*(speed[key] for key in ("median", "min", "max")))
         ratios = "".join(f"{ratio:>14.2f}" for ratio in result["times_as_fast_as"][name].values())
-        share, peak = result["share_of_roof"][name], peaks[name] / 1e6
+        share, peak = result["share_of_roof"][name]["median"], peaks[name] / 1e6
         lines.append(f"{name:<24}{cell:>24}{share:>13.2f}{peak:>7,.0f} MB{ratios}")
     steps = len(next(iter(result["losses"].values())))
     lines.append(f"losses at most {result['losses_apart_at_most']:.2%} apart at any of {steps} steps")

@@ -9,6 +9,7 @@ that a program got, in the same run as what is held against them.
 Source: Williams et al., "Roofline" (Communications of the ACM 52, 2009). Read next: `ops.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -72,3 +73,20 @@ def measure(device: str, dtype: torch.dtype) -> Roof:
         2 * source.nbytes / best["copy"],
         weights.nbytes / best["matvec"],
     )
+
+
+def product_meter(device: str, dtype: torch.dtype) -> Callable[[], float]:
+    """A function that tells how fast a large matrix product is at the moment, in FLOPs a second: the best of three.
+
+    For a benchmark that takes minutes, on a machine whose clock changes meanwhile: what is measured in a turn is held
+    against the roof of that turn.
+    """
+    side, generator = SIDE[device], torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+
+    def rate() -> float:
+        times = in_turns({"product": lambda: torch.mm(a, b, out=product)}, repeats=3, device=device)
+        return 2 * side**3 / min(times["product"])
+
+    return rate

@@ -106,7 +106,6 @@ def test_peers_train_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roof, "SIDE", {"cpu": 64})
-    monkeypatch.setattr(roof, "COPIED", {"cpu": 2**20})
     words = ["--config", "stories260k", "--batch-size", 2, "--length", 32, "--repeats", 2, "--steps", 3]
     result = run_here("peers", tmp_path, *words, "--dtype", "float32", "--sides", "minift", "transformers")
     ours, theirs = result["losses"]["minift"], result["losses"]["transformers"]
@@ -128,13 +127,27 @@ def test_sides_that_train_differently_are_no_result() -> None:
     options = argparse.Namespace(config="stories260k")
     ready = {name: {"first_step_seconds": 1.0, "losses": [3.0]} for name in ("minift", "transformers")}
     peaks = dict.fromkeys(ready, 10)
-    measured = roof.Roof("float32", 1e12, 1e10, 1e10)
-    result = peers._result(options, CONFIG, TINY, measured, ready, made_up(2.019), peaks)
+    result = peers._result(options, CONFIG, TINY, [1e12], ready, made_up(2.019), peaks)
     assert result["times_as_fast_as"]["minift"]["transformers"] == 2
     flops = CONFIG.batch_size * CONFIG.max_length * training_flops_per_token(TINY, CONFIG.max_length)
-    assert result["share_of_roof"]["minift"] == pytest.approx(flops / 1.0 / 1e12)
+    assert result["share_of_roof"]["minift"]["median"] == pytest.approx(flops / 1.0 / 1e12)
     with pytest.raises(InputError, match="do not train the same"):
-        peers._result(options, CONFIG, TINY, measured, ready, made_up(2.021), peaks)
+        peers._result(options, CONFIG, TINY, [1e12], ready, made_up(2.021), peaks)
+
+
+def test_the_roof_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest of its products: 2 n³ operations."""
+    monkeypatch.setattr(roof, "SIDE", {"cpu": 16})
+    shapes: list[tuple[int, ...]] = []
+
+    def in_turns(sides: dict[str, Any], repeats: int, device: str) -> dict[str, list[float]]:
+        shapes.append(tuple(sides["product"]().shape))
+        return {"product": [2.0, 0.5, 4.0]}
+
+    monkeypatch.setattr(roof, "in_turns", in_turns)
+    rate = roof.product_meter("cpu", torch.bfloat16)
+    assert [rate(), rate()] == [2 * 16**3 / 0.5] * 2
+    assert shapes == [(16, 16)] * 2
 
 
 def test_peers_without_transformers(
@@ -158,7 +171,7 @@ def test_peers_without_transformers(
             return {"seconds": 1.0, "losses": [2.0], "peak_bytes": 2**30}
 
     monkeypatch.setattr(process, "Worker", Worker)
-    monkeypatch.setattr(roof, "measure", lambda device, dtype: roof.Roof("bfloat16", 1e12, 1e10, 1e10))
+    monkeypatch.setattr(roof, "product_meter", lambda device, dtype: lambda: 1e12)
     run_here("peers", tmp_path, "--repeats", 1)
     assert started == ["minift, compiled", "minift"]
     assert "transformers is not installed: skipped" in capsys.readouterr().out
