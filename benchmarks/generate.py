@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(CONFIGS)
     parser.add_argument("--config", nargs="+", default=CONFIGS, metavar="NAME|FILE", help=f"the shapes ({names})")
     parser.add_argument("--prompt-length", type=int, default=128, metavar="N", help="tokens read (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens generated (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens generated (%(default)s)")
     parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="texts of each side (%(default)s)")
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     sides, skipped = _sides(options.sides, device)
     for side, reason in skipped.items():
         print(f"{side}: skipped, {reason}")
-    measured = roof.measure(device.type, getattr(torch, dtype))
+    roofs = roof.meter(device.type, getattr(torch, dtype))
     result = {
         "benchmark": "generate",
         **record.environment(),
@@ -81,12 +81,11 @@ def run(options: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "prompt_length": options.prompt_length,
         "new_tokens": options.new_tokens,
-        "roof": measured.to_dict(),
         "skipped": skipped,
         "models": {},
     }
     for name, config in shapes:
-        texts, seconds = _measure(config, sides, device, dtype, options)
+        texts, seconds, measured = _measure(config, sides, device, dtype, roofs, options)
         label = name if not name.endswith(".json") else "a config.json"
         result["models"][label] = _summary(config, dtype, options, measured, texts, seconds)
         print(_table(label, result))
@@ -107,9 +106,14 @@ def _sides(named: Sequence[str] | None, device: torch.device) -> tuple[list[str]
 
 
 def _measure(
-    config: LlamaConfig, sides: Sequence[str], device: torch.device, dtype: str, options: argparse.Namespace
-) -> tuple[dict[str, list[int]], dict[str, list[tuple[float, float]]]]:
-    """What each side says, and the seconds of prefill and decode for each of its texts."""
+    config: LlamaConfig,
+    sides: Sequence[str],
+    device: torch.device,
+    dtype: str,
+    roofs: Callable[[int], roof.Roof],
+    options: argparse.Namespace,
+) -> tuple[dict[str, list[int]], dict[str, list[tuple[float, float]]], list[roof.Roof]]:
+    """What each side says, the seconds of prefill and decode for each of its texts, and the roofs of each turn."""
     prompt_length, new_tokens = options.prompt_length, options.new_tokens
     generator = torch.Generator().manual_seed(0)
     model = Llama(config)
@@ -130,14 +134,16 @@ def _measure(
     speak = {side: _speaker(side, model, theirs) for side in sides}
     texts = {side: speak[side](prompt, new_tokens)[0] for side in sides}  # warms up, too
     seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    measured = []
     for turn in range(options.repeats):
+        measured.append(roofs(roof.REPEATS_A_TURN))
         for side in sides if turn % 2 == 0 else reversed(sides):
             wait_for(device.type)
             start = time.perf_counter()
             ids, times = speak[side](prompt, new_tokens)
             assert len(ids) == len(times) == new_tokens
             seconds[side].append((times[0] - start, times[-1] - times[0]))
-    return texts, seconds
+    return texts, seconds, measured
 
 
 def _speaker(side: str, model: Llama, theirs: Any) -> Speak:
@@ -215,7 +221,7 @@ def _summary(
     config: LlamaConfig,
     dtype: str,
     options: argparse.Namespace,
-    measured: roof.Roof,
+    measured: Sequence[roof.Roof],
     texts: dict[str, list[int]],
     seconds: dict[str, list[tuple[float, float]]],
 ) -> dict[str, Any]:
@@ -228,16 +234,23 @@ def _summary(
     for side in seconds:
         sides[side] = {
             "prefill_tokens_per_second": record.spread([options.prompt_length / s for s in prefill[side]]),
-            "prefill_share_of_product_roof": flops / min(prefill[side]) / measured.flops,
+            "prefill_share_of_product_roof": _share(flops, prefill[side], [of_turn.flops for of_turn in measured]),
             "decode_tokens_per_second": record.spread([1 / s for s in decode[side]]),
-            "decode_bytes_per_second": nbytes / min(decode[side]),
-            "decode_share_of_matvec_roof": nbytes / min(decode[side]) / measured.matvec_bandwidth,
-            "decode_share_of_copy_roof": nbytes / min(decode[side]) / measured.bandwidth,
+            "decode_bytes_per_second": record.spread([nbytes / s for s in decode[side]]),
+            "decode_share_of_matvec_roof": _share(
+                nbytes, decode[side], [of_turn.matvec_bandwidth for of_turn in measured]
+            ),
+            "decode_share_of_copy_roof": _share(nbytes, decode[side], [of_turn.bandwidth for of_turn in measured]),
             "ids_as_minift": sum(a == b for a, b in zip(texts[side], texts.get("minift", ()), strict=False)),
         }
     return {
         "prefill_flops": flops,
         "decode_bytes_per_token": nbytes,
+        "roof": {
+            "flops": record.spread([of_turn.flops for of_turn in measured]),
+            "bandwidth": record.spread([of_turn.bandwidth for of_turn in measured]),
+            "matvec_bandwidth": record.spread([of_turn.matvec_bandwidth for of_turn in measured]),
+        },
         "same_ids_in_float32": True,
         "sides": sides,
         "minift_times_as_fast_as": {
@@ -251,8 +264,14 @@ def _summary(
     }
 
 
+def _share(work: float, seconds: Sequence[float], roofs: Sequence[float]) -> dict[str, float]:
+    """How much of the roof of its turn each text got, of operations or bytes a second."""
+    return record.spread([work / s / most for s, most in zip(seconds, roofs, strict=True)])
+
+
 def _table(name: str, result: dict[str, Any]) -> str:
-    model, measured = result["models"][name], result["roof"]
+    model = result["models"][name]
+    measured = {key: spread["median"] for key, spread in model["roof"].items()}
     lines = [
         f"{name}, {result['dtype']} on {result['device']}: {result['prompt_length']} tokens read, "
         f"{result['new_tokens']} generated; one of them reads {size(model['decode_bytes_per_token'])}",
@@ -266,11 +285,14 @@ def _table(name: str, result: dict[str, Any]) -> str:
             "{median:,.1f} ({min:,.1f}-{max:,.1f})".format(**numbers[key])
             for key in ("prefill_tokens_per_second", "decode_tokens_per_second")
         ]
-        share, gigabytes = numbers["prefill_share_of_product_roof"], numbers["decode_bytes_per_second"] / 1e9
+        share, gigabytes = (
+            numbers["prefill_share_of_product_roof"]["median"],
+            numbers["decode_bytes_per_second"]["median"],
+        )
         ratios = model["minift_times_as_fast_as"].get(side, {})
         cell = "{prefill:.2f} / {decode:.2f}".format(**ratios) if ratios and side != "minift" else ""
         lines.append(
-            f"{side:<26}{speeds[0]:>24}{share:>9.2f}{speeds[1]:>24}{gigabytes:>8.1f}"
-            f"{numbers['decode_share_of_matvec_roof']:>9.2f}{cell:>16}"
+            f"{side:<26}{speeds[0]:>24}{share:>9.2f}{speeds[1]:>24}{gigabytes / 1e9:>8.1f}"
+            f"{numbers['decode_share_of_matvec_roof']['median']:>9.2f}{cell:>16}"
         )
     return "\n".join(lines)

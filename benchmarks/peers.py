@@ -74,9 +74,9 @@ def run(options: argparse.Namespace) -> None:
             workers[name] = stack.enter_context(process.Worker("peers", name, *words))
             print(f"{name}: ready; its first step took {workers[name].ready['first_step_seconds']:.1f} s")
         answers: dict[str, list[Any]] = {name: [] for name in sides}
-        product_rate, rates = roof.product_meter(config.device, getattr(torch, config.dtype)), []
+        roofs, rates = roof.meter(config.device, getattr(torch, config.dtype)), []
         for turn in range(options.repeats):
-            rates.append(product_rate())
+            rates.append(roofs(roof.REPEATS_A_TURN).flops)
             for name in in_turn_order(sides, turn):
                 answers[name].append(workers[name].ask("steps"))
     peaks = {name: answers[name][-1]["peak_bytes"] for name in sides}

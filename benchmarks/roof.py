@@ -19,6 +19,7 @@ from benchmarks.timing import in_turns
 SIDE = {"cpu": 2_048, "cuda": 8_192}  # of the square matrices
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes: more than any cache holds
 REPEATS = 7
+REPEATS_A_TURN = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,16 @@ class Roof:
 
 
 def measure(device: str, dtype: torch.dtype) -> Roof:
-    """Measure the roofs of a device for matrices of a dtype. The best of a few runs counts: it is a roof."""
+    """Measure the roofs of a device for matrices of a dtype, once."""
+    return meter(device, dtype)(REPEATS)
+
+
+def meter(device: str, dtype: torch.dtype) -> Callable[[int], Roof]:
+    """A function that measures the roofs as they are at the moment; the best of so many runs counts: it is a roof.
+
+    For a benchmark that takes minutes, on a machine whose clock changes meanwhile: what is measured in a turn is held
+    against the roofs of that turn.
+    """
     side, generator = SIDE[device], torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -57,36 +67,19 @@ def measure(device: str, dtype: torch.dtype) -> Roof:
     weights = random(COPIED[device] // 2 // dtype.itemsize // side, side)
     source = random(COPIED[device] // 2 // dtype.itemsize)
     product, result = torch.empty_like(a), torch.empty_like(source)
-    times = in_turns(
-        {
-            "product": lambda: torch.mm(a, b, out=product),
-            "copy": lambda: result.copy_(source),
-            "matvec": lambda: torch.nn.functional.linear(vector, weights),
-        },
-        REPEATS,
-        device=device,
-    )
-    best = {name: min(seconds) for name, seconds in times.items()}
-    return Roof(
-        str(dtype).removeprefix("torch."),
-        2 * side**3 / best["product"],
-        2 * source.nbytes / best["copy"],
-        weights.nbytes / best["matvec"],
-    )
+    sides = {
+        "product": lambda: torch.mm(a, b, out=product),
+        "copy": lambda: result.copy_(source),
+        "matvec": lambda: torch.nn.functional.linear(vector, weights),
+    }
 
+    def roofs(repeats: int) -> Roof:
+        best = {name: min(seconds) for name, seconds in in_turns(sides, repeats, device=device).items()}
+        return Roof(
+            str(dtype).removeprefix("torch."),
+            2 * side**3 / best["product"],
+            2 * source.nbytes / best["copy"],
+            weights.nbytes / best["matvec"],
+        )
 
-def product_meter(device: str, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that tells how fast a large matrix product is at the moment, in FLOPs a second: the best of three.
-
-    For a benchmark that takes minutes, on a machine whose clock changes meanwhile: what is measured in a turn is held
-    against the roof of that turn.
-    """
-    side, generator = SIDE[device], torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-
-    def rate() -> float:
-        times = in_turns({"product": lambda: torch.mm(a, b, out=product)}, repeats=3, device=device)
-        return 2 * side**3 / min(times["product"])
-
-    return rate
+    return roofs

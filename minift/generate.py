@@ -94,11 +94,12 @@ def _steps(
     # Each text has its own end, so that a long prompt takes nothing from its neighbours.
     rooms = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in prompts]
     cache = KVCache(model.config, B, T + max(rooms), device, dtype)
-    decoder = Decoder(model, cache) if B == 1 and device.type == "cpu" else None
+    decoder: Decoder | None = None  # for one text, on a CPU, after its first token
     finished = [False] * B
     ids: list[int] = []
     for n in range(1, max(rooms) + 1):
-        if decoder is not None and n > 1:
+        if n > 1 and B == 1 and device.type == "cpu":
+            decoder = decoder or Decoder(model, cache, max(rooms) - 1)
             logits = decoder.logits(ids[0])[None]  # [1, V]
         else:
             hidden = model.hidden(tokens, positions, document_ids if padded else None, cache)

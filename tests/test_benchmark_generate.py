@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,8 +33,7 @@ def test_all_sides_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for numbers in model["sides"].values():
         assert numbers["ids_as_minift"] == 5
         assert numbers["decode_tokens_per_second"]["n"] == 2
-        shares = numbers["decode_bytes_per_second"] / numbers["decode_share_of_matvec_roof"]
-        assert shares == pytest.approx(result["roof"]["matvec_bandwidth"])
+        assert numbers["decode_share_of_matvec_roof"]["n"] == 2
     assert model["minift_times_as_fast_as"]["minift"] == {"prefill": 1, "decode": 1}
     assert {"machine", "versions", "commit"} <= set(result)
     assert "stories260k, float32 on cpu" in capsys.readouterr().out
@@ -89,25 +87,7 @@ def test_the_record_can_be_read(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text())["benchmark"] == "generate"
 
 
-def test_products_with_a_vector_are_left_to_the_fast_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16; it is as it was afterwards, and the numbers are the same."""
-    seen: list[bool] = []
-    model = small_model().bfloat16()
-    product = torch.mv
-    outputs: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-
-    def spy(matrix: torch.Tensor, vector: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        seen.append(bool(torch.backends.mkldnn.enabled))
-        outputs[fast].append(product(matrix, vector, **more).clone())
-        return product(matrix, vector, **more)
-
-    monkeypatch.setattr(torch, "mv", spy)
-    for fast in (True, False):
-        if not fast:
-            monkeypatch.setattr("minift.decode._fast_products", lambda dtype: nullcontext())
-        ids = list(stream(model, [1, 5, 9], 4))
-        assert torch.backends.mkldnn.enabled
-    a_text = (len(ids) - 1) * (7 * model.config.num_hidden_layers + 1)
-    assert seen == [False] * a_text + [True] * a_text
-    for one, other in zip(outputs[True], outputs[False], strict=True):
-        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+def test_a_share_is_of_the_roof_of_its_turn() -> None:
+    """6 operations in 2 seconds where 4 a second were possible, and in 1 second where 12 were: 3/4 and 1/2."""
+    share = generate._share(6, [2.0, 1.0], [4.0, 12.0])
+    assert (share["min"], share["max"], share["n"]) == (0.5, 0.75, 2)

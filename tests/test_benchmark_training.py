@@ -136,18 +136,19 @@ def test_sides_that_train_differently_are_no_result() -> None:
 
 
 def test_the_roof_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fastest of its products: 2 n³ operations."""
+    """The fastest of its runs: 2 n³ operations, a tensor read and written, each weight read once."""
     monkeypatch.setattr(roof, "SIDE", {"cpu": 16})
-    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(roof, "COPIED", {"cpu": 4096})
+    seen: list[tuple[tuple[int, ...], int]] = []
 
     def in_turns(sides: dict[str, Any], repeats: int, device: str) -> dict[str, list[float]]:
-        shapes.append(tuple(sides["product"]().shape))
-        return {"product": [2.0, 0.5, 4.0]}
+        seen.append((tuple(sides["product"]().shape), repeats))
+        return {name: [2.0, 0.5, 4.0] for name in sides}
 
     monkeypatch.setattr(roof, "in_turns", in_turns)
-    rate = roof.product_meter("cpu", torch.bfloat16)
-    assert [rate(), rate()] == [2 * 16**3 / 0.5] * 2
-    assert shapes == [(16, 16)] * 2
+    roofs = roof.meter("cpu", torch.bfloat16)
+    assert [roofs(3), roofs(2)] == [roof.Roof("bfloat16", 2 * 16**3 / 0.5, 2 * 2048 / 0.5, 2048 / 0.5)] * 2
+    assert seen == [((16, 16), 3), ((16, 16), 2)]
 
 
 def test_peers_without_transformers(
@@ -171,7 +172,7 @@ def test_peers_without_transformers(
             return {"seconds": 1.0, "losses": [2.0], "peak_bytes": 2**30}
 
     monkeypatch.setattr(process, "Worker", Worker)
-    monkeypatch.setattr(roof, "product_meter", lambda device, dtype: lambda: 1e12)
+    monkeypatch.setattr(roof, "meter", lambda device, dtype: lambda repeats: roof.Roof("bfloat16", 1e12, 1e10, 1e10))
     run_here("peers", tmp_path, "--repeats", 1)
     assert started == ["minift, compiled", "minift"]
     assert "transformers is not installed: skipped" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minift import reference
 from minift.config import RopeScaling
-from minift.decode import Decoder
+from minift.decode import NARROW, Decoder, _Product
 from minift.errors import InputError
 from minift.generate import generate
 from minift.model import KVCache, Llama
@@ -94,16 +94,19 @@ SHAPES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
 )
+@pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_the_decoder_is_the_models_forward_pass(shape: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_the_decoder_is_the_models_forward_pass(
+    shape: str, tokens_to_come: int, dtype: torch.dtype, tolerance: float
+) -> None:
     """Token by token after a prompt, and what it leaves in the cache. (The norms reduce in float32 in all of them.)"""
     model = random_model(dtype, **{"std": 0.2, "tie_word_embeddings": False, **SHAPES[shape]})
     tokens = random_tokens(1, 30)
     ours, theirs = (KVCache(model.config, 1, 30, torch.device("cpu"), dtype) for _ in range(2))
     for cache in (ours, theirs):
         model(tokens[:, :7], cache=cache)
-    decoder = Decoder(model, ours)
+    decoder = Decoder(model, ours, tokens_to_come)
     for position in range(7, 30):
         found = decoder.logits(int(tokens[0, position]))
         wanted = model(tokens[:, position : position + 1], cache=theirs)[0, 0]
@@ -114,7 +117,32 @@ def test_the_decoder_is_the_models_forward_pass(shape: str, dtype: torch.dtype, 
         assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
     with pytest.raises(InputError, match="31 tokens do not fit a cache of 30"):
         decoder.logits(1)
-    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("rows", [(1,), (37,), (64,), (96, 32, 32), (768, 768), (2 * 3 * 5 * 7 * 11,)], ids=str)
+@pytest.mark.parametrize("columns", [1, 24, 576])
+@torch.inference_mode()
+def test_a_product_from_a_transposed_copy(rows: tuple[int, ...], columns: int) -> None:
+    """Against float64, from wherever in memory the vector is, again and again; and as `torch.mv` rounds it."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(n, columns, generator=generator).bfloat16() for n in rows]
+    y = torch.zeros(sum(rows), dtype=torch.bfloat16)
+    product = _Product(y, matrices, transpose=True)
+    plain = _Product(torch.zeros_like(y), matrices, transpose=False)
+    assert product.transposed
+    assert not plain.transposed
+    for _ in range(2):
+        x = torch.randn(columns, generator=generator).bfloat16()
+        wanted = torch.cat([matrix.double() @ x.double() for matrix in matrices])
+        assert product(x) is y
+        for found in (y, plain(x)):
+            assert float((found.double() - wanted).norm()) <= 2**-8 * float(wanted.norm())
+
+
+def test_which_products_are_transposed() -> None:
+    """Those of narrow bfloat16 matrices: wide ones PyTorch reads as fast as memory gives them."""
+    for dtype, columns in ((torch.float32, 64), (torch.bfloat16, NARROW)):
+        assert not _Product(torch.zeros(8, dtype=dtype), [torch.zeros(8, columns, dtype=dtype)], True).transposed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
