@@ -14,6 +14,7 @@ The slow twin is `Llama.hidden` with one token and a cache. Read next: `evaluate
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple, cast
 
 import torch
@@ -33,19 +34,22 @@ class _Product:
     A CPU's memory delivers a bfloat16 matrix of few columns faster than `torch.mv` asks for it: that adds up each row
     on its own, and a row is over before it gets into its stride. But W x is also the sum of W's columns, each times a
     number of x; and a weighted sum of a table's rows is what `embedding_bag` is made for. Its table is W transposed, a
-    copy, in P parts that stand one behind the other, each [N, M / P]: the threads share them, and read each in one go.
+    copy, in parts that stand one behind the other, each [N, some of M]: the threads share them, and read each in one
+    go.
     """
 
     def __init__(self, y: Tensor, matrices: Sequence[Tensor], transpose: bool):
-        self.y, self.matrices, self.parts = y, matrices, y.split([len(matrix) for matrix in matrices])
-        M, N = len(y), matrices[0].shape[1]
-        self.transposed = transpose and y.dtype == torch.bfloat16 and N < NARROW
-        if self.transposed:
-            most = min(max(torch.get_num_threads(), M // 384), max(1, M // 32))
-            P = next(P for P in range(most, 0, -1) if M % P == 0)
-            below_each_other = matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
-            self.table = below_each_other.view(P, M // P, N).transpose(1, 2).reshape(P * N, M // P)
-            self.ids, self.starts = torch.arange(P * N), torch.arange(P) * N
+        self.y, self.matrices = y, matrices
+        sizes, N = [len(matrix) for matrix in matrices], matrices[0].shape[1]
+        self.parts = y.split(sizes)
+        width = _width(sizes) if transpose and y.dtype == torch.bfloat16 and N < NARROW else None
+        self.transposed = width is not None
+        if width is not None:
+            P = len(y) // width
+            table = torch.empty(P, N, width, dtype=y.dtype)
+            for parts, matrix in zip(table.split([size // width for size in sizes]), matrices, strict=True):
+                parts.copy_(matrix.view(-1, width, N).transpose(1, 2))
+            self.table, self.ids, self.starts = table.view(P * N, width), torch.arange(P * N), torch.arange(P) * N
             self.weights = torch.empty(P, N, dtype=y.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -57,6 +61,14 @@ class _Product:
         for matrix, part in zip(self.matrices, self.parts, strict=True):
             torch.mv(matrix, x, out=part)
         return self.y
+
+
+def _width(sizes: Sequence[int]) -> int | None:
+    """Numbers of y in a part: a divisor of all sizes, so that no part is of two matrices; None if it must be tiny."""
+    whole = math.gcd(*sizes)
+    most = min(384, sum(sizes) // torch.get_num_threads())  # a part's sums stay in registers, and no thread has none
+    below, above = range(min(most, whole), 31, -1), range(max(most + 1, 32), whole + 1)
+    return next((width for width in chain(below, above) if whole % width == 0), None)
 
 
 class _Layer(NamedTuple):
