@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import record, roof, roofline
-from benchmarks.operations import OPERATIONS, Operation, Setting, Step, Work, make_step
+from benchmarks.operations import OPERATIONS, Operation, Setting, Work, make_step
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig
 from minift.errors import InputError
@@ -51,13 +51,19 @@ def run(options: argparse.Namespace) -> None:
     setting = _setting(options)
     if options.plot:
         roofline.check(options.plot)
-    measured = roof.measure(setting.device, setting.dtype)
-    print(_heading(options.config, setting, measured))
+    roofs = roof.meter(setting.device, setting.dtype)
+    around = [roofs(roof.REPEATS)]  # before each operation, and after the last: a machine's clock may change meanwhile
+    print(_heading(options.config, setting, around[0]))
     step = make_step(setting)
     operations = {}
     for name in options.only or OPERATIONS:
-        operations[name] = _measured(name, step, options.repeats, measured)
+        operation = OPERATIONS[name](step)
+        times = measure(operation, options.repeats, setting.device)
+        around.append(roofs(roof.REPEATS_A_TURN))
+        operations[name] = summary(operation, times, roof.best(around[-2:]))
+        del operation  # its tensors are gone before the next one makes its own
         print(_rows(name, operations[name]), flush=True)
+    measured = roof.best(around)
     result: dict[str, Any] = {
         "benchmark": "ops",
         **record.environment(),
@@ -94,12 +100,6 @@ def _setting(options: argparse.Namespace) -> Setting:
     return Setting(shape, options.batch_size, options.length, dtype, device.type, bool(config.compile))
 
 
-def _measured(name: str, step: Step, repeats: int, measured: roof.Roof) -> dict[str, Any]:
-    """In a function of its own: an operation's tensors are gone before the next one makes its own."""
-    operation = OPERATIONS[name](step)
-    return summary(operation, measure(operation, repeats, step.setting.device), measured)
-
-
 def measure(operation: Operation, repeats: int, device: str) -> Times:
     """Seconds of each phase and variant in each turn. The backward pass is "both" less the same turn's "forward"."""
     if not operation.leaves:
@@ -123,7 +123,7 @@ def summary(operation: Operation, times: Times, measured: roof.Roof) -> dict[str
     for phase, seconds in times.items():
         unlike = operation.early if phase in ("forward", "backward") else ()
         phases[phase] = _phase(work[phase], seconds, measured, unlike)
-    return {"calls": operation.calls, "phases": phases}
+    return {"calls": operation.calls, "roof": measured.to_dict(), "phases": phases}
 
 
 def _phase(

@@ -16,7 +16,7 @@ from benchmarks import record
 from minift.config import FINETUNE, LlamaConfig, bundled, model_path
 from minift.model import Llama
 from minift.pack import Batch, PairBatches, encode_pairs
-from minift.prompts import TEMPLATES, choose_template, read_all_pairs
+from minift.prompts import choose_template, read_all_pairs, template_named
 from minift.tokenizer import check_fit, load_tokenizer
 from minift.train import TrainState, choose_device, choose_dtype, start_state, train_step
 
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     shape = LlamaConfig.named(options.config)
     check_fit(shape, tokenizer, exact=True)
     pairs = read_all_pairs([options.pairs or bundled("pairs.jsonl")])
-    template = TEMPLATES[choose_template("auto", pairs)]
+    template = template_named(choose_template("auto", pairs))
     examples, _ = encode_pairs(pairs, template, tokenizer, config.max_length)
 
     batches = {pack: PairBatches(examples, config.batch_size, tokenizer.eos_id, 0, pack) for pack in (True, False)}

@@ -9,7 +9,7 @@ that a program got, in the same run as what is held against them.
 Source: Williams et al., "Roofline" (Communications of the ACM 52, 2009). Read next: `ops.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -45,6 +45,12 @@ class Roof:
     def to_dict(self) -> dict[str, str | float]:
         """For the record."""
         return asdict(self)
+
+
+def best(roofs: Sequence[Roof]) -> Roof:
+    """The highest of several."""
+    keys = ("flops", "bandwidth", "matvec_bandwidth")
+    return Roof(roofs[0].dtype, *(max(getattr(one, key) for one in roofs) for key in keys))
 
 
 def measure(device: str, dtype: torch.dtype) -> Roof:

@@ -4,7 +4,8 @@ Read the modules in the order in which data flows through them:
 
     config → tokenizer → stream → prompts → pack → model → loss → optim → train → checkpoint → generate → evaluate
 
-and then `jobs.py`, which puts them together into the two main jobs. What other programs write is in `formats/`. Try it:
+and then `jobs.py`, which puts them together into the two main jobs, and `runner.py`,
+which puts a course's API around them. What other programs write is in `formats/`. Try it:
 
     minift finetune                # the bundled base on the bundled pairs
     python -c "import minift; print(minift.load_model(minift.bundled('base')).config)"
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from minift.config import TrainConfig as TrainConfig
     from minift.config import bundled as bundled
     from minift.model import Llama as Llama
+    from minift.runner import BasicModelRunner as BasicModelRunner
     from minift.tokenizer import Tokenizer as Tokenizer
     from minift.tokenizer import load_tokenizer as load_tokenizer
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "BasicModelRunner": "runner",
     "LlamaConfig": "config",
     "TrainConfig": "config",
     "bundled": "config",

@@ -217,14 +217,14 @@ def _generate(options: dict[str, Any]) -> int:
     import torch
 
     from minift.generate import stream
-    from minift.prompts import TEMPLATES, Pair, choose_template
+    from minift.prompts import Pair, choose_template, template_named
     from minift.tokenizer import TextStream
 
     check_number("seed", options["seed"], least=0)
     model, tokenizer = _load(options["model"], options["device"])
     pair = Pair(options["prompt"].rstrip(), answer="")  # as in training: no prompt ends in a space
     name = choose_template(options["template"], [pair])
-    prompt, _ = TEMPLATES[name].format(pair)
+    prompt, _ = template_named(name).format(pair)
     ids = stream(
         model,
         tokenizer.encode(prompt),
@@ -258,13 +258,13 @@ def _add_compare(commands: Any) -> None:
 
 def _compare(options: dict[str, Any]) -> int:
     from minift.evaluate import compare
-    from minift.prompts import TEMPLATES, choose_template, read_all_pairs
+    from minift.prompts import choose_template, read_all_pairs, template_named
 
     check_number("show", options["show"], least=0)
     pairs = read_all_pairs(options["data"])
     template = choose_template(options["template"], pairs)
     before, after = (_load(options[name], options["device"]) for name in ("before", "after"))
-    result = {"template": template, **compare(before, after, pairs, TEMPLATES[template])}
+    result = {"template": template, **compare(before, after, pairs, template_named(template))}
     print(f"{table(result)}\n\n{samples(result, options['show'])}")
     write_json(options["json"], result)
     return 0
@@ -283,7 +283,7 @@ def _add_evaluate(commands: Any) -> None:
 
 def _evaluate(options: dict[str, Any]) -> int:
     from minift.evaluate import evaluate, make_questions, page_likelihood
-    from minift.prompts import TEMPLATES, choose_template, has_pair, read_all_pairs
+    from minift.prompts import choose_template, has_pair, read_all_pairs, template_named
     from minift.records import STDIN, Skipped, find_files, read_records
     from minift.stream import DocumentStream
 
@@ -300,7 +300,7 @@ def _evaluate(options: dict[str, Any]) -> int:
         scores: dict[str, Any] = page_likelihood(model, stream, tokenizer, window).scores()
     else:
         pairs = read_all_pairs(options["data"])
-        template = TEMPLATES[choose_template(options["template"], pairs)]
+        template = template_named(choose_template(options["template"], pairs))
         questions, skipped = make_questions(pairs, template, tokenizer, positions - 1)
         scores, _ = evaluate(model, tokenizer, questions)
         scores["skipped"] = skipped

@@ -115,7 +115,7 @@ def _stats(options: dict[str, Any]) -> int:
 
 def _format(options: dict[str, Any]) -> int:
     from minift.checkpoint import write_file
-    from minift.prompts import TEMPLATES, choose_template, read_all_pairs, templates_for
+    from minift.prompts import TEMPLATES, choose_template, read_all_pairs, template_named, templates_for
     from minift.records import Skipped
 
     check_number("-n", options["n"], least=1)
@@ -127,7 +127,7 @@ def _format(options: dict[str, Any]) -> int:
     if out is None:
         for pair in pairs[: options["n"]]:
             for name in [choose_template(wanted, [pair])] if wanted else templates_for(pair):
-                prompt, answer = TEMPLATES[name].format(pair)
+                prompt, answer = template_named(name).format(pair)
                 print(f"--- {one_line(pair.where)}, {name}: the prompt, then what is learned\n{prompt}[{answer}]")
         return 0
     if wanted is None:
@@ -135,7 +135,7 @@ def _format(options: dict[str, Any]) -> int:
     name = choose_template(wanted, pairs)
     lines = []
     for pair in pairs:
-        prompt, answer = TEMPLATES[name].format(pair)
+        prompt, answer = template_named(name).format(pair)
         values = {"text": prompt + answer} if options["as_text"] else {"question": prompt, "answer": pair.answer}
         if pair.metric and not options["as_text"]:
             values["metric"] = pair.metric

@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from minift.errors import InputError
+from minift.hub import cached, is_hub_name
 
 _Config = TypeVar("_Config", "LlamaConfig", "RopeScaling", "TrainConfig")
 
@@ -295,7 +296,9 @@ class TrainConfig:
     save_format: str = _flag(
         "native", "what final/ is: native, or a Hugging Face folder (needs the hf extra)", choices=SAVE_FORMATS
     )
-    template: str = _flag("auto", "how a question and its answer become text: auto, plain, qa, alpaca or carried")
+    template: str = _flag(
+        "auto", "how a question and its answer become text: auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt"
+    )
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -343,8 +346,15 @@ def bundled(name: str) -> Path:
 
 
 def model_path(name: str | Path) -> Path:
-    """A model's folder or file: `name` itself, or for "bundled" the base that comes with minift."""
-    return bundled("base") if str(name) == "bundled" else Path(name)
+    """A model's folder or file: `name` itself; for "bundled" the base that comes with minift; for a name on Hugging
+    Face's hub its folder in the cache of this machine.
+
+    Raises:
+        InputError: for a name on the hub that is not in the cache.
+    """
+    if str(name) == "bundled":
+        return bundled("base")
+    return cached(str(name)) if is_hub_name(str(name)) else Path(name)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -166,15 +166,17 @@ def evaluate(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question]) 
     Returns:
         scores: `exact_match` with its `n`, `token_f1` with its `n_token_f1`, `perplexity`, `bits_per_byte`. A score
             that fits no record is None.
-        answers: the model's words, in the order of `questions`.
+        answers: the model's words, in the order of `questions`; "" where nothing is asked.
     """
-    answers = answer_questions(model, tokenizer, questions)
+    asked = [question for question in questions if question.pair.question]  # of a text, only the likelihood tells
+    words = iter(answer_questions(model, tokenizer, asked))
+    answers = [next(words) if question.pair.question else "" for question in questions]
     scores: dict[str, Any] = {}
     for metric, score in SCORERS.items():
         values = [
             score(answer, question.pair.answer)
             for question, answer in zip(questions, answers, strict=True)
-            if question.pair.metric in ("", metric)
+            if question.pair.question and question.pair.metric in ("", metric)
         ]
         scores[metric] = sum(values) / len(values) if values else None
         scores["n" if metric == "exact_match" else f"n_{metric}"] = len(values)
@@ -204,6 +206,7 @@ def compare(
     samples = [
         {"question": pairs[i].question, "answer": pairs[i].answer, "before": old.strip(), "after": new.strip()}
         for i, old, new in zip(fits, *words, strict=True)
+        if pairs[i].question
     ]
     return {"before": results[0], "after": results[1], "skipped": len(pairs) - len(fits), "samples": samples}
 

@@ -41,7 +41,7 @@ from minift.flops import training_flops_per_token
 from minift.formats import shape_named
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
-from minift.prompts import TEMPLATES, Pair, choose_template, read_all_pairs
+from minift.prompts import Pair, choose_template, read_all_pairs, template_named
 from minift.records import STDIN, Skipped, find_files
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
@@ -122,7 +122,7 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     skipped = Skipped(config.strict, quiet=True)  # they are all read at once, and reported together
     pairs, held_out = _split(read_all_pairs(job.data, skipped), job.test, config.seed)
     template_name = choose_template(config.template, [*pairs, *held_out])
-    template = TEMPLATES[template_name]
+    template = template_named(template_name)
     config = config.replace(template=template_name)
     tokenizer = load_tokenizer(job.model)
     model = load_model(job.model, device=device)

@@ -3,22 +3,25 @@
 A web corpus such as C4 comes as shards of JSON Lines, gzipped: one object a line, with a `text`, a `timestamp` and a
 `url`; The Pile's have a `text` and a `meta`, and are compressed with zstd. Here they are read, and nothing ever holds
 more than one line. Plain text (`.txt`) is one document a file, a long one in several parts; `-` is standard input.
+Instruction pairs may also come as a table (`tables.py`).
 
 Real corpora have bad lines. `scan` gives each of them out as an error that says where and why, between the records,
 and whoever reads decides: `read_records` raises the first, `Skipped` counts them and bears a few.
 
     minift data peek 'data/pages/*.json.gz' -n 3
 
-Read next: `stream.py`.
+Read next: `tables.py`.
 """
 
+import codecs
 import gzip
 import io
 import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
@@ -28,14 +31,16 @@ from tqdm import tqdm
 
 from minift.errors import InputError, one_line
 from minift.extras import need
+from minift.tables import array_items, csv_rows
 
-KINDS = (".jsonl", ".json", ".txt")
+KINDS = (".jsonl", ".json", ".csv", ".txt")
 SUFFIXES = tuple(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst"))
 STDIN = Path("-")
 MAX_LINE = 2**24  # bytes; a longer line is a fault, or one bad file could take all memory
 TEXT_PART = 2**20  # bytes after which a .txt goes on as another document, behind the end of a line
 BEARABLE = 0.01  # the share of unusable records above which a corpus is refused …
 FEW = 100  # … before its end only if there are more than these, or a bad start would tell too much
+NOT_UNICODE = "not Unicode text: holds half of a surrogate pair"
 SHOWN = 5  # faults that are reported one by one; the others are counted
 
 # JSON can write half of a UTF-16 pair ("\\ud83d" alone); no text encoding can, and no tokenizer can read it.
@@ -105,7 +110,26 @@ def find_files(sources: Iterable[str | Path]) -> list[Path]:
 
 def is_plain_text(file: Path) -> bool:
     """Whether a file is text, not JSON Lines."""
-    return file.name.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
+    return _kind(file) == ".txt"
+
+
+def is_table(file: Path) -> bool:
+    """Whether a file is a table of pairs (`tables.py`), not a record a line: CSV, or JSON that begins as an array.
+
+    Raises:
+        InputError: when the file cannot be read.
+    """
+    return _kind(file) == ".csv" or (_kind(file) == ".json" and file.is_file() and _begins_as_array(file))
+
+
+def _kind(file: Path) -> str:
+    return Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def _begins_as_array(file: Path) -> bool:
+    with _readable(file, lambda: ":1") as opened:
+        head = opened.read(4_096)
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
@@ -123,10 +147,19 @@ def read_records(path: str | Path) -> Iterator[Record]:
 def scan(path: str | Path) -> Iterator[Record | InputError]:
     """The records of one file in order and, in the places of those that are none, what is wrong with them.
 
-    A line is faulty that is not a JSON object, not UTF-8 or longer than MAX_LINE; the next one may be good. A fault of
-    the file itself (it cannot be read, its compressed data is damaged) is the last item.
+    The file may also be a table (`tables.py`). Otherwise, a line is faulty that is not a JSON object, not UTF-8 or
+    longer than MAX_LINE; the next one may be good. A fault of the file itself (it cannot be read, its compressed data
+    is damaged) is the last item.
     """
-    lines = Lines(Path(path))
+    path = Path(path)
+    try:
+        if is_table(path):
+            yield from _scan_table(path)
+            return
+    except InputError as fault:
+        yield fault
+        return
+    lines = Lines(path)
     items = lines.items()
     while True:
         try:
@@ -136,6 +169,17 @@ def scan(path: str | Path) -> Iterator[Record | InputError]:
             return
         except InputError as fault:
             yield fault
+
+
+def _scan_table(path: Path) -> Iterator[Record | InputError]:
+    with _readable(path) as file:
+        for item in (csv_rows if _kind(path) == ".csv" else array_items)(file, str(path)):
+            if isinstance(item, InputError):
+                yield item
+            else:
+                line, values = item
+                half = _HALF_PAIR.search(json.dumps(values, ensure_ascii=False))
+                yield InputError(f"{path}:{line}: {NOT_UNICODE}") if half else Record(values, path, line)
 
 
 class Lines:
@@ -159,15 +203,11 @@ class Lines:
         Blank lines are left out. Raises InputError with `file:line` when the file cannot be read on.
         """
         try:
-            with _open(self.path) as file:
+            with _readable(self.path, lambda: f":{self.number + 1}") as file:
                 yield from self._parts(file) if is_plain_text(self.path) else self._lines(file)
-        except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
+        except InputError:
             self.failed = True
-            packing = {".gz": "gzip", ".zst": "zstd"}.get(self.path.suffix, "compressed")
-            raise InputError(f"{self.path}:{self.number + 1}: damaged {packing} data: {error}") from None
-        except OSError as error:
-            self.failed = True
-            raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+            raise
 
     def _lines(self, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
         for line in self._read(file):
@@ -214,13 +254,14 @@ def parse(content: bytes | None, file: Path, line: int) -> Record:
     except UnicodeDecodeError:
         raise InputError(f"{where}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        hint = " (each line must be an object; only a .json of pairs may be an array)" if text[:1] == "[" else ""
+        raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{where}: holds {type(values).__name__}, not a JSON object")
     if (b"\\ud" in content or b"\\uD" in content) and _HALF_PAIR.search(json.dumps(values, ensure_ascii=False)):
-        raise InputError(f"{where}: not Unicode text: holds half of a surrogate pair")
+        raise InputError(f"{where}: {NOT_UNICODE}")
     return Record(values, file, line)
 
 
@@ -269,6 +310,19 @@ class Skipped:
     def __str__(self) -> str:
         """The count, and the first faults, each on its line."""
         return "\n  ".join((f"{self.skipped:,} of {self.records:,} records skipped:", *self.first))
+
+
+@contextmanager
+def _readable(path: Path, place: Callable[[], str] = lambda: "") -> Iterator[BinaryIO]:
+    """The unpacked bytes of a file. Raises InputError, with the place where we are, when they cannot be had."""
+    try:
+        with _open(path) as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
+        packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix, "compressed")
+        raise InputError(f"{path}{place()}: damaged {packing} data: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _open(path: Path) -> BinaryIO:

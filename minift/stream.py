@@ -63,6 +63,8 @@ class DocumentStream:
         skipped: Skipped | None = None,
     ):
         self.files = find_files(sources)
+        if tables := [file for file in self.files if ".csv" in file.suffixes]:
+            raise InputError(f"{tables[0]}: a table, of pairs perhaps; pages are JSON Lines or text")
         self.text_field = text_field
         self.epochs = epochs
         self.seed = seed

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minift.errors import InputError, one_line
-from minift.prompts import TEMPLATES, Pair, Template, choose_template, has_pair, scan_pairs
+from minift.prompts import Pair, Template, choose_template, has_pair, scan_pairs, template_named
 from minift.records import SHOWN, Record, scan
 from minift.tokenizer import Tokenizer
 
@@ -119,7 +119,7 @@ def _survey_pairs(items: Any, tokenizer: Tokenizer, template: str) -> dict[str, 
     name = choose_template(template, pairs)
     columns = {key: Lengths() for key in ("characters", "tokens", "prompt_tokens", "answer_tokens")}
     for pair in pairs:
-        _add_pair(columns, pair, TEMPLATES[name], tokenizer)
+        _add_pair(columns, pair, template_named(name), tokenizer)
     return {"template": name, **_result("pairs", faults, columns)}
 
 

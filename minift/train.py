@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm  # in a notebook, its own kind of bar
 
 from minift.checkpoint import save_step
 from minift.config import TrainConfig, check_number

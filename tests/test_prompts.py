@@ -4,6 +4,7 @@ Texts are written out here in full, independently of the module, so that a chang
 """
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ import pytest
 
 from minift.errors import InputError
 from minift.pack import encode_pairs
-from minift.prompts import FIELDS, TEMPLATES, Pair, choose_template, find_fields, read_all_pairs, read_pairs
+from minift.prompts import (
+    FIELDS,
+    TEMPLATES,
+    Pair,
+    choose_template,
+    find_fields,
+    read_all_pairs,
+    read_pairs,
+    template_named,
+)
 from minift.records import read_records
 from minift.tokenizer import Tokenizer
 from tests.test_stream import write_jsonl
@@ -26,6 +36,8 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request."
     "\n\n### Instruction:\nName a fruit.\n\n### Input:\nIt is red.\n\n### Response:"
 )
+LLAMA3_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
+LLAMA3_END = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
 CARRIED = "### Question:\nName a fruit.\n\n### Answer:"
 
 
@@ -65,11 +77,122 @@ def test_white_space_around_a_pair_is_taken_off(tmp_path: Path) -> None:
         ("qa", "It is red.", "### Question:\nName a fruit.\nIt is red.\n\n### Answer:", "\nApple."),
         ("alpaca", "", ALPACA, "\nApple."),
         ("alpaca", "It is red.", ALPACA_WITH_INPUT, "\nApple."),
+        ("llama2", "", "[INST] Name a fruit. [/INST]", " Apple."),
+        ("llama2", "It is red.", "[INST] Name a fruit.\nIt is red. [/INST]", " Apple."),
+        ("llama3", "", LLAMA3_USER + "Name a fruit." + LLAMA3_END, "\n\nApple."),
+        ("llama3", "It is red.", LLAMA3_USER + "Name a fruit.\nIt is red." + LLAMA3_END, "\n\nApple."),
         ("carried", "", "Name a fruit.", "\nApple."),
     ],
 )
 def test_the_text_of_a_template_is_exact(name: str, context: str, prompt: str, answer: str) -> None:
     assert TEMPLATES[name].format(Pair("Name a fruit.", "Apple.", context)) == (prompt, answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("plain", "Be brief.\n\nName a fruit."),
+        ("qa", "Be brief.\n\n### Question:\nName a fruit.\n\n### Answer:"),
+        ("alpaca", "Be brief.\n\n" + ALPACA),
+        ("llama2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nName a fruit. [/INST]"),
+        (
+            "llama3",
+            "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            + LLAMA3_USER
+            + "Name a fruit."
+            + LLAMA3_END,
+        ),
+        ("carried", "Be brief.\n\nName a fruit."),
+    ],
+)
+def test_a_system_prompt(tmp_path: Path, name: str, prompt: str) -> None:
+    record = {"system": " Be brief.\n", "question": "Name a fruit.", "answer": "Apple."}
+    (pair,) = read_pairs(write_jsonl(tmp_path / "x.jsonl", [record]))
+    assert TEMPLATES[name].format(pair)[0] == prompt
+
+
+LLAMA2_CHAT = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "[INST] {{ system + messages[0]['content'] }} [/INST] {{ messages[1]['content'] }}"
+)
+LLAMA3_CHAT = (
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}"
+    "{% if not loop.last %}<|eot_id|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize(("name", "chat"), [("llama2", LLAMA2_CHAT), ("llama3", LLAMA3_CHAT)])
+def test_chat_formats_are_those_of_the_published_templates(name: str, chat: str, system: str) -> None:
+    """The models' own chat templates, which are Jinja, for one question (BOS and the end aside)."""
+    jinja = pytest.importorskip("jinja2")
+    messages = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "Apple."}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    wanted = jinja.Template(chat).render(messages=messages)
+    assert "".join(TEMPLATES[name].format(Pair("Name a fruit.", "Apple.", system=system))) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "answer"),
+    [
+        ("Q: {question}\nA: {answer}\n", "Q: Name a fruit.\nA:", " Apple."),
+        ("\ufeff{question}\n\n\t{answer}", "Name a fruit.", "\n\n\tApple."),
+        ("<u>{question}</u>{answer}<end>", "<u>Name a fruit.</u>", "Apple.<end>"),
+        ("{system}|{question}|{context}|{answer}", "|Name a fruit.||", "Apple."),
+        ("{other} {question} {{}} {answer}", "{other} Name a fruit. {{}}", " Apple."),
+    ],
+)
+def test_a_template_of_ones_own(tmp_path: Path, text: str, prompt: str, answer: str) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text(text, encoding="utf-8")
+    pair = Pair("Name a fruit.", "Apple.")
+    assert choose_template(str(file), [pair]) == str(file)
+    assert template_named(str(file)).format(pair) == (prompt, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{question}", "a template has {answer} in it; found 0"),
+        ("{answer}", "a template has {question} in it; found 0"),
+        ("", "a template has {question} in it; found 0"),
+        ("{question}{answer}{answer}", "a template has {answer} once; found 2"),
+        ("{answer} is the answer to {question}", "{answer} must come last"),
+    ],
+)
+def test_a_template_without_its_fields(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text(text)
+    with pytest.raises(InputError, match=re.escape(f"{file}: {message}")):
+        choose_template(str(file), [Pair("Name a fruit.", "Apple.")])
+    with pytest.raises(InputError, match=r"none.txt: cannot be read"):
+        template_named(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(("name", "pair"), [("context", Pair("Q", "A", "C")), ("system", Pair("Q", "A", system="S"))])
+def test_nothing_of_a_pair_is_left_out(tmp_path: Path, name: str, pair: Pair) -> None:
+    """By a template that has no place for it."""
+    file = tmp_path / "mine.txt"
+    file.write_text("{question} {answer}")
+    with pytest.raises(InputError, match=f"has a {name}, and the template no {{{name}}} for it"):
+        template_named(str(file)).format(pair)
+
+
+def test_a_text_is_learned_from_its_first_word_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    pairs = read_pairs(write_jsonl(tmp_path / "x.jsonl", [{"text": " A page. "}, {"text": "Another."}]))
+    assert choose_template("auto", pairs) == choose_template("text", pairs) == "text"
+    (example, _), _ = encode_pairs(pairs, template_named("text"), tokenizer, 100)
+    assert example.prompt == [tokenizer.bos_id]
+    assert tokenizer.decode(example.answer) == "A page."
+    for name in ("qa", "plain"):
+        with pytest.raises(InputError, match="asks nothing"):
+            choose_template(name, pairs)
+    with pytest.raises(InputError, match="has no question, as other pairs have"):
+        choose_template("auto", [Pair("Name a fruit.", "Apple."), *pairs])
+    with pytest.raises(InputError, match="which the template text would leave out"):
+        choose_template("text", [Pair("Name a fruit.", "Apple.")])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -89,7 +212,7 @@ def test_a_prompt_never_ends_in_white_space(tmp_path: Path, name: str, tail: str
     prompt, answer = TEMPLATES[name].format(pair)
     assert prompt == prompt.rstrip()
     assert answer[0] in " \n"  # the separator is the answer's
-    assert answer[1:] == "Apple."
+    assert answer.lstrip() == "Apple."
 
 
 @pytest.mark.parametrize("marker", ["### Answer:", "### Response:"])
