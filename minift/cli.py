@@ -26,7 +26,7 @@ from minift.cli_data import add_data, add_tokenizer
 from minift.cli_parts import MODEL_HELP, Parser, add_command, write_json
 from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_path
 from minift.errors import InputError, RunError, one_line
-from minift.report import number, samples, size, table
+from minift.report import mistake_lines, samples, score_lines, size, table
 
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -271,43 +271,82 @@ def _compare(options: dict[str, Any]) -> int:
 
 
 def _add_evaluate(commands: Any) -> None:
-    command = add_command(commands, "evaluate", _evaluate, "score a model on held-out pairs, or on pages")
+    command = add_command(commands, "evaluate", _evaluate, "score a model on held-out pairs, choices, or pages")
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
-    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="JSON Lines of pairs, or of pages")
+    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="pairs, multiple choice, or pages")
     command.add_argument("--template", default="auto", metavar="NAME")
     command.add_argument("--text-field", default="text", metavar="NAME", help="key of a page's text (text)")
     command.add_argument("--max-length", type=int, metavar="N", help="tokens of a page's window (256)")
+    command.add_argument("--mistakes", type=int, default=0, metavar="N", help="list N answers of each kind of mistake")
     command.add_argument("--json", metavar="FILE", help="write the scores to FILE")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
 
 
 def _evaluate(options: dict[str, Any]) -> int:
-    from minift.evaluate import evaluate, make_questions, page_likelihood
-    from minift.prompts import choose_template, has_pair, read_all_pairs, template_named
-    from minift.records import STDIN, Skipped, find_files, read_records
-    from minift.stream import DocumentStream
+    from minift.choices import has_choices
+    from minift.prompts import has_pair
+    from minift.records import STDIN, find_files, read_records
 
+    check_number("mistakes", options["mistakes"], least=0)
     model, tokenizer = _load(options["model"], options["device"])
-    positions = model.config.max_position_embeddings
-    window = min(256, positions) if options["max_length"] is None else options["max_length"]
-    check_number("max_length", window, least=1, below=positions + 1)
     files = find_files(options["data"])
     if STDIN in files:
         raise InputError("-: standard input can be read only once; evaluate has to look at its data first")
     first = next(read_records(files[0]), None)
-    if first is not None and not has_pair(first) and options["text_field"] in first.values:
-        stream = DocumentStream(options["data"], options["text_field"], epochs=1, skipped=Skipped())
-        scores: dict[str, Any] = page_likelihood(model, stream, tokenizer, window).scores()
+    if first is not None and has_choices(first):
+        scores = _evaluate_choices(model, tokenizer, files, options)
+    elif first is not None and not has_pair(first) and options["text_field"] in first.values:
+        scores = _evaluate_pages(model, tokenizer, options)
     else:
-        pairs = read_all_pairs(options["data"])
-        template = template_named(choose_template(options["template"], pairs))
-        questions, skipped = make_questions(pairs, template, tokenizer, positions - 1)
-        scores, _ = evaluate(model, tokenizer, questions)
-        scores["skipped"] = skipped
-    for name, value in scores.items():
-        print(f"{name:<16}{number(value)}")
+        scores = _evaluate_pairs(model, tokenizer, options)
     write_json(options["json"], scores)
     return 0
+
+
+def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from minift.evaluate import evaluate, make_questions
+    from minift.mistakes import mistakes
+    from minift.prompts import choose_template, read_all_pairs, template_named
+
+    pairs = read_all_pairs(options["data"])
+    template = template_named(choose_template(options["template"], pairs))
+    questions, skipped = make_questions(pairs, template, tokenizer, model.config.max_position_embeddings - 1)
+    found = evaluate(model, tokenizer, questions)
+    scores = {**found.to_dict(), "skipped": skipped}
+    print(score_lines(scores))
+    if options["mistakes"]:
+        scores["mistakes"] = mistakes(questions, found, options["mistakes"])
+        print(f"\n{mistake_lines(scores['mistakes'])}")
+    return scores
+
+
+def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from minift.evaluate import likelihood_scores, page_likelihoods, values
+    from minift.records import Skipped
+    from minift.stream import DocumentStream
+
+    positions = model.config.max_position_embeddings
+    window = min(256, positions) if options["max_length"] is None else options["max_length"]
+    check_number("max_length", window, least=1, below=positions + 1)
+    stream = DocumentStream(options["data"], options["text_field"], epochs=1, skipped=Skipped())
+    found = list(page_likelihoods(model, stream, tokenizer, window))
+    scores = {**values({**likelihood_scores(found)}), "n": len(found)}
+    print(score_lines(scores))
+    return scores
+
+
+def _evaluate_choices(model: Any, tokenizer: Any, files: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
+    from minift.choices import choice_scores, choose, read_choices
+    from minift.evaluate import values
+    from minift.prompts import Pair, choose_template, template_named
+    from minift.records import read_records
+
+    questions = read_choices(chain.from_iterable(map(read_records, files)))
+    name = choose_template(options["template"], [Pair(one.question, "", where=one.where) for one in questions])
+    found = choose(model, tokenizer, questions, template_named(name))
+    scores = {**values({**choice_scores(questions, found)}), "n": len(questions)}
+    print(score_lines(scores))
+    return scores
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

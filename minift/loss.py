@@ -52,6 +52,30 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
     return nll_sum, keep.sum()
 
 
+@torch.no_grad()
+def target_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """How each target was foreseen: its negative log-likelihood, and whether no other id was likelier.
+
+    Args:
+        hidden, weight, targets, chunk: as for `next_token_loss`.
+
+    Returns:
+        nll: [N], float32 (float64 for float64 input), in nats, in reading order.
+        foremost: bool [N].
+    """
+    keep = targets != IGNORE
+    states, wanted = hidden[keep], targets[keep, None]  # [N, D], [N, 1]
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    nll, foremost = hidden.new_empty(len(wanted), dtype=exact), torch.empty_like(wanted[:, 0], dtype=torch.bool)
+    for start in range(0, len(wanted), chunk):
+        here = slice(start, start + chunk)
+        logits = (states[here] @ weight.T).to(exact)  # [n, V]
+        found = logits.gather(1, wanted[here])[:, 0]
+        nll[here] = logits.logsumexp(-1) - found
+        foremost[here] = found >= logits.amax(-1)
+    return nll, foremost
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Σ −log softmax(hidden @ weightᵀ)[target], its gradients computed on the way forward."""
 

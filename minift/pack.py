@@ -102,6 +102,9 @@ def encode_pair(pair: Pair, template: Template, tokenizer: Tokenizer, max_length
     if not pair.answer.strip():
         return None
     prompt_text, answer_text = template.format(pair)
+    if not prompt_text:  # nothing is asked: the text is encoded as a page is, from its beginning
+        ids = tokenizer.encode(answer_text, bos=True, eos=True, special=False)[: max_length + 1]
+        return Example(ids[:1], ids[1:])
     prompt = tokenizer.encode(prompt_text, bos=True)
     answer = tokenizer.encode_continuation(answer_text, eos=True, special=False)[: max(0, max_length + 1 - len(prompt))]
     return Example(prompt, answer) if answer else None

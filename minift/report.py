@@ -7,23 +7,57 @@ The numbers are made by `evaluate.compare`; here they only become text. Try it:
 
 from typing import Any
 
+LABELS = {
+    "exact_match": "exact match of answers",
+    "exact_match_normalised": "… but for case, punctuation, articles",
+    "token_f1": "token F1 of answers",
+    "perplexity": "perplexity of the right answers",
+    "bits_per_byte": "bits per byte of the right answers",
+    "next_token_accuracy": "next-token accuracy in them",
+}
+
 
 def table(result: dict[str, Any]) -> str:
-    """The scores of a comparison (`evaluate.compare`), before beside after, as aligned text."""
+    """The scores of a comparison (`evaluate.compare`), before beside after and their difference, as aligned text."""
     before, after = result["before"], result["after"]
-    rows = [
-        (f"exact match of answers (n = {before['n']})", "exact_match"),
-        (f"token F1 of answers (n = {before['n_token_f1']})", "token_f1"),
-        ("perplexity of the right answers", "perplexity"),
-        ("bits per byte of the right answers", "bits_per_byte"),
-    ]
-    lines = [f"{'':<38}{'before':>12}{'after':>12}"]
-    for label, key in rows:
-        if before[key] is not None:
-            lines.append(f"{label:<38}{number(before[key]):>12}{number(after[key]):>12}")
+    lines = [f"{'':<46}{'before':>10}{'after':>10}   difference, and its 95 % interval"]
+    for name, label in LABELS.items():
+        if before[name] is None:
+            continue
+        count = {"exact_match": "n", "token_f1": "n_token_f1"}.get(name)
+        text = f"{label} (n = {before[count]:,})" if count else label
+        change = result["difference"][name]
+        ends = f"[{number(change['low'])}, {number(change['high'])}]"
+        shown = f"{'+' * (change['value'] >= 0)}{number(change['value'])} {ends}"
+        lines.append(f"{text:<46}{number(before[name]):>10}{number(after[name]):>10}   {shown}")
     if result["skipped"]:
         lines.append(f"{result['skipped']} held-out pairs were left out: no answer, or too long for the model")
     return "\n".join(lines)
+
+
+def score_lines(scores: dict[str, Any]) -> str:
+    """The scores of one model (`Evaluation.to_dict`), each on its line, with its interval."""
+    lines = []
+    for name, value in scores.items():
+        if name != "intervals":
+            ends = scores["intervals"].get(name)
+            interval = f"  [{number(ends[0])}, {number(ends[1])}]" if ends else ""
+            lines.append(f"{name:<24}{number(value):>10}{interval}")
+    return "\n".join(lines)
+
+
+def mistake_lines(found: dict[str, Any]) -> str:
+    """What `mistakes.mistakes` found, as text."""
+    blocks = []
+    for kind, entries in found["lists"].items():
+        count = found["counts"].get(kind)
+        lines = [f"{kind}" + (f" ({count:,} of {found['n']:,})" if count is not None else "")]
+        for entry in entries:
+            lines.append(f"  {shorten(entry['question'], 100)}")
+            lines.append(f"    said   {shorten(entry['said'], 160) or '(nothing)'}")
+            lines.append(f"    right  {shorten(entry['answer'], 160)}")
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks)
 
 
 def samples(result: dict[str, Any], count: int) -> str:

@@ -17,19 +17,22 @@ from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.evaluate import (
     EXTRA_TOKENS,
+    Answer,
     Likelihood,
     Question,
-    answer_likelihood,
+    answer_likelihoods,
     answer_questions,
     compare,
     evaluate,
     exact_match,
+    likelihood_scores,
     make_questions,
-    page_likelihood,
+    normalised_match,
+    page_likelihoods,
     token_f1,
 )
 from minift.model import Llama
-from minift.prompts import TEMPLATES, Pair, read_pairs
+from minift.prompts import TEMPLATES, Pair, read_pairs, template_named
 from minift.reference import greedy
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer
@@ -92,6 +95,32 @@ def test_token_f1(said: str, right: str, score: float) -> None:
     assert token_f1(said, right) == pytest.approx(score, abs=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("said", "right", "score"),
+    [
+        ("mexico city.", "Mexico City", 1.0),
+        ("The Mexico  City!", "Mexico City", 1.0),
+        ("an apple", "Apple.", 1.0),
+        ("theory", "ory", 0.0),
+        ("Mexico", "Mexico City", 0.0),
+        ("", "the", 1.0),
+    ],
+)
+def test_normalised_match(said: str, right: str, score: float) -> None:
+    assert normalised_match(said, right) == score
+
+
+def test_a_text_has_a_likelihood_and_no_answer(model: Llama, tokenizer: Tokenizer) -> None:
+    """Nothing is asked in it, so nothing is generated and no answer is scored."""
+    questions, _ = make_questions([Pair("", "A text to learn.")], template_named("text"), tokenizer, 100)
+    found = evaluate(model, tokenizer, questions)
+    assert found.answers == [Answer("", ended=True)]
+    assert [found.to_dict()[name] for name in ("exact_match", "token_f1", "n")] == [None, None, 0]
+    ids = tokenizer.encode("A text to learn.", bos=True, eos=True)
+    with torch.no_grad():
+        assert found.likelihoods[0].nll == pytest.approx(plain_nll(model, ids, 1), rel=1e-12)
+
+
 # Likelihood -----------------------------------------------------------------------------------------------------------
 
 
@@ -107,19 +136,23 @@ def plain_nll(model: Llama, ids: list[int], first_target: int) -> float:
 
 @torch.no_grad()
 def test_the_likelihood_of_answers_is_that_of_a_plain_loop(model: Llama, questions: list[Question]) -> None:
-    nll, n_targets = 0.0, 0
+    each, n_targets, foremost = [], 0, 0
     for question in questions:
-        ids = question.example.prompt + question.example.answer
-        nll += plain_nll(model, ids, len(question.example.prompt))
-        n_targets += len(ids) - len(question.example.prompt)
+        ids, first = question.example.prompt + question.example.answer, len(question.example.prompt)
+        each.append(plain_nll(model, ids, first))
+        n_targets += len(ids) - first
+        guesses = model(torch.tensor([ids]))[0].argmax(-1).tolist()
+        foremost += sum(guesses[t - 1] == ids[t] for t in range(first, len(ids)))
+    nll = sum(each)
     n_bytes = sum(len(f" {pair.answer}".encode()) for pair in PAIRS)  # the answer's ids hold its space
     for batch_size in (1, 2, 3, 64):
-        found = answer_likelihood(model, questions, batch_size)
-        assert found.nll == pytest.approx(nll, rel=1e-12)
-        assert (found.n_targets, found.n_bytes) == (n_targets, n_bytes)
-    scores = found.scores()
-    assert scores["perplexity"] == pytest.approx(math.exp(nll / n_targets), rel=1e-12)
-    assert scores["bits_per_byte"] == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-12)
+        found = answer_likelihoods(model, questions, batch_size)
+        assert [one.nll for one in found] == pytest.approx(each, rel=1e-12)
+        assert (sum(one.n_targets for one in found), sum(one.n_bytes for one in found)) == (n_targets, n_bytes)
+    scores = likelihood_scores(found)
+    assert scores["perplexity"].value == pytest.approx(math.exp(nll / n_targets), rel=1e-12)
+    assert scores["bits_per_byte"].value == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-12)
+    assert scores["next_token_accuracy"].value == foremost / n_targets
 
 
 @torch.no_grad()
@@ -142,12 +175,12 @@ def test_the_likelihood_of_answers_is_that_of_transformers(tokenizer: Tokenizer,
         labels = torch.tensor([[-100] * len(prompt) + answer])
         nll += float(theirs(input_ids=torch.tensor([prompt + answer]), labels=labels).loss) * len(answer)
     for batch_size in (1, 4):
-        assert answer_likelihood(model, questions, batch_size).nll == pytest.approx(nll, rel=1e-4)
+        assert sum(one.nll for one in answer_likelihoods(model, questions, batch_size)) == pytest.approx(nll, rel=1e-4)
 
 
 @pytest.mark.parametrize("mean", [800.0, 1e6])
 def test_a_hopeless_model_has_a_finite_perplexity(mean: float) -> None:
-    assert math.isfinite(Likelihood(nll=mean, n_targets=1, n_bytes=1).scores()["perplexity"])
+    assert math.isfinite(likelihood_scores([Likelihood(nll=mean, n_targets=1, n_foremost=0)])["perplexity"].value)
 
 
 @torch.no_grad()
@@ -159,18 +192,17 @@ def test_pages_are_scored_window_by_window(model: Llama, tokenizer: Tokenizer, t
     lengths = {len(tokenizer.encode(text, eos=True)) - 1 for text in texts}
     assert {length % window for length in lengths} >= {0, 1} or window > 7
 
-    nll, n_targets = 0.0, 0
+    nll, n_targets = [], []
     for text in texts:
         ids = tokenizer.encode(text, bos=True, eos=True)
-        n_targets += len(ids) - 1  # every id but BOS is predicted, once
-        for t in range(1, len(ids)):
-            begin = (t - 1) // window * window  # the window that predicts id t begins here
-            nll += plain_nll(model, ids[begin : t + 1], t - begin)
+        n_targets.append(len(ids) - 1)  # every id but BOS is predicted, once
+        begins = [(t - 1) // window * window for t in range(1, len(ids))]  # of the window that predicts id t
+        nll.append(sum(plain_nll(model, ids[b : t + 1], t - b) for t, b in enumerate(begins, start=1)))
     file = write_jsonl(tmp_path / "pages.jsonl", [{"text": text} for text in texts])
-    found = page_likelihood(model, DocumentStream([file], epochs=1), tokenizer, window)
-    assert found.nll == pytest.approx(nll, rel=1e-11)
-    assert found.n_targets == n_targets
-    assert found.n_bytes == sum(len(text.encode("utf-8")) for text in texts)
+    found = list(page_likelihoods(model, DocumentStream([file], epochs=1), tokenizer, window))
+    assert [one.nll for one in found] == pytest.approx(nll, rel=1e-11)
+    assert [one.n_targets for one in found] == n_targets
+    assert [one.n_bytes for one in found] == [len(text.encode("utf-8")) for text in texts]
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
@@ -186,7 +218,7 @@ def test_answers_do_not_depend_on_the_batches(
         limit = len(question.example.answer) + EXTRA_TOKENS
         room = model.config.max_position_embeddings - len(question.example.prompt)
         ids = greedy(model, question.example.prompt, min(limit, room))
-        expected.append(tokenizer.decode_continuation(ids))
+        expected.append(Answer(tokenizer.decode_continuation(ids), ended=len(ids) < min(limit, room)))
     assert answer_questions(model, tokenizer, questions, batch_size) == expected
 
 
@@ -194,16 +226,20 @@ def test_a_score_counts_the_records_that_ask_for_it(
     model: Llama, tokenizer: Tokenizer, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = ["Mexico City", "Pear.", "1. Put it in milk.", "wrong", "1 2 3", " Spanish "]
-    monkeypatch.setattr(module, "answer_questions", lambda *arguments: said)
-    scores, answers = evaluate(model, tokenizer, questions)
-    assert answers == said
+    monkeypatch.setattr(module, "answer_questions", lambda *arguments: [Answer(text, ended=True) for text in said])
+    found = evaluate(model, tokenizer, questions)
+    scores = found.to_dict()
+    assert [answer.text for answer in found.answers] == said
     # exact_match: the 2 that name it and the 2 that name nothing; token_f1 the same way.
     assert (scores["n"], scores["n_token_f1"]) == (4, 4)
     assert scores["exact_match"] == (1 + 0 + 0 + 1) / 4
     egg = 2 * (4 / 5) * (4 / 11) / (4 / 5 + 4 / 11)
     numbers = 2 * 1.0 * (3 / 22) / (1.0 + 3 / 22)
     assert scores["token_f1"] == pytest.approx((0 + egg + numbers + 1) / 4, rel=1e-12)
-    assert set(scores) == {"exact_match", "n", "token_f1", "n_token_f1", "perplexity", "bits_per_byte"}
+    assert scores["exact_match_normalised"] == 0.5
+    names = {"exact_match", "exact_match_normalised", "token_f1", "perplexity", "bits_per_byte", "next_token_accuracy"}
+    assert set(scores) == names | {"n", "n_token_f1", "intervals"}
+    assert set(scores["intervals"]) == names
 
 
 @pytest.mark.parametrize(
@@ -213,8 +249,9 @@ def test_a_score_that_fits_no_record_is_none(
     model: Llama, tokenizer: Tokenizer, metric: str, other: str, n: str
 ) -> None:
     questions, _ = make_questions([Pair("Q", "A", metric=metric)], TEMPLATES["plain"], tokenizer, 100)
-    scores, _ = evaluate(model, tokenizer, questions)
+    scores = evaluate(model, tokenizer, questions).to_dict()
     assert scores[other] is None
+    assert other not in scores["intervals"]
     assert isinstance(scores[metric], float)
     assert scores[n] == 1
 
@@ -256,16 +293,18 @@ def test_a_comparison_is_two_evaluations_of_the_same_questions(files: dict[str, 
     before, after = load_model(files["before"]), load_model(files["after"])
     pairs = read_pairs(files["pairs.jsonl"])
     result = compare((before, tokenizer), (after, tokenizer), pairs, TEMPLATES["plain"])
-    assert set(result) == {"before", "after", "skipped", "samples"}
+    assert set(result) == {"before", "after", "difference", "skipped", "samples"}
     assert result["skipped"] == 1
     questions, _ = make_questions(pairs[:-1], TEMPLATES["plain"], tokenizer, 63)
     assert [sample["question"] for sample in result["samples"]] == [pair.question for pair in PAIRS]
     assert [sample["answer"] for sample in result["samples"]] == [pair.answer for pair in PAIRS]
     for name, model in (("before", before), ("after", after)):
-        scores, answers = evaluate(model, tokenizer, questions)
-        assert result[name] == pytest.approx(scores)
+        found = evaluate(model, tokenizer, questions)
+        assert result[name] == found.to_dict()
         assert {"exact_match", "perplexity", "n"} <= set(result[name])
-        assert [sample[name] for sample in result["samples"]] == [answer.strip() for answer in answers]
+        assert [sample[name] for sample in result["samples"]] == [answer.text.strip() for answer in found.answers]
+    for name, change in result["difference"].items():
+        assert change["value"] == result["after"][name] - result["before"][name]
     assert result["before"]["perplexity"] != result["after"]["perplexity"]
 
 
@@ -295,12 +334,13 @@ def test_evaluate_writes_and_prints_the_scores_of_pairs(
     model = load_model(files[name])
     pairs = read_pairs(files["pairs.jsonl"])[: 6 if name == "before" else 7]
     questions, _ = make_questions(pairs, TEMPLATES["plain"], tokenizer, 127)
-    expected, _ = evaluate(model, tokenizer, questions)
+    expected = evaluate(model, tokenizer, questions).to_dict()
     assert written.pop("skipped") == 7 - len(pairs)
-    assert written == pytest.approx(expected)
-    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert shown["n"] == str(expected["n"])
-    assert shown["perplexity"] == f"{expected['perplexity']:,.3f}"
+    assert written == expected
+    shown = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert shown["n"] == [str(expected["n"])]
+    low, high = expected["intervals"]["perplexity"]
+    assert shown["perplexity"] == [f"{expected['perplexity']:,.3f}", f"[{low:,.3f},", f"{high:,.3f}]"]
 
 
 @torch.no_grad()
@@ -316,11 +356,10 @@ def test_evaluate_recognises_pages(
     encoded = [tokenizer.encode(text, eos=True) for text in texts]
     assert max(map(len, encoded)) <= 50
     nll = sum(plain_nll(model, ids, 1) for ids in encoded)
-    expected = {
-        "perplexity": math.exp(nll / sum(len(ids) - 1 for ids in encoded)),
-        "bits_per_byte": nll / math.log(2) / sum(map(len, texts)),
-    }
-    assert json.loads((tmp_path / "x.json").read_text()) == pytest.approx(expected, rel=1e-5)
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert written["perplexity"] == pytest.approx(math.exp(nll / sum(len(ids) - 1 for ids in encoded)), rel=1e-5)
+    assert written["bits_per_byte"] == pytest.approx(nll / math.log(2) / sum(map(len, texts)), rel=1e-5)
+    assert written["n"] == len(written["intervals"]["perplexity"]) == 2
 
 
 def test_a_file_of_pairs_is_scored_as_pairs_even_if_it_also_has_texts(

@@ -72,7 +72,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(run: tuple[Path, str]) -> 
     folder = run[0].parent.parent
     (folder / "data").symlink_to(ROOT / "data")
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Use it")[1].split("\n## ")[0]
-    shell, python = section.split("```sh\n")[1].split("```")[0], section.split("```python\n")[1].split("```")[0]
+    shell, python = section.split("```sh\n")[1].split("```")[0], section.split("```python\n")[-1].split("```")[0]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     minift = f'"{sys.executable}" -m minift '
     printed = []

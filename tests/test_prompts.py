@@ -184,8 +184,10 @@ def test_a_text_is_learned_from_its_first_word_on(tmp_path: Path, tokenizer: Tok
     pairs = read_pairs(write_jsonl(tmp_path / "x.jsonl", [{"text": " A page. "}, {"text": "Another."}]))
     assert choose_template("auto", pairs) == choose_template("text", pairs) == "text"
     (example, _), _ = encode_pairs(pairs, template_named("text"), tokenizer, 100)
+    assert example.prompt + example.answer == tokenizer.encode("A page.", bos=True, eos=True)  # as a page is
     assert example.prompt == [tokenizer.bos_id]
-    assert tokenizer.decode(example.answer) == "A page."
+    (cut, _), _ = encode_pairs(pairs, template_named("text"), tokenizer, 2)
+    assert cut.prompt + cut.answer == (example.prompt + example.answer)[:3]
     for name in ("qa", "plain"):
         with pytest.raises(InputError, match="asks nothing"):
             choose_template(name, pairs)

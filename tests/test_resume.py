@@ -117,7 +117,9 @@ def whole(inputs: dict[str, list[str]], job: str, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("job", "number"), [("finetune", signal.SIGTERM), ("pretrain", signal.SIGINT)], indirect=["job"]
+)
 def test_a_stopped_run_prints_the_command_that_continues_it_exactly(
     inputs: dict[str, list[str]], job: str, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -282,8 +282,8 @@ def test_pairs_are_shown_in_each_template(tmp_path: Path, capsys: pytest.Capture
     file = write_jsonl(tmp_path / "x.jsonl", [*records, {"question": "Q\n### Answer:", "answer": "A"}])
     assert main(["data", "format", str(file)]) == 0
     blocks = capsys.readouterr().out.split("--- ")[1:]
-    assert [block.split(",")[0] for block in blocks] == [f"{file}:1"] * 3
-    assert [block.split(", ")[1].split(":")[0] for block in blocks] == ["plain", "qa", "alpaca"]
+    assert [block.split(",")[0] for block in blocks] == [f"{file}:1"] * 5
+    assert [block.split(", ")[1].split(":")[0] for block in blocks] == ["plain", "qa", "alpaca", "llama2", "llama3"]
     assert blocks[0].endswith("\nWhy?[ So.]\n")
     assert blocks[1].endswith("\n### Question:\nWhy?\n\n### Answer:[\nSo.]\n")
     assert main(["data", "format", str(file), "-n", "3", "--template", "auto"]) == 0
