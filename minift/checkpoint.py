@@ -129,15 +129,24 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep:
     return folder
 
 
+def load_weights(folder: Path, model: Llama) -> None:
+    """Put the weights of a minift checkpoint into a model.
+
+    Raises:
+        InputError: when the file is missing or damaged, or its weights are not of this model.
+    """
+    sources = open_weights(folder, model.config).sources
+    for name, parameter in model.state_dict().items():
+        parameter.copy_(sources[name].read())
+
+
 def load_step(folder: Path, state: "TrainState") -> None:
     """Put a step folder's weights, optimizer, scaler, step and place in the data into `state`.
 
     Raises:
         InputError: when a file is missing or damaged, or the weights are not of this model.
     """
-    sources = open_weights(folder, state.model.config).sources
-    for name, parameter in state.model.state_dict().items():
-        parameter.copy_(sources[name].read())
+    load_weights(folder, state.model)
     training = load_pt(folder / "training.pt")
     try:
         state.optimizer.load_state_dict(training["optimizer"])

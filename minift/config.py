@@ -291,6 +291,11 @@ class TrainConfig:
     workers: int = _flag(0, "processes that encode text; 0 does it between the steps (it changes no result)", least=0)
     strict: bool = _flag(False, "stop at the first unusable record, instead of skipping up to 1 % of them")
     eval_every: int = _flag(0, "steps between evaluations on the held-out split; 0: only at the end", least=0)
+    patience: int = _flag(
+        0,
+        "evaluations without a lower validation loss that end the run; final/ is then its best model. 0: never",
+        least=0,
+    )
     save_every: int = _flag(0, "steps between resumable checkpoints; 0: only when interrupted", least=0)
     keep: int = _flag(0, "resumable checkpoints to keep, the newest; 0: all", least=0)
     save_format: str = _flag(

@@ -6,6 +6,7 @@ folder is kept. A run folder holds
     config.json      what was asked: the job, its inputs and the TrainConfig; enough to start the run again
     metrics.jsonl    one object for each optimizer step
     step_NNNNNN/     a resumable checkpoint (checkpoint.py)
+    best/            with --patience: the model of the lowest validation loss so far, a minift checkpoint
     final/           the trained model, a minift checkpoint (or, if asked for, a Hugging Face folder)
     compare.json     for finetuning: both models on the held-out questions
 
@@ -27,6 +28,7 @@ from minift.checkpoint import (
     check_step,
     load_model,
     load_step,
+    load_weights,
     remove_leftovers,
     save_model,
     step_folders,
@@ -46,6 +48,7 @@ from minift.records import STDIN, Skipped, find_files
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
 from minift.train import (
+    Best,
     Plan,
     TrainState,
     check_compiler,
@@ -233,6 +236,8 @@ def _run(
     resume: bool,
 ) -> bool:
     """Start or continue a run in its folder. True when `final/` is there at the end."""
+    if config.patience and not (validation and config.eval_every):
+        raise InputError("--patience needs held-out data to be evaluated on, and --eval-every")
     if resume:
         if (out / "final").is_dir():
             return True
@@ -248,6 +253,14 @@ def _run(
         print(f"note: the run of {plan.steps} steps ends inside its warm-up of {config.warmup}, below --lr")
     if not train(state, plan, config, tokenizer, validation, out):
         return False
+    best = Best.of(out / "metrics.jsonl")
+    if config.patience and best.step:
+        if state.step < plan.steps:
+            print(
+                f"stopped after step {state.step} of {plan.steps}: {config.patience} evaluations without a lower loss"
+            )
+        print(f"final/ is the model of step {best.step}, whose validation loss was the lowest: {best.loss:.4f}")
+        load_weights(out / "best", state.model)
     save_model(out / "final", state.model, tokenizer, format=config.save_format)
     return True
 

@@ -14,6 +14,7 @@ Source of mixed precision: Micikevicius et al. (arXiv 1710.03740). Read next: `c
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # in a notebook, its own kind of bar
 
-from minift.checkpoint import save_step
+from minift.checkpoint import save_model, save_step
 from minift.config import TrainConfig, check_number
 from minift.errors import InputError, RunError
 from minift.flops import peak_flops, training_flops_per_token
@@ -59,6 +60,34 @@ class TrainState:
     scaler: torch.amp.GradScaler
     batches: PairBatches | PageBatches
     step: int = 0  # optimizer steps taken
+
+
+@dataclass
+class Best:
+    """The lowest validation loss of a run so far, and how long ago it was."""
+
+    loss: float = math.inf
+    step: int = 0
+    evaluations_since: int = 0
+
+    @classmethod
+    def of(cls, metrics: Path) -> "Best":
+        """Of a run's `metrics.jsonl`, which holds nothing but the steps that were taken."""
+        best = cls()
+        if metrics.exists():
+            for line in metrics.read_text(encoding="utf-8").splitlines():
+                best.add(json.loads(line))
+        return best
+
+    def add(self, record: dict[str, Any]) -> bool:
+        """Take in what a step reports. True when it was evaluated and is the best."""
+        if "validation_loss" not in record:
+            return False
+        if record["validation_loss"] < self.loss:
+            self.loss, self.step, self.evaluations_since = record["validation_loss"], record["step"], 0
+            return True
+        self.evaluations_since += 1
+        return False
 
 
 @dataclass(frozen=True)
@@ -244,19 +273,28 @@ def train(
 ) -> bool:
     """Take the steps that are left of `plan`, writing `metrics.jsonl` and checkpoints into `out`.
 
+    With `config.patience`, the model of the lowest validation loss is kept in `out/best`, and the run ends when so many
+    evaluations have not found a lower one (Prechelt, "Early Stopping – But When?", 1998).
+
     Returns:
-        True when the plan is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
+        True when the run is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
 
     Raises:
         RunError: when the gradient is not finite any more, or the GPU's memory is full.
         InputError: for a bad record in the data. In both cases the steps before it are saved.
     """
-    saved = state.step
+    saved, best = state.step, Best.of(out / "metrics.jsonl")
+    if config.patience and best.evaluations_since >= config.patience:
+        return True
     try:
         with StopSignal() as stop, (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
             for record in _steps(state, plan, config, validation, stop):
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
+                if best.add(record) and config.patience:
+                    save_model(out / "best", state.model, tokenizer)
+                if config.patience and best.evaluations_since >= config.patience:
+                    return True
                 if _due(state.step, config.save_every, None):
                     os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
                     save_step(out, state, tokenizer, config.keep)
