@@ -186,6 +186,27 @@ def test_greedy_is_what_transformers_generates() -> None:
     assert generate(model, [prompt], 30) == [theirs]
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["theirs one by one", "theirs left-padded"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_batch_of_many_lengths_is_what_transformers_generates(kv_heads: int, alone: bool) -> None:
+    """64 tokens behind each of 20 prompts, all in one batch of ours."""
+    model = talker(num_key_value_heads=kv_heads, max_position_embeddings=128)
+    generator = torch.Generator().manual_seed(3)
+    sizes = [1, 2, 3, 5, 7, 8, 9, 11, 13, 16, 17, 20, 23, 24, 29, 31, 33, 40, 47, 55]
+    prompts = [[1, *torch.randint(3, 97, (size - 1,), generator=generator).tolist()] for size in sizes]
+    twin, eos = to_transformers(model), model.config.eos_token_id
+    theirs = []
+    for group in [[prompt] for prompt in prompts] if alone else [prompts]:
+        T = max(map(len, group))
+        ids = torch.tensor([[eos] * (T - len(prompt)) + prompt for prompt in group])
+        mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in group])
+        found = twin.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=64, pad_token_id=eos)
+        theirs += [row[T:].tolist() for row in found]
+    wanted = [text[: text.index(eos)] if eos in text else text for text in theirs]
+    assert generate(model, prompts, 64) == wanted
+    assert sum(map(len, wanted)) > 20 * 64 / 2
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_a_prompt_alone_and_in_company(kv_heads: int) -> None:
     model = talker(num_key_value_heads=kv_heads)

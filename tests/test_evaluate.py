@@ -32,11 +32,14 @@ from minift.evaluate import (
     token_f1,
 )
 from minift.model import Llama
+from minift.pack import IGNORE, collate
 from minift.prompts import TEMPLATES, Pair, read_pairs, template_named
 from minift.reference import greedy
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer
+from minift.train import batch_loss
 from tests.conftest import small_model
+from tests.test_hf_parity import to_transformers
 from tests.test_stream import write_jsonl
 
 PAIRS = [
@@ -176,6 +179,29 @@ def test_the_likelihood_of_answers_is_that_of_transformers(tokenizer: Tokenizer,
         nll += float(theirs(input_ids=torch.tensor([prompt + answer]), labels=labels).loss) * len(answer)
     for batch_size in (1, 4):
         assert sum(one.nll for one in answer_likelihoods(model, questions, batch_size)) == pytest.approx(nll, rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [True, False])
+def test_perplexity_is_that_of_transformers_however_it_is_batched(tokenizer: Tokenizer, packed: bool) -> None:
+    """Ours: in rows of any length, padded or packed several to a row. Theirs: one batch, padded on the right."""
+    model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
+    twin = to_transformers(model)
+    questions, _ = make_questions(PAIRS, TEMPLATES["qa"], tokenizer, 100)
+    examples = [question.example for question in questions]
+    T = max(map(len, examples)) + 1
+    ids = torch.tensor([(e.prompt + e.answer + [0] * T)[:T] for e in examples])
+    labels = torch.tensor([([IGNORE] * len(e.prompt) + e.answer + [IGNORE] * T)[:T] for e in examples])
+    mask = torch.tensor([[float(t <= len(e)) for t in range(T)] for e in examples])
+    mean = float(twin(input_ids=ids, attention_mask=mask, labels=labels).loss)  # over all targets of the batch
+    for length in (T, T + 13, 200):
+        batch = collate(examples, 0, length, pack=packed)
+        assert batch.isolated == packed
+        nll, n = batch_loss(model, batch, chunk=7)
+        assert math.exp(float(nll) / int(n)) == pytest.approx(math.exp(mean), rel=1e-4)
+    for batch_size in (1, 2, 5):
+        scores = likelihood_scores(answer_likelihoods(model, questions, batch_size))
+        assert scores["perplexity"].value == pytest.approx(math.exp(mean), rel=1e-4)
 
 
 @pytest.mark.parametrize("mean", [800.0, 1e6])
