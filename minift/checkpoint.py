@@ -31,6 +31,7 @@ from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.native import open_weights, write_native
 from minift.formats.pt_file import load_pt
+from minift.lora import base_of, has_adapter, is_adapter, merge, merged_weights, put_peft, read_adapter, write_adapter
 from minift.model import Llama
 from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from minift.train import TrainState
 
 CHECKSUMS = "SHA256SUMS"  # of a step folder: a checksum for each of its files, for `sha256sum -c`, too
-STEP_FILES = {"config.json", "model.pt", "training.pt"}  # that each has; and a tokenizer's
+STEP_FILES = {"config.json", "training.pt"}  # that each has; a tokenizer's; and one of these:
+WEIGHT_FILES = ("model.pt", "adapter.pt")
 
 
 def save_model(
@@ -66,10 +68,11 @@ def save_model(
 def load_model(
     path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> Llama:
-    """The model of a minift checkpoint, a Hugging Face or Meta folder, or a llama2.c file.
+    """The model of a minift checkpoint, a Hugging Face or Meta folder, a llama2.c file, or a `peft` adapter's folder.
 
     Where the file has the wanted dtype and layout, its tensors become the parameters as they lie, mapped into memory;
-    otherwise they are converted one by one. Either way no more is held than the model itself.
+    otherwise they are converted one by one. Either way no more is held than the model itself. An adapter is merged into
+    the model that its config names.
 
     Args:
         dtype: of the weights in memory; None keeps the file's (the widest, where it has several).
@@ -77,7 +80,13 @@ def load_model(
     Raises:
         InputError: when there is no model, or a tensor is missing, unexpected, of the wrong shape or not finite.
     """
-    opened, device = open_model(path), torch.device(device)
+    device = torch.device(device)
+    if is_adapter(Path(path)):
+        model = load_model(base_of(Path(path)), dtype, device)
+        put_peft(Path(path), model)
+        merge(model)
+        return model.eval()
+    opened = open_model(path)
     dtype = dtype or opened.dtype
     specs = opened.specs
     as_they_lie = device.type == "cpu" and all(
@@ -107,7 +116,13 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep:
     folder = run / f"step_{state.step:06d}"
 
     def write(partial: Path) -> None:
-        _write_model(partial, state.model, tokenizer, None)
+        if has_adapter(state.model):  # the weights are those of the model that the run began with
+            write_adapter(partial, state.model)
+            (partial / "config.json").write_text(state.model.config.to_json(), encoding="utf-8")
+            if tokenizer is not None:
+                save_tokenizer(partial, tokenizer, "native")
+        else:
+            _write_model(partial, state.model, tokenizer, None)
         training = {
             "step": state.step,
             "optimizer": state.optimizer.state_dict(),
@@ -130,14 +145,29 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep:
 
 
 def load_weights(folder: Path, model: Llama) -> None:
-    """Put the weights of a minift checkpoint into a model.
+    """Put the weights of a minift checkpoint into a model; if it has adapters, those of the folder's `adapter.pt`.
 
     Raises:
         InputError: when the file is missing or damaged, or its weights are not of this model.
     """
+    if has_adapter(model):
+        read_adapter(folder, model)
+        return
     sources = open_weights(folder, model.config).sources
     for name, parameter in model.state_dict().items():
         parameter.copy_(sources[name].read())
+
+
+def save_best(folder: Path, model: Llama, tokenizer: Tokenizer | None) -> None:
+    """Write the weights that `load_weights` reads: a minift checkpoint, or the adapters of a model that has some.
+
+    Raises:
+        RunError: when the disk refuses.
+    """
+    if has_adapter(model):
+        write_folder(folder, lambda partial: write_adapter(partial, model))
+    else:
+        save_model(folder, model, tokenizer)
 
 
 def load_step(folder: Path, state: "TrainState") -> None:
@@ -176,7 +206,8 @@ def check_step(folder: Path) -> None:
     try:
         listed = dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").split("\n")[:-1])
         there = {file.name for file in folder.iterdir() if not file.name.startswith(".")} - {CHECKSUMS}
-        if unlisted := sorted((there | STEP_FILES) - set(listed)):
+        needed = STEP_FILES | ({WEIGHT_FILES[0]} if WEIGHT_FILES[1] not in listed else set())
+        if unlisted := sorted((there | needed) - set(listed)):
             raise InputError(f"{sums}: damaged, or not of this folder: does not list {unlisted[0]}")
         for name in sorted(set(listed) - there):
             raise InputError(f"{folder / one_line(name)}: missing")
@@ -210,7 +241,7 @@ def _sha256(file: Path) -> str:
 def _write_model(
     folder: Path, model: Llama, tokenizer: Tokenizer | None, dtype: torch.dtype | None, format: str = "native"
 ) -> None:
-    weights = model.state_dict()
+    weights = merged_weights(model)
     specs = {name: Spec(dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
 
     def read(name: str) -> Tensor:

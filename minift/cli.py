@@ -28,6 +28,7 @@ from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_p
 from minift.errors import InputError, RunError, one_line
 from minift.report import mistake_lines, samples, score_lines, size, table
 
+LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -119,7 +120,7 @@ def _add_pretrain(commands: Any) -> None:
     command.add_argument("--text-field", default=given, metavar="NAME", help="key of a page's text (text)")
     command.add_argument("--out", default="runs/pretrain", metavar="DIR", help="the run's folder (runs/pretrain)")
     command.add_argument("--resume", action="store_true", help="continue the run that --out holds")
-    _add_train_flags(command, PRETRAIN, without=("template", "pack"))  # those are for pairs
+    _add_train_flags(command, PRETRAIN, without=("template", "pack", *LORA))  # those are for pairs
 
 
 def _finetune(options: dict[str, Any]) -> int:
@@ -136,7 +137,8 @@ def _finetune(options: dict[str, Any]) -> int:
     if result is None:
         return _say_resume("finetune", out)
     print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
-    print(f"saved: {out / 'final'} (the model), {out / 'compare.json'}, {out / 'metrics.jsonl'}")
+    adapter = f"{out / 'adapter'} (the adapters alone), " if config.lora_rank else ""
+    print(f"saved: {out / 'final'} (the model), {adapter}{out / 'compare.json'}, {out / 'metrics.jsonl'}")
     template = result["template"]
     if template == "carried":  # the questions brought it with them; a new one has to be put into it
         template = "alpaca" if result["samples"][0]["question"].endswith("### Response:") else "qa"

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from minift.errors import InputError
 
 MODEL_HELP = (
-    "a model of any format (a minift, Hugging Face or Meta folder, a llama2.c .bin), "
-    "or `bundled` for the base that comes with minift"
+    "a model of any format (a minift, Hugging Face or Meta folder, a llama2.c .bin, an adapter's folder), "
+    "a name on Hugging Face's hub whose files are in its cache, or `bundled` for the base that comes with minift"
 )
 
 

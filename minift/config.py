@@ -25,6 +25,7 @@ _Config = TypeVar("_Config", "LlamaConfig", "RopeScaling", "TrainConfig")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 SAVE_FORMATS = ("native", "hf")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -301,6 +302,12 @@ class TrainConfig:
     save_format: str = _flag(
         "native", "what final/ is: native, or a Hugging Face folder (needs the hf extra)", choices=SAVE_FORMATS
     )
+    lora_rank: int = _flag(
+        0, "train adapters of this rank beside the frozen weights (LoRA); 0: train all the weights", least=0
+    )
+    lora_alpha: float = _flag(16.0, "LoRA: what an adapter adds is scaled by this over the rank", above=0)
+    lora_targets: str = _flag(",".join(LORA_TARGETS), "LoRA: the matrices that get an adapter, with commas between")
+    lora_dropout: float = _flag(0.0, "LoRA: the share of an adapter's inputs that is set to 0 in training", least=0)
     template: str = _flag(
         "auto", "how a question and its answer become text: auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt"
     )
@@ -317,6 +324,10 @@ class TrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be below 1")
         if self.min_lr > 1:
             raise InputError(f"min_lr is {self.min_lr}; it is a share of the peak learning rate, at most 1")
+        defaults = {item.name: item.default for item in dataclasses.fields(self) if item.name.startswith("lora_")}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if changed and not self.lora_rank:
+            raise InputError(f"{changed[0]} is given, but no lora_rank: all the weights would be trained")
         if self.steps is not None and self.epochs is not None:
             raise InputError("give --steps or --epochs, not both: each sets the length of the run")
 

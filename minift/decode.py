@@ -124,11 +124,11 @@ class Decoder:
             self.layers.append(
                 _Layer(
                     layer.input_layernorm.weight,
-                    _Product(projected, [part.weight for part in inwards], transpose),
-                    _Product(written, [attention.o_proj.weight], transpose),
+                    _Product(projected, [part.matrix for part in inwards], transpose),
+                    _Product(written, [attention.o_proj.matrix], transpose),
                     layer.post_attention_layernorm.weight,
-                    _Product(hidden, [mlp.gate_proj.weight, mlp.up_proj.weight], transpose),
-                    _Product(written, [mlp.down_proj.weight], transpose),
+                    _Product(hidden, [mlp.gate_proj.matrix, mlp.up_proj.matrix], transpose),
+                    _Product(written, [mlp.down_proj.matrix], transpose),
                 )
             )
         self.head = _Product(vector(config.vocab_size), [model.head_weight], transpose)

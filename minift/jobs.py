@@ -8,6 +8,7 @@ folder is kept. A run folder holds
     step_NNNNNN/     a resumable checkpoint (checkpoint.py)
     best/            with --patience: the model of the lowest validation loss so far, a minift checkpoint
     final/           the trained model, a minift checkpoint (or, if asked for, a Hugging Face folder)
+    adapter/         with --lora-rank: the adapters, as the `peft` package has them; final/ is the model with them in it
     compare.json     for finetuning: both models on the held-out questions
 
 so `--resume` needs only the folder. Read next: `cli.py`, or back to `train.py`.
@@ -18,6 +19,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from minift.checkpoint import (
     save_model,
     step_folders,
     write_file,
+    write_folder,
 )
 from minift.config import LlamaConfig, TrainConfig, bundled, model_path, read_json
 from minift.encode import encode_documents
@@ -41,6 +44,7 @@ from minift.evaluate import compare
 from minift.extras import need
 from minift.flops import training_flops_per_token
 from minift.formats import shape_named
+from minift.lora import LoRAConfig, add_lora, merge, write_peft
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
 from minift.prompts import Pair, choose_template, read_all_pairs, template_named
@@ -131,11 +135,16 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     model = load_model(job.model, device=device)
     check_fit(model.config, tokenizer)
     _check_length(config, model.config)
+    lora = LoRAConfig.of(config) if config.lora_rank else None
+    if lora is not None:
+        add_lora(model, lora, torch.Generator().manual_seed(config.seed))
     examples, dropped = encode_pairs(pairs, template, tokenizer, config.max_length)
     unseen, unseen_dropped = encode_pairs(held_out, template, tokenizer, config.max_length)
     cut = sum(example.answer[-1] != tokenizer.eos_id for example in examples)
 
-    print(f"{job.model}: {_count(model):,} parameters, all of them trained, on {device.type} in {config.dtype}")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = "all of them trained" if lora is None else f"{trained:,} of them adapters, which are trained"
+    print(f"{job.model}: {_count(model):,} parameters, {share}, on {device.type} in {config.dtype}")
     print(f"{len(examples):,} pairs to train on ({cut} cut to {config.max_length} tokens, {dropped} dropped)")
     print(f"{len(held_out):,} pairs held out ({unseen_dropped} without a target); template {template_name}")
     if skipped.skipped:
@@ -261,8 +270,17 @@ def _run(
             )
         print(f"final/ is the model of step {best.step}, whose validation loss was the lowest: {best.loss:.4f}")
         load_weights(out / "best", state.model)
+    if config.lora_rank:
+        assert isinstance(job, FinetuneJob)
+        write_folder(out / "adapter", partial(_write_peft, state.model, LoRAConfig.of(config), job.model, tokenizer))
+        merge(state.model)
     save_model(out / "final", state.model, tokenizer, format=config.save_format)
     return True
+
+
+def _write_peft(model: Llama, lora: LoRAConfig, base: str, tokenizer: Tokenizer, folder: Path) -> None:
+    write_peft(folder, model, lora, str(Path(base).resolve()))
+    tokenizer.save(folder)
 
 
 def _newest_whole_step(out: Path) -> Path | None:

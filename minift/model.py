@@ -63,6 +63,11 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
+    @property
+    def matrix(self) -> Tensor:
+        """[M, N]: what it multiplies by. With an adapter beside it (`lora.py`) that is more than the weight."""
+        return self.weight
+
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()

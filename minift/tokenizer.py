@@ -286,6 +286,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     file = path if named else next((folder / n for n in _KINDS if (folder / n).is_file()), None)
     if file is None:
+        from minift.lora import base_of, is_adapter
+
+        if is_adapter(folder):  # the tokenizer is that of the model which it is for
+            return load_tokenizer(base_of(folder))
         raise InputError(
             f"{folder}: has no tokenizer.model and no tokenizer.json; put the model's there "
             "(or make a folder of both with minift convert --tokenizer)"

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # in a notebook, its own kind of bar
 
-from minift.checkpoint import save_model, save_step
+from minift.checkpoint import save_best, save_step
 from minift.config import TrainConfig, check_number
 from minift.errors import InputError, RunError
 from minift.flops import peak_flops, training_flops_per_token
@@ -217,6 +217,7 @@ def start_state(model: Llama, batches: PairBatches | PageBatches, config: TrainC
     if model.device.type == "cpu":
         keep_freed_memory()
     model.checkpoint_activations = config.checkpoint_activations
+    model.train()  # which only the dropout of adapters knows about
     device = model.device.type
     if config.compile:
         if device == "cpu":
@@ -292,7 +293,7 @@ def train(
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
                 if best.add(record) and config.patience:
-                    save_model(out / "best", state.model, tokenizer)
+                    save_best(out / "best", state.model, tokenizer)
                 if config.patience and best.evaluations_since >= config.patience:
                     return True
                 if _due(state.step, config.save_every, None):
@@ -344,13 +345,15 @@ def _steps(
 
 @torch.no_grad()
 def validation_loss(model: Llama, batches: Sequence[Batch], config: TrainConfig) -> float:
-    """Mean loss, in nats, over all targets of the held-out batches."""
+    """Mean loss, in nats, over all targets of the held-out batches, without dropout."""
     nll, n_targets = 0.0, 0
+    model.eval()
     for batch in batches:
         with autocast(model, config):
             nll_sum, _ = batch_loss(model, batch.to(model.device), config.loss_chunk)
         nll += float(nll_sum)
         n_targets += batch.n_targets
+    model.train()
     return nll / n_targets
 
 

@@ -1,0 +1,262 @@
+"""LoRA: finetune a few numbers beside the weights, in place of the weights themselves.
+
+A matrix W [M, N] is left as it is, and what finetuning would add to it is written as a product of two thin matrices:
+
+    y = W x + (alpha / r) · B (A x)        A: [r, N], B: [M, r], r far below M and N
+
+Only A and B are trained, so gradients and AdamW's moments are of them alone: that, not the arithmetic, is what is
+saved. A starts random and B at zero, so that training starts with the very model that was loaded. Afterwards
+W + (alpha / r) B A is one matrix again (`merge`), and the model as fast as before. Dividing alpha by r keeps the size
+of the change about the same when r is changed; a larger r allows a change of higher rank.
+
+    minift finetune --lora-rank 8 --lr 5e-3
+
+Full finetuning is what the rest of this project is about; this is what it can be compared with. The layout of an
+adapter's folder is that of the `peft` package, which reads what is written here, and the other way round.
+
+Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1. Read next: `train.py`.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minift.config import LORA_TARGETS, TrainConfig, check_number, model_path, read_json
+from minift.errors import InputError
+from minift.formats.files import Spec
+from minift.formats.opened import check_finite, open_tensors
+from minift.formats.pt_file import write_pt
+from minift.formats.safetensors_file import write_safetensors
+from minift.model import Linear, Llama
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Of what else a `peft` adapter can do: its keys, and the values that ask for nothing.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "use_rslora": (False,),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None,),
+    "trainable_token_indices": (None,),
+    "lora_bias": (False,),
+}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What is adapted, and how: see the module's text. Raises InputError for a value out of bounds."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("lora_rank", self.rank, least=1)
+        check_number("lora_alpha", self.alpha, above=0)
+        check_number("lora_dropout", self.dropout, least=0, below=1)
+        for target in self.targets:
+            if target not in LORA_TARGETS:
+                raise InputError(f"lora_targets has {target!r}; choose from {', '.join(LORA_TARGETS)}")
+        if not self.targets:
+            raise InputError(f"lora_targets is empty; choose from {', '.join(LORA_TARGETS)}")
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "LoRAConfig":
+        """From a run's settings."""
+        targets = tuple(target.strip() for target in config.lora_targets.split(",") if target.strip())
+        return cls(config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
+
+
+class LoRALinear(Linear):
+    """A frozen matrix with an adapter beside it."""
+
+    def __init__(self, base: Linear, config: LoRAConfig, generator: torch.Generator):
+        nn.Module.__init__(self)  # there is a weight already
+        self.out_features, self.in_features = base.weight.shape
+        self.weight = base.weight
+        self.register_parameter("bias", None)
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        dtype, device = base.weight.dtype, base.weight.device
+        bound = 1 / math.sqrt(self.in_features)  # as nn.Linear's weights start
+        start = torch.empty(config.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(start.to(device, dtype))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, N] → […, M]."""
+        thin = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # […, r]
+        return F.linear(x, self.weight) + F.linear(thin, self.lora_B) * self.scale
+
+    @property
+    def matrix(self) -> Tensor:
+        """[M, N]: W + (alpha / r) B A, in W's dtype; the sum is float32's, or float64's."""
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        change = self.lora_B.to(exact) @ self.lora_A.to(exact)
+        return (self.weight.to(exact) + self.scale * change).to(self.weight.dtype)
+
+
+def add_lora(model: Llama, config: LoRAConfig, generator: torch.Generator) -> None:
+    """Freeze a model's weights, and put an adapter beside each matrix that is a target.
+
+    Args:
+        generator: draws the first A, on the CPU.
+    """
+    model.requires_grad_(False)
+    for parent, name, linear in _linears(model):
+        if name in config.targets:
+            setattr(parent, name, LoRALinear(linear, config, generator))
+
+
+@torch.no_grad()
+def merge(model: Llama) -> None:
+    """Make the adapters part of the weights, and all of these trainable: an ordinary model again."""
+    for parent, name, linear in _linears(model):
+        if isinstance(linear, LoRALinear):
+            with torch.device("meta"):
+                plain = Linear(linear.in_features, linear.out_features)
+            plain.weight = nn.Parameter(linear.matrix)
+            setattr(parent, name, plain)
+    model.requires_grad_(True)
+
+
+def has_adapter(model: Llama) -> bool:
+    """Whether a model has adapters that are not merged."""
+    return any(isinstance(linear, LoRALinear) for *_, linear in _linears(model))
+
+
+@torch.no_grad()
+def merged_weights(model: Llama) -> dict[str, Tensor]:
+    """A model's weights as they are without adapters beside them, by name: where it has some, they are merged."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            weights[f"{name}.weight"] = module.matrix
+    return weights
+
+
+def adapter_weights(model: Llama) -> dict[str, Tensor]:
+    """A model's adapters, by name: `layers.0.self_attn.q_proj.lora_A`, …."""
+    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+
+
+@torch.no_grad()
+def set_adapter(model: Llama, weights: dict[str, Tensor], where: str) -> None:
+    """Put weights into a model's adapters.
+
+    Raises:
+        InputError: when they are of other matrices, or of other shapes: of another model.
+    """
+    own = adapter_weights(model)
+    for name in sorted(set(own) ^ set(weights)):
+        raise InputError(f"{where}: {'has no' if name in own else 'has an'} adapter {name}; it is for another model")
+    for name, tensor in own.items():
+        if weights[name].shape != tensor.shape:
+            shapes = f"{list(weights[name].shape)}, and this model's is {list(tensor.shape)}"
+            raise InputError(f"{where}: adapter {name} is {shapes}; it is for another model")
+        check_finite(weights[name], Path(where), name)
+        tensor.copy_(weights[name])
+
+
+def _linears(model: Llama) -> Iterator[tuple[nn.Module, str, Linear]]:
+    """All matrices of the layers: the module that has each, its name there, and it."""
+    for layer in model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(cast(nn.Module, parent).named_children()):
+                if isinstance(child, Linear):
+                    yield cast(nn.Module, parent), name, child
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(folder: Path, model: Llama) -> None:
+    """Write `adapter.pt` into a folder: the adapters under minift's names, for a run to go on with."""
+    weights = adapter_weights(model)
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+    write_pt(folder / "adapter.pt", specs, lambda name: weights[name].detach().cpu())
+
+
+def read_adapter(folder: Path, model: Llama) -> None:
+    """Put a folder's `adapter.pt` into a model. Raises InputError as `set_adapter`, or for a damaged file."""
+    file = open_tensors(folder / "adapter.pt")
+    set_adapter(model, {name: file.read(name) for name in file.specs}, str(file.path))
+
+
+def write_peft(folder: Path, model: Llama, config: LoRAConfig, base: str) -> None:
+    """Write an adapter as `peft` does: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        base: the folder or name of the model that it is for.
+    """
+    weights = {f"base_model.model.model.{name}.weight": tensor for name, tensor in adapter_weights(model).items()}
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+    write_safetensors(folder / WEIGHT_FILES[0], specs, lambda name: weights[name].detach().cpu())
+    values = {
+        **{key: plain[0] for key, plain in _PLAIN.items()},
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.targets),
+        "inference_mode": True,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is an adapter's, and no model's."""
+    return (path / CONFIG_FILE).is_file() and not (path / "config.json").is_file()
+
+
+def base_of(folder: Path) -> Path:
+    """Where the model of an adapter is. Raises InputError when its config does not say."""
+    base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{folder / CONFIG_FILE}: base_model_name_or_path does not name the adapter's model")
+    return model_path(base)
+
+
+def put_peft(folder: Path, model: Llama) -> None:
+    """Put a `peft` adapter beside a model's weights.
+
+    Raises:
+        InputError: for one that is damaged, for another model, or of a kind that minift does not implement.
+    """
+    where = folder / CONFIG_FILE
+    values = read_json(where)
+    for key, plain in _PLAIN.items():
+        if key in values and values[key] not in plain:
+            raise InputError(f"{where}: {key} is {values[key]!r}; minift implements {plain[0]!r}")
+    rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not isinstance(alpha, int | float):
+        raise InputError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}; they must be numbers")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise InputError(f"{where}: target_modules is {targets!r}; it must be a list of names")
+    try:
+        config = LoRAConfig(rank, alpha, tuple(target for target in LORA_TARGETS if target in targets))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if unknown := sorted(set(targets) - set(LORA_TARGETS)):
+        raise InputError(f"{where}: target_modules has {unknown[0]!r}; known: {', '.join(LORA_TARGETS)}")
+    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"{folder}: an adapter without its weights ({' or '.join(WEIGHT_FILES)})")
+    file = open_tensors(found[0])
+    prefix, suffix = "base_model.model.model.", ".weight"
+    weights = {name.removeprefix(prefix).removesuffix(suffix): file.read(name) for name in file.specs}
+    add_lora(model, config, torch.Generator().manual_seed(0))
+    set_adapter(model, weights, str(file.path))
