@@ -31,7 +31,17 @@ from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.native import open_weights, write_native
 from minift.formats.pt_file import load_pt
-from minift.lora import base_of, has_adapter, is_adapter, merge, merged_weights, put_peft, read_adapter, write_adapter
+from minift.lora import (
+    base_checksum,
+    base_of,
+    has_adapter,
+    is_adapter,
+    merge,
+    merged_weights,
+    put_peft,
+    read_adapter,
+    write_adapter,
+)
 from minift.model import Llama
 from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 
@@ -128,6 +138,7 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep:
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "batches": state.batches.state_dict(),
+            "base": base_checksum(state.model) if has_adapter(state.model) else None,
             "random": {"cpu": torch.get_rng_state(), "cuda": _cuda_rng_states()},
         }
         _save(training, partial / "training.pt")
@@ -178,6 +189,10 @@ def load_step(folder: Path, state: "TrainState") -> None:
     """
     load_weights(folder, state.model)
     training = load_pt(folder / "training.pt")
+    if has_adapter(state.model) and training.get("base") != base_checksum(state.model):
+        raise InputError(
+            f"{folder}: the model that the run began with has changed since; its adapters are not for this"
+        )
     try:
         state.optimizer.load_state_dict(training["optimizer"])
         state.scaler.load_state_dict(training["scaler"])

@@ -153,6 +153,17 @@ def adapter_weights(model: Llama) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def base_checksum(model: Llama) -> int:
+    """A sum of the bits of the weights beside which the adapters are, by which a changed base is recognised."""
+    total = 0
+    for name, tensor in model.state_dict().items():
+        if ".lora_" not in name:
+            integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+            total += int(tensor.view(integers).sum(dtype=torch.int64))
+    return total
+
+
+@torch.no_grad()
 def set_adapter(model: Llama, weights: dict[str, Tensor], where: str) -> None:
     """Put weights into a model's adapters.
 

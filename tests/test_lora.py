@@ -195,6 +195,23 @@ def test_a_run_that_was_killed_ends_the_same(run: Path, tmp_path: Path, saved: i
     assert losses[0] == losses[1]
 
 
+def test_a_base_that_has_changed_is_noticed(
+    run: Path, words: list[str], small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters are for the weights that they were trained beside."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(small_checkpoint, base)
+    words = [str(base) if word == str(small_checkpoint) else word for word in words]
+    assert main([*words, "--out", str(out), "--steps", "4", "--save-every", "2"]) == 0
+    shutil.rmtree(out / "final")
+    model = load_model(base)
+    with torch.no_grad():
+        model.embed_tokens.weight[5, 5] += 1e-3
+    save_model(base, model, load_tokenizer(base))
+    assert main(["finetune", "--resume", "--out", str(out)]) == 2
+    assert "the model that the run began with has changed" in capsys.readouterr().err
+
+
 def test_the_best_adapters_are_kept(words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [*words, "--lr", "1", "--lora-targets", ",".join(LORA_TARGETS)]
