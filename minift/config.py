@@ -306,7 +306,7 @@ class TrainConfig:
         0, "train adapters of this rank beside the frozen weights (LoRA); 0: train all the weights", least=0
     )
     lora_alpha: float = _flag(16.0, "LoRA: what an adapter adds is scaled by this over the rank", above=0)
-    lora_targets: str = _flag(",".join(LORA_TARGETS), "LoRA: the matrices that get an adapter, with commas between")
+    lora_targets: str = _flag("all", "LoRA: the matrices that get an adapter, as q_proj,v_proj, or all of a layer's")
     lora_dropout: float = _flag(0.0, "LoRA: the share of an adapter's inputs that is set to 0 in training", least=0)
     template: str = _flag(
         "auto", "how a question and its answer become text: auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt"

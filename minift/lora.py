@@ -76,7 +76,8 @@ class LoRAConfig:
     @classmethod
     def of(cls, config: TrainConfig) -> "LoRAConfig":
         """From a run's settings."""
-        targets = tuple(target.strip() for target in config.lora_targets.split(",") if target.strip())
+        named = tuple(target.strip() for target in config.lora_targets.split(",") if target.strip())
+        targets = LORA_TARGETS if named == ("all",) else named
         return cls(config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
 
 

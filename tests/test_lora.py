@@ -348,6 +348,9 @@ def test_an_adapter_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixt
     write_peft(tmp_path, adapted(), CONFIG, base=str(tmp_path / "gone"))
     assert main(["generate", "--model", str(tmp_path), "--prompt", "Why?"]) == 2
     assert f"{tmp_path / 'gone'}: no such file or folder" in capsys.readouterr().err
+    for command in (["info", "--model", str(tmp_path)], ["convert", str(tmp_path), str(tmp_path / "x"), "--to", "hf"]):
+        assert main(command) == 2
+        assert f"{tmp_path}: is an adapter, no whole model" in capsys.readouterr().err
     (tmp_path / "adapter_model.safetensors").unlink()
     save_model(tmp_path / "gone", small_model())
     with pytest.raises(InputError, match=r"an adapter without its weights"):

@@ -1753,10 +1753,6 @@ def test_what_is_no_model_is_answered_with_what_to_do(refuse: Refuse, take: Take
         assert name in line
     (tmp_path / "text.md").write_text("# Notes\n\nNot a model at all.\n")
     refuse(tmp_path / "text.md", "text.md", "not a llama2.c file")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    refuse(tmp_path / "adapter", "adapter")
     folder = take("native")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")

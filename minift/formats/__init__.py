@@ -69,7 +69,7 @@ def _not_a_model(path: Path) -> str:
     if (path / "final").is_dir():
         return f"is a run's folder; its model is {path / 'final'}"
     if (path / "adapter_config.json").is_file():
-        return "is an adapter without its base model"
+        return "is an adapter, no whole model; take the one with the adapter in it, the final/ of its run"
     known = "model.pt (minift), model.safetensors or pytorch_model.bin (Hugging Face), consolidated.00.pth (Meta)"
     weights = [path / "model.pt", *path.glob("*.safetensors"), *path.glob("pytorch_model*"), *path.glob("*.pth")]
     if any(file.is_file() for file in weights) and not (path / "config.json").is_file():
