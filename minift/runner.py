@@ -17,7 +17,7 @@ service's. Read next: `jobs.py`.
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, overload
 
@@ -29,7 +29,7 @@ from minift.config import FINETUNE, TrainConfig, check_number, model_path
 from minift.errors import InputError, RunError
 from minift.generate import generate
 from minift.prompts import CARRIED_MARKERS, Pair, Template, template_named
-from minift.records import Record, read_records
+from minift.records import Skipped, scan
 from minift.tokenizer import check_fit, load_tokenizer
 from minift.train import choose_device
 
@@ -130,25 +130,24 @@ class BasicModelRunner:
     def load_data(
         self, data: Iterable[Mapping[str, Any]], input_key: str = "input", output_key: str = "output"
     ) -> None:
-        """Add pairs to train on, from dictionaries.
+        """Add pairs to train on, from dictionaries. A few that hold no text are skipped and reported (`Skipped`).
 
         Raises:
-            InputError: when a record has not both keys (it lists those that are there), or no text under one of them.
-                Nothing is added then.
+            InputError: when a record has not both keys (it lists those that are there), or more than 1 % of them cannot
+                be used. Nothing is added then.
         """
-        self._pairs += [
-            _pair(values, input_key, output_key, f"record {number}") for number, values in enumerate(data, start=1)
-        ]
+        named = ((values, f"record {number}") for number, values in enumerate(data, start=1))
+        self._add(named, input_key, output_key)
 
     def load_data_from_jsonlines(
         self, file_path: str | Path, input_key: str = "input", output_key: str = "output"
     ) -> None:
         """Add pairs to train on, from a file of JSON Lines (packed or not), or a JSON array. Raises as `load_data`."""
-        self._add(read_records(file_path), input_key, output_key)
+        self._add(_named(file_path), input_key, output_key)
 
     def load_data_from_csv(self, file_path: str | Path, input_key: str = "input", output_key: str = "output") -> None:
         """Add pairs to train on, from a CSV file whose first row names the columns. Raises as `load_data`."""
-        self._add(read_records(file_path), input_key, output_key)
+        self._add(_named(file_path), input_key, output_key)
 
     def load_data_from_dataframe(self, df: Any, input_key: str = "input", output_key: str = "output") -> None:
         """Add pairs to train on, from a pandas DataFrame. Raises as `load_data`."""
@@ -158,8 +157,19 @@ class BasicModelRunner:
         """Forget the pairs."""
         self._pairs = []
 
-    def _add(self, records: Iterable[Record], input_key: str, output_key: str) -> None:
-        self._pairs += [_pair(record.values, input_key, output_key, record.where) for record in records]
+    def _add(
+        self, records: Iterable[tuple[Mapping[str, Any], str] | InputError], input_key: str, output_key: str
+    ) -> None:
+        skipped, pairs = Skipped(), list[Pair]()
+        for item in records:
+            skipped.records += 1
+            pair = item if isinstance(item, InputError) else _pair(*item, input_key, output_key)
+            if isinstance(pair, InputError):
+                skipped.add(pair)
+            else:
+                pairs.append(pair)
+        skipped.check()
+        self._pairs += pairs
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -253,7 +263,13 @@ class BasicModelRunner:
         save_model(path, self.model, self.tokenizer)
 
 
-def _pair(values: Mapping[str, Any], input_key: str, output_key: str, where: str) -> Pair:
+def _named(file: str | Path) -> Iterator[tuple[Mapping[str, Any], str] | InputError]:
+    for item in scan(file):
+        yield item if isinstance(item, InputError) else (item.values, item.where)
+
+
+def _pair(values: Mapping[str, Any], where: str, input_key: str, output_key: str) -> Pair | InputError:
+    """The pair of a record, or what is wrong with it. Raises InputError for a key that is not there."""
     texts = []
     for key in (input_key, output_key):
         if key not in values:
@@ -262,6 +278,6 @@ def _pair(values: Mapping[str, Any], input_key: str, output_key: str, where: str
         text = values[key]
         if not isinstance(text, str) or not text.strip():
             state = "empty" if isinstance(text, str) else f"{type(text).__name__}, not a text"
-            raise InputError(f"{where}: {key!r} is {state}")
+            return InputError(f"{where}: {key!r} is {state}")
         texts.append(text)
     return Pair(texts[0].rstrip(), texts[1].strip(), where=where)

@@ -96,6 +96,9 @@ SHAPES: dict[str, dict[str, object]] = {
 )
 @pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
 @pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
+@pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
+@pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
+@pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_the_decoder_is_the_models_forward_pass(

@@ -6,6 +6,7 @@ Held here: the README's own text, run in a fresh process; a call against `genera
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -45,7 +46,14 @@ def test_the_readmes_lines(tmp_path: Path) -> None:
         {"question": f"### Question:\nWhat is number {i}?\n\n### Answer:", "answer": f"It is {i}."} for i in range(40)
     ]
     (tmp_path / "lamini_docs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("question: ") == 3
     assert done.stdout.count("\ntrained: ") == done.stdout.count("\nbase: ") == 3
@@ -214,11 +222,39 @@ def test_wrong_data(runner: BasicModelRunner, data: list[dict[str, Any]], messag
     assert runner._pairs == []
 
 
-def test_a_wrong_file_is_named(runner: BasicModelRunner, tmp_path: Path) -> None:
+def test_a_few_records_that_cannot_be_used_are_borne(
+    runner: BasicModelRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The course's own file has a question that nobody answered. Up to 1 %, each named; more are refused."""
+    good, empty, broken = '{"question": "Q", "answer": "A"}\n', '{"question": "Q", "answer": ""}\n', "{\n"
     file = tmp_path / "x.jsonl"
-    file.write_text('{"question": "Q", "answer": "A"}\n{"question": "Q", "answer": ""}\n')
-    with pytest.raises(InputError, match=r"x.jsonl:2: 'answer' is empty"):
+    file.write_text(good * 300 + empty + broken)
+    runner.load_data_from_jsonlines(file, "question", "answer")
+    assert len(runner._pairs) == 300
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"skipped: {file}:301: 'answer' is empty"
+    assert lines[1].startswith(f"skipped: {file}:302: not valid JSON")
+    file.write_text(good + empty)
+    with pytest.raises(InputError, match=r"x.jsonl:2: 'answer' is empty \(1 of 2 records cannot be used"):
         runner.load_data_from_jsonlines(file, "question", "answer")
+    assert len(runner._pairs) == 300
+
+
+@pytest.mark.slow
+def test_the_courses_own_file(runner: BasicModelRunner) -> None:
+    """All 1,400 records are looked at; the template that they carry is kept."""
+    folder = os.environ.get("MINIFT_REAL_DATA")
+    if not folder:
+        pytest.skip("MINIFT_REAL_DATA is not set: no real inputs to try")
+    runner.load_data_from_jsonlines(Path(folder) / "lamini_docs.jsonl", input_key="question", output_key="answer")
+    assert 1_390 <= len(runner._pairs) < 1_400
+    runner.train(limit=40, is_public=True, **{**QUICK, "max_length": 256})
+    (first, *_) = runner.evaluate()["eval_results"]
+    assert first["input"].endswith("### Answer:")
+    assert runner._prompt("What is Lamini?") == "### Question:\nWhat is Lamini?\n\n### Answer:"
+
+
+def test_a_wrong_file_is_named(runner: BasicModelRunner, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none.csv: cannot be read"):
         runner.load_data_from_csv(tmp_path / "none.csv")
 
