@@ -95,10 +95,6 @@ SHAPES: dict[str, dict[str, object]] = {
     ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
 )
 @pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
-@pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
-@pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
-@pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
-@pytest.mark.parametrize("tokens_to_come", [1, 64], ids=["few tokens", "many, so weights are transposed"])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_the_decoder_is_the_models_forward_pass(
