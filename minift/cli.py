@@ -225,7 +225,9 @@ def _generate(options: dict[str, Any]) -> int:
     check_number("seed", options["seed"], least=0)
     model, tokenizer = _load(options["model"], options["device"])
     pair = Pair(options["prompt"].rstrip(), answer="")  # as in training: no prompt ends in a space
-    name = choose_template(options["template"], [pair])
+    name = options["template"]
+    if pair.question or name == "auto":  # no question, no conflict: a text from its beginning, or an empty template
+        name = choose_template(name, [pair])
     prompt, _ = template_named(name).format(pair)
     ids = stream(
         model,

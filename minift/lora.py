@@ -235,7 +235,22 @@ def is_adapter(path: Path) -> bool:
 
 
 def base_of(folder: Path) -> Path:
-    """Where the model of an adapter is. Raises InputError when its config does not say."""
+    """Where the model of an adapter is; it may be one with an adapter itself.
+
+    Raises:
+        InputError: when the config does not say, or an adapter is, by way of others, its own base.
+    """
+    base, seen = _base(folder), {folder.resolve()}
+    other = base
+    while is_adapter(other):
+        if other.resolve() in seen:
+            raise InputError(f"{folder / CONFIG_FILE}: base_model_name_or_path leads back to {other}")
+        seen.add(other.resolve())
+        other = _base(other)
+    return base
+
+
+def _base(folder: Path) -> Path:
     base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise InputError(f"{folder / CONFIG_FILE}: base_model_name_or_path does not name the adapter's model")

@@ -206,6 +206,24 @@ def test_generate_prints_only_the_continuation(
 
 
 @pytest.mark.parametrize(
+    ("template", "prompt"), [("plain", ""), ("auto", ""), ("qa", "### Question:\n\n\n### Answer:")]
+)
+def test_generate_from_nothing(
+    small_checkpoint: Path,
+    model: Llama,
+    tokenizer: Tokenizer,
+    template: str,
+    prompt: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An empty prompt: a text from BOS on."""
+    flags = ["--template", template, "--max-new-tokens", "8"]
+    assert run("generate", "--model", small_checkpoint, "--prompt", "", *flags) == 0
+    text = tokenizer.decode_continuation(greedy(model, tokenizer.encode(prompt), 8))
+    assert capsys.readouterr().out == text.strip() + "\n"
+
+
+@pytest.mark.parametrize(
     ("template", "prompt"), [("plain", "Name a fruit."), ("qa", "### Question:\nName a fruit.\n\n### Answer:")]
 )
 def test_generate_puts_the_prompt_into_a_template(

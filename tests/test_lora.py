@@ -344,6 +344,24 @@ def test_an_adapter_for_another_model(tmp_path: Path, shape: dict[str, Any], mes
         put_peft(tmp_path, small_model(**shape))
 
 
+@torch.no_grad()
+def test_an_adapter_on_an_adapter(tmp_path: Path) -> None:
+    """Both are merged, one after the other; but a chain that leads back to itself is refused."""
+    save_model(tmp_path / "base", small_model())
+    for name, base in (("one", "base"), ("two", "one")):
+        (tmp_path / name).mkdir()
+        write_peft(tmp_path / name, adapted(dtype=torch.float32), CONFIG, str(tmp_path / base))
+    wanted = small_model()
+    for _ in range(2):
+        put_peft(tmp_path / "one", wanted)
+        merge(wanted)
+    assert torch.equal(load_model(tmp_path / "two")(TOKENS), wanted(TOKENS))
+    file = tmp_path / "one" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "two")}))
+    with pytest.raises(InputError, match="leads back to"):
+        load_model(tmp_path / "two")
+
+
 def test_an_adapter_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_peft(tmp_path, adapted(), CONFIG, base=str(tmp_path / "gone"))
     assert main(["generate", "--model", str(tmp_path), "--prompt", "Why?"]) == 2
