@@ -1,9 +1,12 @@
 """What several tests share: small random models, the bundled tokenizer, and running the command line.
 
-The whole suite runs on two threads of a CPU; what needs a GPU is marked `cuda` and skipped without one.
+The whole suite runs on two cores of a CPU: as two processes (pytest-xdist) of one thread each, which their own
+subprocesses inherit. What needs a GPU is marked `cuda` and skipped without one.
 """
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 import subprocess
 import sys
 from collections.abc import Callable

@@ -82,7 +82,8 @@ def test_the_commands_of_the_readme_run_as_they_stand(run: tuple[Path, str]) -> 
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert not done.stderr, line
         printed.append(done.stdout)
-    assert len(printed) == 8
+    assert len(printed) == 9
+    assert (folder / "xray.html").is_file()
     assert printed[0].strip().endswith("?") or "?\n" in printed[0]
     assert printed[1] == "Mexico City\n"
     assert json.loads((folder / "compare.json").read_text()) == json.loads((run[0] / "compare.json").read_text())
@@ -105,7 +106,7 @@ def test_a_wheel_carries_what_the_main_job_needs(tmp_path: Path) -> None:
     elsewhere.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-        assert not [name for name in archive.namelist() if "pages" in name or name.startswith("tests")]
+        assert not [name for name in archive.namelist() if "pages-0" in name or name.startswith("tests")]
 
     code = f"import sys; sys.path.insert(0, {str(site)!r}); from minift.cli import main; sys.exit(main())"
     train = [sys.executable, "-P", "-c", code, "finetune", "--steps", "2"]
@@ -116,3 +117,4 @@ def test_a_wheel_carries_what_the_main_job_needs(tmp_path: Path) -> None:
     for path in (inputs["model"], *inputs["data"], *inputs["test"]):
         assert Path(path).is_relative_to(site)
     assert (elsewhere / "runs/finetune/compare.json").is_file()
+    assert "<style>" in (elsewhere / "runs/finetune/report.html").read_text(encoding="utf-8")
