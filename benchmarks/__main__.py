@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 
-from benchmarks import data, generate, ladder, load, lora, memory, ops, packing, peers, profile, step, stream
+from benchmarks import data, generate, ladder, lesson, load, lora, memory, ops, packing, peers, profile, step, stream
 from minift.errors import InputError
 
 BENCHMARKS = {
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "memory": memory,
     "generate": generate,
     "lora": lora,
+    "lesson": lesson,
 }
 
 # What a first look should see, in under three minutes on two cores. Few repeats: the record is made by each alone.

@@ -1,0 +1,1 @@
+"""Experiments of one screen each, for a lesson. Read next: `../lesson.py`."""

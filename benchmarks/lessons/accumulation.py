@@ -1,0 +1,166 @@
+"""What a mean of means does to a gradient, by how unequal its micro-batches are.
+
+A step's gradient is summed over micro-batches. The right one divides the summed loss by the targets of them all, as
+`train.train_step` does. The usual fault divides each micro-batch's loss by its own targets and averages these means:
+then a target weighs more, the fewer neighbours it has. Where all micro-batches are equal, the two are the same.
+
+Here a window of pairs, whose answers all have the same number of tokens, is split over the micro-batches in several
+ways: evenly, and so that the first one gets more and more of them. The right gradient is the same for every split. Told
+are the faulty one's direction (the *cosine* of the angle between the two: 1 is the same direction) and its length (the
+*norm ratio*: 1 is the same length), as means over windows drawn anew, with their 95 % intervals.
+
+    python -m benchmarks lesson accumulation
+
+The fault stood in several training libraries until October 2024. Read next: `leakage.py`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.lessons import estimate
+from benchmarks.lessons.chart import Chart
+from minift.checkpoint import load_model
+from minift.config import bundled, check_number, model_path
+from minift.errors import InputError
+from minift.model import Llama
+from minift.pack import Example, collate, encode_pairs
+from minift.prompts import read_all_pairs, template_named
+from minift.tokenizer import load_tokenizer
+from minift.train import batch_loss
+
+CHUNK = 512  # targets whose logits exist at the same time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this lesson."""
+    parser.add_argument("--micro-batches", type=int, default=4, metavar="N", help="of a window (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=32, metavar="N", help="of a window, of all of them (%(default)s)")
+    parser.add_argument("--answer-tokens", type=int, default=4, metavar="N", help="of each answer (%(default)s)")
+    parser.add_argument("--windows", type=int, default=40, metavar="N", help="drawn anew (%(default)s)")
+    parser.add_argument("--model", default="bundled", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The two gradients for each split of each window."""
+    for name in ("micro_batches", "windows"):
+        check_number(name, getattr(options, name), least=1 if name == "windows" else 2)
+    if options.pairs % options.micro_batches:
+        raise InputError(f"--pairs {options.pairs} cannot be split evenly over {options.micro_batches} micro-batches")
+    model, tokenizer = load_model(model_path(options.model)), load_tokenizer(model_path(options.model))
+    pairs = read_all_pairs([bundled("pairs.jsonl")])
+    examples, _ = encode_pairs(pairs, template_named("plain"), tokenizer, model.config.max_position_embeddings)
+    alike = [example for example in examples if len(example.answer) == options.answer_tokens]
+    if len(alike) < options.pairs:
+        raise InputError(f"only {len(alike)} answers have {options.answer_tokens} tokens; choose other --answer-tokens")
+    splits = sizes(options.pairs, options.micro_batches)
+    rng = Random(f"{options.seed} accumulation")
+    found: list[list[tuple[float, float, float]]] = [[] for _ in splits]
+    for _ in range(options.windows):
+        window = rng.sample(alike, options.pairs)
+        right = right_gradient(model, [window])
+        for split, results in zip(splits, found, strict=True):
+            results.append(compare(mean_of_means(model, cut(window, split)), right))
+    return {
+        "seed": options.seed,
+        "windows": options.windows,
+        "pairs": options.pairs,
+        "answer_tokens": options.answer_tokens,
+        "levels": [_level(split, results) for split, results in zip(splits, found, strict=True)],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """A line for each split."""
+    lines = [
+        f"{'pairs of the micro-batches':<30}{'largest share':>14}{'cosine':>26}{'norm ratio':>26}{'relative error':>18}"
+    ]
+    for level in result["levels"]:
+        sizes_of = " + ".join(map(str, level["sizes"]))
+        cells = "".join(f"{estimate.shown(level[key], 4):>26}" for key in ("cosine", "norm_ratio"))
+        lines.append(f"{sizes_of:<30}{level['share']:>13.0%} {cells}{level['error']['value']:>18.4f}")
+    return "\n".join(lines)
+
+
+def chart(result: dict[str, Any]) -> Chart:
+    """The cosine over the largest micro-batch's share."""
+    points = [estimate.point(round(level["share"], 2), level["cosine"]) for level in result["levels"]]
+    return Chart(
+        "The mean of means points elsewhere",
+        "share of the targets in the largest micro-batch",
+        "cosine between the faulty gradient and the right one",
+        {"cosine": points},
+    )
+
+
+def conclusion(result: dict[str, Any]) -> str:
+    """How the fault grows."""
+    levels = result["levels"]
+    cosines = [level["cosine"]["value"] for level in levels]
+    equal, most = levels[0], levels[-1]
+    error = equal["error"]["value"]
+    why = ": rounding" if error < 1e-5 else ""
+    same = f"With equal micro-batches the two gradients differ by {error:.0e} of their length{why}."
+    if all(later < earlier for earlier, later in pairwise(cosines)):
+        grows = (
+            f"The more unequal, the further apart: with {most['share']:.0%} of the targets in one micro-batch the "
+            f"cosine is {most['cosine']['value']:.2f}, and the faulty gradient {most['norm_ratio']['value']:.2f} times "
+            "as long."
+        )
+    else:
+        grows = "Over these windows the cosine does not fall at every level: take more --windows."
+    return f"{same} {grows} Sums, divided once by the count of the whole window, have no such error."
+
+
+def sizes(pairs: int, micro_batches: int) -> list[list[int]]:
+    """Splits from even to one micro-batch with nearly everything: the others lose a pair each from one to the next."""
+    even = pairs // micro_batches
+    return [[pairs - (micro_batches - 1) * rest, *[rest] * (micro_batches - 1)] for rest in range(even, 0, -1)]
+
+
+def cut(window: Sequence[Example], split: Sequence[int]) -> list[list[Example]]:
+    """The window in parts of these sizes."""
+    ends = [sum(split[: i + 1]) for i in range(len(split))]
+    return [list(window[end - size : end]) for size, end in zip(split, ends, strict=True)]
+
+
+def right_gradient(model: Llama, parts: Sequence[Sequence[Example]]) -> Tensor:
+    """Summed over the micro-batches and divided once, by the targets of them all: as one vector of all weights."""
+    n_targets = sum(len(example.answer) for part in parts for example in part)
+    return _gradient(model, parts, [n_targets] * len(parts))
+
+
+def mean_of_means(model: Llama, parts: Sequence[Sequence[Example]]) -> Tensor:
+    """The fault: each micro-batch's loss divided by its own targets, and these means averaged."""
+    return _gradient(model, parts, [len(parts) * sum(len(example.answer) for example in part) for part in parts])
+
+
+def _gradient(model: Llama, parts: Sequence[Sequence[Example]], divisors: Sequence[int]) -> Tensor:
+    for part, divisor in zip(parts, divisors, strict=True):
+        nll_sum, _ = batch_loss(model, collate(part, model.config.eos_token_ids[0]), CHUNK)
+        (nll_sum / divisor).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return gradient
+
+
+def compare(faulty: Tensor, right: Tensor) -> tuple[float, float, float]:
+    """The cosine, the norm ratio, and the length of the difference over the right one's."""
+    faulty, right = faulty.double(), right.double()
+    cosine = float(faulty @ right / (faulty.norm() * right.norm()))
+    return cosine, float(faulty.norm() / right.norm()), float((faulty - right).norm() / right.norm())
+
+
+def _level(split: Sequence[int], results: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
+    columns = dict(zip(("cosine", "norm_ratio", "error"), zip(*results, strict=True), strict=True))
+    return {
+        "sizes": list(split),
+        "share": max(split) / sum(split),
+        **{key: estimate.mean(c) for key, c in columns.items()},
+    }

@@ -1,0 +1,51 @@
+"""What the lessons that finetune share: steps over given batches, and questions asked afterwards.
+
+Read next: `side_by_side.py`.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from minift.config import TrainConfig
+from minift.evaluate import answer_questions, make_questions
+from minift.model import Llama
+from minift.optim import learning_rate
+from minift.pack import Batch, PageBatches, PairBatches, encode_pairs
+from minift.prompts import Pair, template_named
+from minift.tokenizer import Tokenizer
+from minift.train import choose_device, choose_dtype, start_state, train_step
+
+
+def settings(defaults: TrainConfig, seed: int, **changes: Any) -> TrainConfig:
+    """A run's settings on a CPU, in the dtype that is fastest there."""
+    config = defaults.replace(device="cpu", seed=seed, compile=False, **changes)
+    return config.replace(dtype=choose_dtype(config, choose_device(config)))
+
+
+def train_on(
+    model: Llama, batches: PairBatches | PageBatches, windows: Sequence[Batch], config: TrainConfig
+) -> list[float]:
+    """A step for each batch, with a warm-up of a tenth of them at most. Returns the losses."""
+    config = config.replace(warmup=min(config.warmup, len(windows) // 10))
+    state = start_state(model, batches, config)
+    return [
+        train_step(state, [window], learning_rate(step, len(windows), config), config).loss
+        for step, window in enumerate(windows)
+    ]
+
+
+def finetune(model: Llama, tokenizer: Tokenizer, pairs: Sequence[Pair], config: TrainConfig, steps: int) -> int:
+    """So many steps over pairs, epoch after epoch. Returns the targets that were learned from."""
+    examples, _ = encode_pairs(pairs, template_named("plain"), tokenizer, config.max_length)
+    batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed)
+    windows = list(islice(batches, steps))
+    train_on(model, batches, windows, config)
+    return sum(window.n_targets for window in windows)
+
+
+def right_answers(model: Llama, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[float]:
+    """Each question is asked: 1 if the answer is right to the letter, or 0."""
+    questions, _ = make_questions(pairs, template_named("plain"), tokenizer, model.config.max_position_embeddings - 1)
+    answers = answer_questions(model, tokenizer, questions)
+    return [float(answer.text.strip() == q.pair.answer) for q, answer in zip(questions, answers, strict=True)]
