@@ -23,7 +23,8 @@ from typing import Any, get_args, get_type_hints
 
 from minift import __version__
 from minift.cli_data import add_data, add_tokenizer
-from minift.cli_parts import MODEL_HELP, Parser, add_command, write_json
+from minift.cli_explain import add_explain
+from minift.cli_parts import MODEL_HELP, Parser, add_command, load, write_json, write_text
 from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_path
 from minift.errors import InputError, RunError, one_line
 from minift.report import mistake_lines, samples, score_lines, size, table
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_compare(commands)
     _add_evaluate(commands)
+    add_explain(commands)
     _add_convert(commands)
     _add_info(commands)
     add_tokenizer(commands)
@@ -139,6 +141,7 @@ def _finetune(options: dict[str, Any]) -> int:
     print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
     adapter = f"{out / 'adapter'} (the adapters alone), " if config.lora_rank else ""
     print(f"saved: {out / 'final'} (the model), {adapter}{out / 'compare.json'}, {out / 'metrics.jsonl'}")
+    print(f"look at it: {out / 'report.html'}")
     template = result["template"]
     if template == "carried":  # the questions brought it with them; a new one has to be put into it
         template = "alpaca" if result["samples"][0]["question"].endswith("### Response:") else "qa"
@@ -163,6 +166,7 @@ def _pretrain(options: dict[str, Any]) -> int:
     if not jobs.pretrain(job, config, out, resume):
         return _say_resume("pretrain", out)
     print(f"saved: {out / 'final'} (the model), {out / 'metrics.jsonl'}")
+    print(f"look at it: {out / 'report.html'}")
     return 0
 
 
@@ -223,7 +227,7 @@ def _generate(options: dict[str, Any]) -> int:
     from minift.tokenizer import TextStream
 
     check_number("seed", options["seed"], least=0)
-    model, tokenizer = _load(options["model"], options["device"])
+    model, tokenizer = load(options["model"], options["device"])
     pair = Pair(options["prompt"].rstrip(), answer="")  # as in training: no prompt ends in a space
     name = options["template"]
     if pair.question or name == "auto":  # no question, no conflict: a text from its beginning, or an empty template
@@ -257,19 +261,25 @@ def _add_compare(commands: Any) -> None:
     command.add_argument("--template", default="auto", metavar="NAME")
     command.add_argument("--show", type=int, default=4, metavar="N", help="samples to print (4)")
     command.add_argument("--json", metavar="FILE", help="write the scores and all samples to FILE")
+    command.add_argument("--html", metavar="FILE", help="write a page to look at in a browser")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
 
 
 def _compare(options: dict[str, Any]) -> int:
     from minift.evaluate import compare
+    from minift.pages.run import comparison_page
     from minift.prompts import choose_template, read_all_pairs, template_named
 
     check_number("show", options["show"], least=0)
     pairs = read_all_pairs(options["data"])
     template = choose_template(options["template"], pairs)
-    before, after = (_load(options[name], options["device"]) for name in ("before", "after"))
+    before, after = (load(options[name], options["device"]) for name in ("before", "after"))
     result = {"template": template, **compare(before, after, pairs, template_named(template))}
     print(f"{table(result)}\n\n{samples(result, options['show'])}")
+    if options["html"]:
+        words = ["minift", "compare", options["before"], options["after"], "--data", *options["data"]]
+        command = shlex.join([*words, "--template", options["template"]])
+        write_text(options["html"], comparison_page(result, [model.config for model, _ in (before, after)], command))
     write_json(options["json"], result)
     return 0
 
@@ -292,7 +302,7 @@ def _evaluate(options: dict[str, Any]) -> int:
     from minift.records import STDIN, find_files, read_records
 
     check_number("mistakes", options["mistakes"], least=0)
-    model, tokenizer = _load(options["model"], options["device"])
+    model, tokenizer = load(options["model"], options["device"])
     files = find_files(options["data"])
     if STDIN in files:
         raise InputError("-: standard input can be read only once; evaluate has to look at its data first")
@@ -431,19 +441,3 @@ def _info(options: dict[str, Any]) -> int:
     print(info_text(result))
     write_json(options["json"], result)
     return 0
-
-
-# Loading -------------------------------------------------------------------------------------------------
-
-
-def _load(name: str, device: str) -> Any:
-    """(model, tokenizer) of a checkpoint."""
-    from minift.checkpoint import load_model
-    from minift.tokenizer import check_fit, load_tokenizer
-    from minift.train import choose_device
-
-    path = model_path(name)
-    where = choose_device(TrainConfig(device=device))
-    model, tokenizer = load_model(path, device=where), load_tokenizer(path)
-    check_fit(model.config, tokenizer)
-    return model, tokenizer

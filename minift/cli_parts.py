@@ -1,4 +1,4 @@
-"""What the commands of `cli.py` and `cli_data.py` share: a parser with one-line errors, and writing JSON."""
+"""What the commands share: a parser with one-line errors, loading a model, writing a result."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from minift.config import TrainConfig, model_path
 from minift.errors import InputError
 
 MODEL_HELP = (
@@ -33,9 +34,26 @@ def add_command(commands: Any, name: str, run: Callable[[dict[str, Any]], int], 
 
 def write_json(file: str | None, values: dict[str, Any]) -> None:
     """Write a result to a file, if one was asked for. Raises InputError when the disk refuses."""
-    if file is None:
-        return
+    if file is not None:
+        write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: str, text: str) -> None:
+    """Write a text to a file that was asked for. Raises InputError when the disk refuses."""
     try:
-        Path(file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
+
+
+def load(name: str, device: str) -> Any:
+    """(model, tokenizer) of a checkpoint."""
+    from minift.checkpoint import load_model
+    from minift.tokenizer import check_fit, load_tokenizer
+    from minift.train import choose_device
+
+    path = model_path(name)
+    where = choose_device(TrainConfig(device=device))
+    model, tokenizer = load_model(path, device=where), load_tokenizer(path)
+    check_fit(model.config, tokenizer)
+    return model, tokenizer

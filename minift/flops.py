@@ -79,7 +79,13 @@ def peak_flops(gpu: str, dtype: str) -> float | None:
 
 
 def training_memory(
-    config: LlamaConfig, dtype: str, batch_size: int, length: int, loss_chunk: int = 512, device: str = "cpu"
+    config: LlamaConfig,
+    dtype: str,
+    batch_size: int,
+    length: int,
+    loss_chunk: int = 512,
+    device: str = "cpu",
+    trained: int | None = None,
 ) -> dict[str, int]:
     """Bytes at the fullest moment of a training step in one process, by what they are for.
 
@@ -88,16 +94,21 @@ def training_memory(
         batch_size, length: B rows of T tokens in a micro-batch.
         loss_chunk: targets whose logits exist at the same time.
         device: a CPU copies the head by columns, and takes a few rows at a time through the softmax (`loss.py`).
+        trained: numbers of adapters that are trained in place of the weights (`lora.py`); None trains the weights. What
+            the adapters themselves leave behind for the backward pass is not counted.
     """
     total = count_parameters(config).total
     head, size = config.vocab_size * config.hidden_size, BYTES[dtype]
     low = dtype != "float32"
-    ledger = {"weights": 4 * total, "gradients": 4 * total, "AdamW's two moments": 8 * total}
+    adapters = trained or 0
+    changed = total if trained is None else trained
+    ledger = {"weights": 4 * (total + adapters), "gradients": 4 * changed, "AdamW's two moments": 8 * changed}
     if low:
         ledger["autocast's copies of matrices"] = 2 * (_matrices(config) + (head if device == "cuda" else 0))
     tokens = batch_size * length
     ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype)
-    ledger["the loss's own gradients"] = 4 * head + size * tokens * config.hidden_size
+    own = 4 * head if trained is None else 0
+    ledger["the loss's own gradients"] = own + size * tokens * config.hidden_size
     if device == "cpu":
         ledger["the head, by columns"] = size * head
     ledger["logits of a chunk"] = min(loss_chunk, tokens) * config.vocab_size * (size + (4 if device == "cuda" else 0))

@@ -10,6 +10,7 @@ folder is kept. A run folder holds
     final/           the trained model, a minift checkpoint (or, if asked for, a Hugging Face folder)
     adapter/         with --lora-rank: the adapters, as the `peft` package has them; final/ is the model with them in it
     compare.json     for finetuning: both models on the held-out questions
+    report.html      all of this on one page; curves.png, its curves, where the `plot` extra is installed
 
 so `--resume` needs only the folder. Read next: `cli.py`, or back to `train.py`.
 """
@@ -20,6 +21,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ from minift.formats import shape_named
 from minift.lora import LoRAConfig, add_lora, merge, write_peft
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
+from minift.pages.curves import png
+from minift.pages.run import read_metrics, run_page
 from minift.prompts import Pair, choose_template, read_all_pairs, template_named
 from minift.records import STDIN, Skipped, find_files
 from minift.stream import DocumentStream
@@ -166,6 +170,7 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
         **compare((before, tokenizer), (after, tokenizer), held_out, template),
     }
     _write_json(out / "compare.json", result)
+    _write_report(out)
     return result
 
 
@@ -211,6 +216,8 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     counted = Skipped(**batches.state_dict()["stream"]["skipped"])  # up to the last batch: more has been read ahead
     if counted.skipped:
         print(counted)
+    if done:
+        _write_report(out)
     return done
 
 
@@ -281,6 +288,13 @@ def _run(
 def _write_peft(model: Llama, lora: LoRAConfig, base: str, tokenizer: Tokenizer, folder: Path) -> None:
     write_peft(folder, model, lora, str(Path(base).resolve()))
     tokenizer.save(folder)
+
+
+def _write_report(out: Path) -> None:
+    """The page of a finished run and, where the `plot` extra is installed, its curves as a picture."""
+    write_file(out / "report.html", lambda partial: partial.write_text(run_page(out), encoding="utf-8"))
+    if find_spec("matplotlib") is not None:
+        write_file(out / "curves.png", partial(png, read_metrics(out)))
 
 
 def _newest_whole_step(out: Path) -> Path | None:

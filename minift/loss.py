@@ -20,6 +20,7 @@ The plain version is `reference.cross_entropy`; the two are held together by
 Source of the closed form: Goodfellow et al., "Deep Learning" (2016), section 6.2.2.3. Read next: `optim.py`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def target_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 
     """
     keep = targets != IGNORE
     states, wanted = hidden[keep], targets[keep, None]  # [N, D], [N, 1]
-    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    exact = _exact(hidden.dtype)
     nll, foremost = hidden.new_empty(len(wanted), dtype=exact), torch.empty_like(wanted[:, 0], dtype=torch.bool)
     for start in range(0, len(wanted), chunk):
         here = slice(start, start + chunk)
@@ -76,43 +77,59 @@ def target_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 
     return nll, foremost
 
 
+@torch.no_grad()
+def loss_in_detail(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What `next_token_loss` goes through and forgets: the same numbers to the bit, for people to look at.
+
+    Args:
+        hidden, weight, targets, chunk: as for `next_token_loss`, under the same autocast.
+
+    Yields:
+        logits: [n, V], of the next n positions that have a target, in reading order.
+        nll: [n], float32 (float64 for float64 input), in nats.
+        gradient: [n, V], of these nll at these logits: softmax − one-hot.
+    """
+    keep = targets != IGNORE
+    states, wanted = hidden[keep], targets[keep, None]  # [N, D], [N, 1]
+    columns = _transposed(weight, _matmul_dtype(states))
+    for here, _, gradient in _logits_by_chunk(states, columns, chunk):
+        logits = gradient.clone()
+        yield logits, _nll_and_gradient_(gradient, wanted[here]), gradient
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Σ −log softmax(hidden @ weightᵀ)[target], its gradients computed on the way forward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        device, (N, D), V = hidden.device.type, hidden.shape, len(weight)
-        # A custom function sees its arguments as they are, so autocast's choice of dtype is made here by hand.
-        matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        exact = torch.float64 if matmul_dtype == torch.float64 else torch.float32
+        (N, D), V = hidden.shape, len(weight)
+        matmul_dtype = _matmul_dtype(hidden)
+        exact = _exact(matmul_dtype)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        nll_sum = hidden.new_zeros((), dtype=exact)
+        nll = hidden.new_empty(N, dtype=exact)
         grad_hidden = torch.empty_like(hidden, dtype=matmul_dtype) if want_hidden else None
         # The transpose of the weight's. Rows of 49,152 numbers, 48 times 4 KiB, would all begin in the same few lines
         # of a CPU's caches, and turning it back would take 3 times as long: such rows are taken a line longer.
         room = 16 if V * exact.itemsize % 4_096 == 0 else 0
         grad_weight = hidden.new_zeros((D, V + room), dtype=exact)[:, :V] if want_weight else None
         # A CPU adds to some columns of it at a time, so that what is added is never as large as itself.
-        width = COLUMNS if device == "cpu" else V
+        width = COLUMNS if hidden.device.type == "cpu" else V
         parts = [slice(start, start + width) for start in range(0, V, width)]
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             columns = _transposed(weight, matmul_dtype)  # [D, V]
-            # One piece of memory for the logits of every chunk: the system zeroes each new one, which takes as long as
-            # the product that fills it.
-            memory = hidden.new_empty((min(chunk, N), V), dtype=matmul_dtype)
-            for start in range(0, N, chunk):
-                x = hidden[start : start + chunk].to(matmul_dtype)  # [n, D]
-                logits = torch.mm(x, columns, out=memory[: len(x)])  # [n, V]
-                nll_sum += _nll_and_gradient_(logits, targets[start : start + chunk, None], exact)
+            for here, x, logits in _logits_by_chunk(hidden, columns, chunk):
+                nll[here] = _nll_and_gradient_(logits, targets[here, None])
                 if grad_hidden is not None:
-                    torch.mm(logits, columns.T, out=grad_hidden[start : start + chunk])
+                    torch.mm(logits, columns.T, out=grad_hidden[here])
                 if grad_weight is not None:
                     x = x.T.contiguous()  # [D, n]
                     for part in parts:
                         grad_weight[:, part] += x @ logits[:, part]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
-        return nll_sum
+        return nll.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -141,19 +158,47 @@ def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return columns
 
 
-def _nll_and_gradient_(logits: Tensor, targets: Tensor, exact: torch.dtype) -> Tensor:
-    """The summed nll of some positions, whose logits are replaced by the gradient at them: softmax − one-hot.
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the logits. A custom function sees its arguments as they are, so autocast's choice is made here."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a loss is computed from logits of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _logits_by_chunk(hidden: Tensor, columns: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Which positions, their hidden states [n, D] and their logits [n, V], `chunk` positions at a time.
+
+    The logits of every chunk lie in the same piece of memory: the system zeroes each new one, which takes as long as
+    the product that fills it.
+
+    Args:
+        hidden: [N, D].
+        columns: [D, V], the head transposed, in the dtype of the products.
+    """
+    N = len(hidden)
+    memory = hidden.new_empty((min(chunk, N), columns.shape[1]), dtype=columns.dtype)
+    for start in range(0, N, chunk):
+        here = slice(start, min(start + chunk, N))
+        x = hidden[here].to(columns.dtype)
+        yield here, x, torch.mm(x, columns, out=memory[: len(x)])
+
+
+def _nll_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    """The nll of some positions, [n], whose logits are replaced by the gradient at them: softmax − one-hot.
 
     A CPU takes a few rows at a time through all of it, while they are in its caches.
 
     Args:
         logits: [n, V].
         targets: int64 [n, 1].
-        exact: dtype of the arithmetic.
     """
-    n, V = logits.shape
+    (n, V), exact = logits.shape, _exact(logits.dtype)
     rows = max(1, CACHED // V) if logits.device.type == "cpu" else n
-    nll_sum = logits.new_zeros((), dtype=exact)
+    nll = logits.new_empty(n, dtype=exact)
     memory = logits.new_empty((min(rows, n), V), dtype=exact)
     for start in range(0, n, rows):
         target = targets[start : start + rows]
@@ -162,7 +207,7 @@ def _nll_and_gradient_(logits: Tensor, targets: Tensor, exact: torch.dtype) -> T
         x = torch.softmax(x, -1, out=x)
         # The largest probability is exp(largest) / total, and never 0, as the target's may be in float32.
         log_total = largest - x.amax(-1, keepdim=True).log()
-        nll_sum += (log_total - wanted).sum()
+        nll[start : start + rows] = (log_total - wanted)[:, 0]
         x.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))  # − one-hot
         logits[start : start + rows] = x
-    return nll_sum
+    return nll

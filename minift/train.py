@@ -144,8 +144,12 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
 
 def batch_loss(model: Llama, batch: Batch, chunk: int) -> tuple[Tensor, Tensor]:
     """(nll_sum, n_tokens) of one micro-batch."""
-    hidden = model.hidden(batch.tokens, batch.positions, batch.document_ids if batch.isolated else None)
-    return next_token_loss(hidden, model.head_weight, batch.targets, chunk)
+    return next_token_loss(batch_hidden(model, batch), model.head_weight, batch.targets, chunk)
+
+
+def batch_hidden(model: Llama, batch: Batch) -> Tensor:
+    """The final hidden states of a micro-batch, [B, T, D]: documents are kept apart where it is isolated."""
+    return model.hidden(batch.tokens, batch.positions, batch.document_ids if batch.isolated else None)
 
 
 def autocast(model: Llama, config: TrainConfig) -> AbstractContextManager[Any]:
