@@ -175,7 +175,7 @@ def take_step(job: Job, part: Part) -> StepResult:
                 hidden = model.hidden(batch.tokens, batch.positions, documents)
             with part("loss"):
                 nll_sum, _ = next_token_loss(hidden, model.head_weight, batch.targets, config.loss_chunk)
-        del hidden  # as it goes when `train.batch_loss` returns
+        del hidden  # as it goes when `loss.batch_loss` returns
         with part("backward"):
             scaler.scale(nll_sum / n_targets).backward()
         total_nll += nll_sum.detach()

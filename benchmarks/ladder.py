@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+import minift.loss
 import minift.model
 import minift.train
 from benchmarks import process, record, textbook
@@ -117,7 +118,7 @@ def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Calla
     if "+ SDPA" not in has:
         minift.model.attend = _textbook_attention
     if "+ loss" not in has:
-        minift.train.next_token_loss = _textbook_loss
+        minift.loss.next_token_loss = _textbook_loss
     if "+ heap" not in has:
         minift.train.keep_freed_memory = lambda: False
     config = config.replace(

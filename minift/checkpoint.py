@@ -3,7 +3,8 @@
 A minift checkpoint is a folder of `config.json` (the shape, under Hugging Face's names), `model.pt` (the weights) and
 the tokenizer's files; what other programs write is read as well (`formats/`). A step folder, `step_000300/`, is such a
 checkpoint and, beside it, `training.pt`: the optimizer's moments, the scaler, the step, the data's place and the state
-of torch's random numbers, all that the loop needs to go on as if it had not been stopped.
+of torch's random numbers, all that the loop needs to go on as if it had not been stopped. In a sharded run each rank
+writes its part of weights and moments (`shards.py`); all else is written by the main rank alone.
 
 Every folder is written under another name, flushed to the disk and then renamed, so a run that is killed in the middle
 of a save leaves the older checkpoint, never half of a new one. A step folder carries checksums of its files, and is
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from minift.config import SAVE_FORMATS
+from minift.distributed import World, like, put, whole
 from minift.errors import InputError, RunError, one_line
 from minift.formats import open_model
 from minift.formats.files import Spec
@@ -32,6 +34,7 @@ from minift.formats.huggingface import write_huggingface
 from minift.formats.native import open_weights, write_native
 from minift.formats.pt_file import load_pt
 from minift.lora import (
+    adapter_weights,
     base_checksum,
     base_of,
     has_adapter,
@@ -43,6 +46,7 @@ from minift.lora import (
     write_adapter,
 )
 from minift.model import Llama
+from minift.shards import METADATA, is_sharded, read_shards, write_shards
 from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 
 if TYPE_CHECKING:
@@ -59,12 +63,15 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
     format: str = "native",
+    world: World | None = None,
 ) -> None:
     """Write a model and its tokenizer: the folder appears whole, or not at all. An older one of that name is replaced.
 
     Args:
         dtype: of the weights in the file; by default the model's own.
         format: native, or hf for a Hugging Face folder.
+        world: the processes among which the model may be sharded; each must ask. The main one writes it as a whole, a
+            tensor at a time.
 
     Raises:
         InputError: when the `hf` extra is missing.
@@ -72,7 +79,14 @@ def save_model(
     """
     if format not in SAVE_FORMATS:
         raise InputError(f"format is {format!r}; choose from {', '.join(SAVE_FORMATS)}")
-    write_folder(Path(folder), lambda partial: _write_model(partial, model, tokenizer, dtype, format))
+    weights = merged_weights(model)
+    if world is None or world.is_main:
+        write_folder(Path(folder), lambda partial: _write_model(partial, model, weights, tokenizer, dtype, format))
+    else:
+        for tensor in weights.values():  # in the order in which they are written
+            whole(tensor)
+    if world is not None:
+        world.wait()
 
 
 def load_model(
@@ -117,42 +131,100 @@ def load_model(
     return model.eval()
 
 
+def model_without_memory(path: str | Path) -> Llama:
+    """The model that `load_model` gives, but without its weights: those are in `weights_of`.
+
+    Raises:
+        InputError: when there is no model, or an adapter's folder, which has to be merged first.
+    """
+    if is_adapter(Path(path)):
+        raise InputError(f"{path}: is an adapter; make a model of it and its base with minift convert, to shard it")
+    with torch.device("meta"):
+        return Llama(open_model(path).config)
+
+
+def weights_of(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model of any format, by name, each to be used before the next is read.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    opened = open_model(path)
+    for name in opened.specs:
+        yield name, opened.read(name)
+
+
 def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep: int = 0) -> Path:
     """Write `step_NNNNNN/` into a run's folder, then remove those before it, but for the `keep` newest (0: keep all).
+
+    Every rank must ask.
 
     Raises:
         RunError: when the disk refuses.
     """
-    folder = run / f"step_{state.step:06d}"
+    folder, world = run / f"step_{state.step:06d}", state.world
+    sharded = world.parallel == "fsdp"
+    random, *others = world.gather({"cpu": torch.get_rng_state(), "cuda": _cuda_rng_states()})
 
     def write(partial: Path) -> None:
-        if has_adapter(state.model):  # the weights are those of the model that the run began with
-            write_adapter(partial, state.model)
+        if sharded:
+            world.wait()  # for the folder to be there
+            write_shards(partial, _tensors(state))
+            (partial / "config.json").write_text(state.model.config.to_json(), encoding="utf-8")
+            if tokenizer is not None:
+                save_tokenizer(partial, tokenizer, "native")
+        elif has_adapter(state.model):  # the weights are those of the model that the run began with
+            write_adapter(partial, adapter_weights(state.model))
             (partial / "config.json").write_text(state.model.config.to_json(), encoding="utf-8")
             if tokenizer is not None:
                 save_tokenizer(partial, tokenizer, "native")
         else:
-            _write_model(partial, state.model, tokenizer, None)
+            _write_model(partial, state.model, merged_weights(state.model), tokenizer, None)
         training = {
             "step": state.step,
-            "optimizer": state.optimizer.state_dict(),
+            "optimizer": None if sharded else state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "batches": state.batches.state_dict(),
-            "base": base_checksum(state.model) if has_adapter(state.model) else None,
-            "random": {"cpu": torch.get_rng_state(), "cuda": _cuda_rng_states()},
+            "base": base_checksum(state.model) if has_adapter(state.model) and not sharded else None,
+            "random": random,
+            "random_of_other_ranks": others,
         }
         _save(training, partial / "training.pt")
         sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
         (partial / CHECKSUMS).write_text("".join(sums))
 
-    write_folder(folder, write)
+    if world.is_main:
+        write_folder(folder, write)
+        _remove_older(run, state.step, keep)
+    elif sharded:
+        world.wait()
+        write_shards(_partial(folder), _tensors(state))
+    world.wait()
+    return folder
+
+
+def _tensors(state: "TrainState") -> dict[str, Tensor]:
+    """What a sharded run keeps: the trained weights and their moments, by name. Moments are made if need be."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in state.model.named_parameters():
+        if parameter.requires_grad:
+            found[name] = parameter.detach()
+            moments = state.optimizer.state[parameter]
+            if not moments:
+                moments["step"] = torch.zeros((), device=parameter.device)
+                moments["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+            found |= {f"{name} {key}": moment for key, moment in moments.items()}
+    return found
+
+
+def _remove_older(run: Path, step: int, keep: int) -> None:
     # A folder of a later step is not this run's: it was found damaged, and passed over.
-    folders = [other for other in step_folders(run) if int(other.name[5:]) <= state.step]
+    folders = [other for other in step_folders(run) if int(other.name[5:]) <= step]
     for old in folders[keep:] if keep else []:
         gone = old.with_name(f".{old.name}.old")  # a folder that is being removed has no step's name any more
         old.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-    return folder
 
 
 def load_weights(folder: Path, model: Llama) -> None:
@@ -166,19 +238,23 @@ def load_weights(folder: Path, model: Llama) -> None:
         return
     sources = open_weights(folder, model.config).sources
     for name, parameter in model.state_dict().items():
-        parameter.copy_(sources[name].read())
+        put(parameter, sources[name].read())
 
 
-def save_best(folder: Path, model: Llama, tokenizer: Tokenizer | None) -> None:
+def save_best(folder: Path, state: "TrainState", tokenizer: Tokenizer | None) -> None:
     """Write the weights that `load_weights` reads: a minift checkpoint, or the adapters of a model that has some.
+
+    Every rank must ask.
 
     Raises:
         RunError: when the disk refuses.
     """
-    if has_adapter(model):
-        write_folder(folder, lambda partial: write_adapter(partial, model))
+    if has_adapter(state.model):
+        adapter = adapter_weights(state.model)
+        if state.world.is_main:
+            write_folder(folder, lambda partial: write_adapter(partial, adapter))
     else:
-        save_model(folder, model, tokenizer)
+        save_model(folder, state.model, tokenizer, world=state.world)
 
 
 def load_step(folder: Path, state: "TrainState") -> None:
@@ -187,22 +263,39 @@ def load_step(folder: Path, state: "TrainState") -> None:
     Raises:
         InputError: when a file is missing or damaged, or the weights are not of this model.
     """
-    load_weights(folder, state.model)
+    sharded, rank = is_sharded(folder), state.world.rank
+    if sharded:
+        read_shards(folder, _tensors(state))
+    else:
+        load_weights(folder, state.model)
     training = load_pt(folder / "training.pt")
-    if has_adapter(state.model) and training.get("base") != base_checksum(state.model):
+    known = has_adapter(state.model) and not sharded and state.world.parallel != "fsdp"
+    if known and training.get("base") != base_checksum(state.model):
         raise InputError(
             f"{folder}: the model that the run began with has changed since; its adapters are not for this"
         )
     try:
-        state.optimizer.load_state_dict(training["optimizer"])
+        if not sharded:
+            _load_moments(state, training["optimizer"])
         state.scaler.load_state_dict(training["scaler"])
         state.batches.load_state_dict(training["batches"])
         state.step = training["step"]
-        torch.set_rng_state(training["random"]["cpu"])
-        if len(training["random"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(training["random"]["cuda"])
+        randoms = [training["random"], *training["random_of_other_ranks"]]
+        if rank < len(randoms):  # a rank that was not there before goes on with its seed
+            torch.set_rng_state(randoms[rank]["cpu"])
+            if len(randoms[rank]["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(randoms[rank]["cuda"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{folder / 'training.pt'}: not the state of such a run: {error}") from None
+
+
+def _load_moments(state: "TrainState", saved: dict[str, Any]) -> None:
+    """The optimizer's state as one process has it; where the model is sharded, this rank's part of it."""
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    for i, moments in saved["state"].items():
+        for key, moment in moments.items():
+            moments[key] = like(parameters[i], moment.to(parameters[i].device)) if moment.ndim else moment
+    state.optimizer.load_state_dict(saved)
 
 
 def step_folders(run: Path) -> list[Path]:
@@ -220,8 +313,10 @@ def check_step(folder: Path) -> None:
     sums = folder / CHECKSUMS
     try:
         listed = dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").split("\n")[:-1])
-        there = {file.name for file in folder.iterdir() if not file.name.startswith(".")} - {CHECKSUMS}
-        needed = STEP_FILES | ({WEIGHT_FILES[0]} if WEIGHT_FILES[1] not in listed else set())
+        ours = {file.name for file in folder.iterdir() if file.name == METADATA or not file.name.startswith(".")}
+        there = ours - {CHECKSUMS}
+        weights = {METADATA} if METADATA in listed else {WEIGHT_FILES[WEIGHT_FILES[1] in listed]}
+        needed = STEP_FILES | weights
         if unlisted := sorted((there | needed) - set(listed)):
             raise InputError(f"{sums}: damaged, or not of this folder: does not list {unlisted[0]}")
         for name in sorted(set(listed) - there):
@@ -254,13 +349,17 @@ def _sha256(file: Path) -> str:
 
 
 def _write_model(
-    folder: Path, model: Llama, tokenizer: Tokenizer | None, dtype: torch.dtype | None, format: str = "native"
+    folder: Path,
+    model: Llama,
+    weights: dict[str, Tensor],
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype | None,
+    format: str = "native",
 ) -> None:
-    weights = merged_weights(model)
     specs = {name: Spec(dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
 
     def read(name: str) -> Tensor:
-        return weights[name].detach().to("cpu", specs[name].dtype)
+        return whole(weights[name].detach()).to("cpu", specs[name].dtype)
 
     write = {"native": write_native, "hf": write_huggingface}[format]
     if tokenizer is not None:
@@ -295,7 +394,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     Whatever goes wrong, nothing new is left behind. Raises RunError when the disk refuses.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial(folder)
     with _nothing_left(folder, lambda: shutil.rmtree(partial, ignore_errors=True)):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -315,7 +414,7 @@ def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any]
     Raises:
         RunError: when the disk refuses.
     """
-    partial = file.with_name(f".{file.name}.partial")
+    partial = _partial(file)
     with _nothing_left(file, lambda: partial.unlink(missing_ok=True)):
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
@@ -324,6 +423,11 @@ def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any]
         then()
         partial.replace(file)
         _sync(file.parent)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file or folder is while it is being written."""
+    return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager

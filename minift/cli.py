@@ -30,6 +30,7 @@ from minift.errors import InputError, RunError, one_line
 from minift.report import mistake_lines, samples, score_lines, size, table
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
+FREE = ("workers", "keep", "strict", "parallel")  # that a run may change its mind about
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -138,6 +139,8 @@ def _finetune(options: dict[str, Any]) -> int:
     result = jobs.finetune(job, config, out, resume)
     if result is None:
         return _say_resume("finetune", out)
+    if not result:  # this is one of several processes, and another has the result
+        return 0
     print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
     adapter = f"{out / 'adapter'} (the adapters alone), " if config.lora_rank else ""
     print(f"saved: {out / 'final'} (the model), {adapter}{out / 'compare.json'}, {out / 'metrics.jsonl'}")
@@ -178,14 +181,15 @@ def _train_options(options: dict[str, Any]) -> dict[str, Any]:
 def _resumed(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
     """The settings of the run in `out`. A flag that says otherwise is refused: it would be another run.
 
-    Only those may differ that change no result: a run that bears nothing may go on as one that does.
+    Only those may differ that change no result: a run that bears nothing may go on as one that does, and one of several
+    processes as one of another number.
     """
     from minift.jobs import read_run
 
     found, inputs, config = read_run(out)
     if found != name:
         raise InputError(f"{out}: holds a {found} run; continue it with minift {found} --resume --out {out}")
-    config = config.replace(**{flag: options.pop(flag) for flag in ("workers", "keep", "strict") if flag in options})
+    config = config.replace(**{flag: options.pop(flag) for flag in FREE if flag in options})
     settings = {**inputs, **config.to_dict()}
     for flag, value in options.items():
         if flag == "model":

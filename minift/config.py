@@ -24,6 +24,7 @@ _Config = TypeVar("_Config", "LlamaConfig", "RopeScaling", "TrainConfig")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+PARALLEL = ("auto", "ddp", "fsdp")
 SAVE_FORMATS = ("native", "hf")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -282,6 +283,9 @@ class TrainConfig:
     device: str = _flag("auto", "where to train; auto takes a GPU if there is one", choices=DEVICES)
     compile: bool | None = _flag(
         None, "compile the model with torch.compile (default: if it pays, on a CPU and for a long run over pages)"
+    )
+    parallel: str = _flag(
+        "auto", "under torchrun: ddp keeps the weights on every rank, fsdp a part; auto is ddp", choices=PARALLEL
     )
     checkpoint_activations: bool = _flag(False, "recompute activations in the backward pass: less memory, more time")
     loss_chunk: int = _flag(512, "targets whose logits exist at the same time", least=1)

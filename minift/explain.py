@@ -26,11 +26,11 @@ from torch import Tensor
 
 from minift.config import TrainConfig
 from minift.errors import InputError
-from minift.loss import loss_in_detail
+from minift.loss import batch_hidden, loss_in_detail
 from minift.model import Llama
 from minift.pack import IGNORE, PADDING, Batch, Example, collate
 from minift.tokenizer import Tokenizer
-from minift.train import autocast, batch_hidden, choose_dtype
+from minift.train import autocast, choose_dtype
 
 LARGEST = 5  # entries that are listed of a distribution, and of a gradient
 

@@ -27,26 +27,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minift.checkpoint import (
     check_step,
     load_model,
     load_step,
     load_weights,
+    model_without_memory,
     remove_leftovers,
     save_model,
     step_folders,
+    weights_of,
     write_file,
     write_folder,
 )
 from minift.config import LlamaConfig, TrainConfig, bundled, model_path, read_json
+from minift.distributed import World, fill, join, restarted
 from minift.encode import encode_documents
 from minift.errors import InputError, RunError
 from minift.evaluate import compare
 from minift.extras import need
 from minift.flops import training_flops_per_token
 from minift.formats import shape_named
-from minift.lora import LoRAConfig, add_lora, merge, write_peft
+from minift.lora import LoRAConfig, adapter_weights, add_lora, init_adapters, merge, write_peft
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
 from minift.pages.curves import png
@@ -120,15 +124,23 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
         out: the run's folder. It must not hold a run, unless `resume` continues that one.
 
     Returns:
-        The comparison that is also in `out/compare.json`; None when the run was interrupted (and can be resumed).
+        The comparison that is also in `out/compare.json` (of several processes, the main one has it, and the others
+        nothing); None when the run was interrupted (and can be resumed).
 
     Raises:
         InputError: for wrong input; nothing is written before all of it has been read.
         RunError: when training cannot go on.
     """
     device, config = _machine(config)
+    with join(config.parallel, device) as world:
+        return _finetune(job, config, out, resume or _restarts(out), world)
+
+
+def _finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool, world: World) -> dict[str, Any] | None:
+    device = world.device
     if not resume:
         check_free(out)
+    world.wait()  # all have looked, before somebody writes
     find_files([*job.data, *job.test])
     skipped = Skipped(config.strict, quiet=True)  # they are all read at once, and reported together
     pairs, held_out = _split(read_all_pairs(job.data, skipped), job.test, config.seed)
@@ -136,7 +148,8 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
     template = template_named(template_name)
     config = config.replace(template=template_name)
     tokenizer = load_tokenizer(job.model)
-    model = load_model(job.model, device=device)
+    sharded = world.parallel == "fsdp"
+    model = model_without_memory(job.model) if sharded else load_model(job.model, device=device)
     check_fit(model.config, tokenizer)
     _check_length(config, model.config)
     lora = LoRAConfig.of(config) if config.lora_rank else None
@@ -148,21 +161,28 @@ def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = Fa
 
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = "all of them trained" if lora is None else f"{trained:,} of them adapters, which are trained"
-    print(f"{job.model}: {_count(model):,} parameters, {share}, on {device.type} in {config.dtype}")
+    print(f"{job.model}: {_count(model):,} parameters, {share}, on {_place(world)} in {config.dtype}")
     print(f"{len(examples):,} pairs to train on ({cut} cut to {config.max_length} tokens, {dropped} dropped)")
     print(f"{len(held_out):,} pairs held out ({unseen_dropped} without a target); template {template_name}")
     if skipped.skipped:
         print(skipped)
-    batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack)
+    ranks = (world.rank, world.size)
+    batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack, *ranks)
     plan = Plan.make(config, len(batches))
     config = config.replace(compile=bool(config.compile))  # no two batches are of the same shape
-    state = start_state(model, batches, config)
+    state = start_state(model, batches, config, world)
+    if sharded:
+        fill(model, world, weights_of(job.model))
+        if lora is not None:
+            init_adapters(model, torch.Generator().manual_seed(config.seed))
     groups = [unseen[i : i + config.batch_size] for i in range(0, len(unseen), config.batch_size)]
     validation = [collate(group, tokenizer.eos_id, pack=config.pack) for group in groups]
     if not _run("finetune", job, config, plan, state, tokenizer, validation, out, resume):
         return None
 
     del model, state, batches  # the weights' gradients and moments make room for the two models
+    if not world.is_main:
+        return {}
     before = load_model(job.model, device=device)
     after = load_model(out / "final", device=device)
     result = {
@@ -185,38 +205,61 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         RunError: when training cannot go on.
     """
     device, config = _machine(config)
+    with join(config.parallel, device) as world:
+        return _pretrain(job, config, out, resume or _restarts(out), world)
+
+
+def _pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool, world: World) -> bool:
+    device = world.device
     if not resume:
         check_free(out)
+    world.wait()  # all have looked, before somebody writes
     shape = shape_named(job.config)
     tokenizer = load_tokenizer(job.tokenizer)
     check_fit(shape, tokenizer, exact=True)
     _check_length(config, shape)
     find_files([*job.data, *job.validation])
-    skipped = Skipped(config.strict)
+    skipped = Skipped(config.strict, quiet=not world.is_main)
     stream = DocumentStream(job.data, job.text_field, None, config.seed, config.shuffle_buffer, skipped)
     batches = PageBatches(
-        stream, tokenizer, config.batch_size, config.max_length, isolate=config.isolate, workers=config.workers
+        stream,
+        tokenizer,
+        config.batch_size,
+        config.max_length,
+        config.isolate,
+        config.workers,
+        world.rank,
+        world.size,
     )
+    if STDIN in stream.files and world.size > 1:
+        raise InputError("-: standard input has one reader, and here are several processes; write it to a file first")
     if STDIN not in stream.files:  # an empty or unreadable corpus fails before anything is written
         next(iter(DocumentStream(job.data, job.text_field, skipped=Skipped(config.strict, quiet=True))))
-    validation = _page_validation(job, tokenizer, config)
+    validation = _page_validation(job, tokenizer, config, quiet=not world.is_main)
     per_epoch = 0.0 if config.steps else _count_micro_batches(job, tokenizer, config)
     plan = Plan.make(config, per_epoch)
     tokens = plan.micro_batches * config.batch_size * config.max_length
     flops = tokens * training_flops_per_token(shape, config.max_length)
     config = config.replace(compile=choose_compile(config, device, flops))
 
-    model = Llama(shape)
-    model.init_weights(torch.Generator().manual_seed(config.seed))
-    model.to(device)
-    print(f"{job.config}: {_count(model):,} parameters, from random weights, on {device.type} in {config.dtype}")
+    random_numbers = torch.Generator().manual_seed(config.seed)
+    if world.parallel == "fsdp":
+        with torch.device("meta"):
+            model = Llama(shape)
+    else:
+        model = Llama(shape)
+        model.init_weights(random_numbers)
+        model.to(device)
+    print(f"{job.config}: {_count(model):,} parameters, from random weights, on {_place(world)} in {config.dtype}")
     print(f"{plan.steps:,} steps, {flops:.2g} FLOPs" + (", compiled" if config.compile else ""))
-    state = start_state(model, batches, config)
+    state = start_state(model, batches, config, world)
+    if world.parallel == "fsdp":
+        fill(model, world, model.random_weights(random_numbers))
     done = _run("pretrain", job, config, plan, state, tokenizer, validation, out, resume)
     counted = Skipped(**batches.state_dict()["stream"]["skipped"])  # up to the last batch: more has been read ahead
     if counted.skipped:
         print(counted)
-    if done:
+    if done and world.is_main:
         _write_report(out)
     return done
 
@@ -257,14 +300,17 @@ def _run(
     if resume:
         if (out / "final").is_dir():
             return True
-        remove_leftovers(out)
+        if state.world.is_main:
+            remove_leftovers(out)
         folder = _newest_whole_step(out)
         if folder is not None:
             load_step(folder, state)
-        _cut_metrics(out / "metrics.jsonl", state.step)
+        if state.world.is_main:
+            _cut_metrics(out / "metrics.jsonl", state.step)
         print(f"{out}: continues behind step {state.step} of {plan.steps}")
-    else:
+    elif state.world.is_main:
         _start_folder(name, job, config, out)
+    state.world.wait()  # the folder is as the run needs it
     if state.step == 0 and config.warmup >= plan.steps:
         print(f"note: the run of {plan.steps} steps ends inside its warm-up of {config.warmup}, below --lr")
     if not train(state, plan, config, tokenizer, validation, out):
@@ -279,15 +325,27 @@ def _run(
         load_weights(out / "best", state.model)
     if config.lora_rank:
         assert isinstance(job, FinetuneJob)
-        write_folder(out / "adapter", partial(_write_peft, state.model, LoRAConfig.of(config), job.model, tokenizer))
+        adapter = adapter_weights(state.model)
+        if state.world.is_main:
+            write_folder(out / "adapter", partial(_write_peft, adapter, LoRAConfig.of(config), job.model, tokenizer))
         merge(state.model)
-    save_model(out / "final", state.model, tokenizer, format=config.save_format)
+    save_model(out / "final", state.model, tokenizer, format=config.save_format, world=state.world)
     return True
 
 
-def _write_peft(model: Llama, lora: LoRAConfig, base: str, tokenizer: Tokenizer, folder: Path) -> None:
-    write_peft(folder, model, lora, str(Path(base).resolve()))
+def _write_peft(adapter: dict[str, Tensor], lora: LoRAConfig, base: str, tokenizer: Tokenizer, folder: Path) -> None:
+    write_peft(folder, adapter, lora, str(Path(base).resolve()))
     tokenizer.save(folder)
+
+
+def _restarts(out: Path) -> bool:
+    """Whether torchrun has started the run again, which then goes on: with the words that it was begun with."""
+    return restarted() and (out / "config.json").is_file()
+
+
+def _place(world: World) -> str:
+    """Where a run computes, for its first lines."""
+    return world.device.type + (f" ({world.size} processes, {world.parallel})" if world.parallel else "")
 
 
 def _write_report(out: Path) -> None:
@@ -370,10 +428,10 @@ def _check_length(config: TrainConfig, shape: LlamaConfig) -> None:
         )
 
 
-def _page_validation(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
+def _page_validation(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig, quiet: bool) -> list[Batch]:
     if not job.validation:
         return []
-    stream = DocumentStream(job.validation, job.text_field, epochs=1, skipped=Skipped(config.strict))
+    stream = DocumentStream(job.validation, job.text_field, epochs=1, skipped=Skipped(config.strict, quiet))
     batches = PageBatches(stream, tokenizer, 1, config.max_length, isolate=config.isolate)
     rows = list(islice(batches, VALIDATION_ROWS))
     if not rows:

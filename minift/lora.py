@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minift.config import LORA_TARGETS, TrainConfig, check_number, model_path, read_json
+from minift.distributed import put, whole
 from minift.errors import InputError
 from minift.formats.files import Spec
 from minift.formats.opened import check_finite, open_tensors
@@ -84,17 +85,15 @@ class LoRAConfig:
 class LoRALinear(Linear):
     """A frozen matrix with an adapter beside it."""
 
-    def __init__(self, base: Linear, config: LoRAConfig, generator: torch.Generator):
+    def __init__(self, base: Linear, config: LoRAConfig):
         nn.Module.__init__(self)  # there is a weight already
         self.out_features, self.in_features = base.weight.shape
         self.weight = base.weight
         self.register_parameter("bias", None)
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
         dtype, device = base.weight.dtype, base.weight.device
-        bound = 1 / math.sqrt(self.in_features)  # as nn.Linear's weights start
-        start = torch.empty(config.rank, self.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(start.to(device, dtype))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=dtype, device=device))
+        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, config.rank, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, N] → […, M]."""
@@ -118,7 +117,18 @@ def add_lora(model: Llama, config: LoRAConfig, generator: torch.Generator) -> No
     model.requires_grad_(False)
     for parent, name, linear in _linears(model):
         if name in config.targets:
-            setattr(parent, name, LoRALinear(linear, config, generator))
+            setattr(parent, name, LoRALinear(linear, config))
+    init_adapters(model, generator)
+
+
+@torch.no_grad()
+def init_adapters(model: Llama, generator: torch.Generator) -> None:
+    """Give all adapters their first values: A random, and B zero, which adds nothing to the model."""
+    for *_, linear in _linears(model):
+        if isinstance(linear, LoRALinear):
+            bound = 1 / math.sqrt(linear.in_features)  # as nn.Linear's weights start
+            put(linear.lora_A, torch.empty(linear.lora_A.shape).uniform_(-bound, bound, generator=generator))
+            put(linear.lora_B, torch.zeros(linear.lora_B.shape))
 
 
 @torch.no_grad()
@@ -149,8 +159,8 @@ def merged_weights(model: Llama) -> dict[str, Tensor]:
 
 
 def adapter_weights(model: Llama) -> dict[str, Tensor]:
-    """A model's adapters, by name: `layers.0.self_attn.q_proj.lora_A`, …."""
-    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    """A model's adapters, by name: `layers.0.self_attn.q_proj.lora_A`, …. Whole, if sharded; every rank must ask."""
+    return {name: whole(tensor) for name, tensor in model.state_dict().items() if ".lora_" in name}
 
 
 @torch.no_grad()
@@ -171,7 +181,7 @@ def set_adapter(model: Llama, weights: dict[str, Tensor], where: str) -> None:
     Raises:
         InputError: when they are of other matrices, or of other shapes: of another model.
     """
-    own = adapter_weights(model)
+    own = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
     for name in sorted(set(own) ^ set(weights)):
         raise InputError(f"{where}: {'has no' if name in own else 'has an'} adapter {name}; it is for another model")
     for name, tensor in own.items():
@@ -179,7 +189,7 @@ def set_adapter(model: Llama, weights: dict[str, Tensor], where: str) -> None:
             shapes = f"{list(weights[name].shape)}, and this model's is {list(tensor.shape)}"
             raise InputError(f"{where}: adapter {name} is {shapes}; it is for another model")
         check_finite(weights[name], Path(where), name)
-        tensor.copy_(weights[name])
+        put(tensor, weights[name])
 
 
 def _linears(model: Llama) -> Iterator[tuple[nn.Module, str, Linear]]:
@@ -194,9 +204,8 @@ def _linears(model: Llama) -> Iterator[tuple[nn.Module, str, Linear]]:
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, model: Llama) -> None:
-    """Write `adapter.pt` into a folder: the adapters under minift's names, for a run to go on with."""
-    weights = adapter_weights(model)
+def write_adapter(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write `adapter.pt` into a folder: the `adapter_weights` under minift's names, for a run to go on with."""
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
     write_pt(folder / "adapter.pt", specs, lambda name: weights[name].detach().cpu())
 
@@ -207,13 +216,14 @@ def read_adapter(folder: Path, model: Llama) -> None:
     set_adapter(model, {name: file.read(name) for name in file.specs}, str(file.path))
 
 
-def write_peft(folder: Path, model: Llama, config: LoRAConfig, base: str) -> None:
+def write_peft(folder: Path, adapter: dict[str, Tensor], config: LoRAConfig, base: str) -> None:
     """Write an adapter as `peft` does: `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
+        adapter: the `adapter_weights`.
         base: the folder or name of the model that it is for.
     """
-    weights = {f"base_model.model.model.{name}.weight": tensor for name, tensor in adapter_weights(model).items()}
+    weights = {f"base_model.model.model.{name}.weight": tensor for name, tensor in adapter.items()}
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
     write_safetensors(folder / WEIGHT_FILES[0], specs, lambda name: weights[name].detach().cpu())
     values = {

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.pack import IGNORE
+from minift.model import Llama
+from minift.pack import IGNORE, Batch
 
 CACHED = 2**20  # logits that a CPU takes through the softmax at a time: 4 MB in float32, which its caches hold
 COLUMNS = 4_000  # of the head's gradient that a CPU adds to at a time
@@ -51,6 +52,16 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
         weight = weight.detach()  # an evaluation: a custom function would prepare the parameter's gradient all the same
     nll_sum = _ChunkedCrossEntropy.apply(hidden[keep], weight, wanted, chunk)
     return nll_sum, keep.sum()
+
+
+def batch_loss(model: Llama, batch: Batch, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """(nll_sum, n_tokens) of one micro-batch."""
+    return next_token_loss(batch_hidden(model, batch), model.head_weight, batch.targets, chunk)
+
+
+def batch_hidden(model: Llama, batch: Batch) -> Tensor:
+    """The final hidden states of a micro-batch, [B, T, D]: documents are kept apart where it is isolated."""
+    return model.hidden(batch.tokens, batch.positions, batch.document_ids if batch.isolated else None)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ Every operation has a slow, obvious twin in `reference.py`. Read next: `loss.py`
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -405,18 +406,27 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Random weights from `generator`: normal, the two matrices that write to the stream scaled down with depth.
+        """Put the `random_weights` of a generator into this model."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in self.random_weights(generator):
+            parameters[name].copy_(tensor)
+
+    def random_weights(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """First weights, by name: normal, the two matrices that write to the stream scaled down with depth.
+
+        They are made one at a time, in float32 and where the generator is, wherever the model may be.
 
         Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
         """
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                yield name, torch.ones(parameter.shape, device=generator.device)
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 scale = 1 / math.sqrt(2 * self.config.num_hidden_layers) if writes else 1.0
-                parameter.normal_(0.0, std * scale, generator=generator)
+                made = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
+                yield name, made.normal_(0.0, std * scale, generator=generator)
 
     def forward(
         self,

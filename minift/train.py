@@ -10,6 +10,9 @@ Mixed precision: the weights stay float32; under `torch.autocast` the matrix pro
 float16 cannot hold small gradients, so a `GradScaler` multiplies the loss by a large number first. The order is then
 fixed: unscale → clip → step → update. A step whose gradients overflowed is skipped, and the schedule does not advance.
 
+Several processes (`distributed.py`) take the same steps together: each has its share of every micro-batch, the targets
+are counted and the gradients added up over all of them, and whatever is measured is measured after that.
+
 Source of mixed precision: Micikevicius et al. (arXiv 1710.03740). Read next: `checkpoint.py`.
 """
 
@@ -21,25 +24,34 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+from torch import nn
 from tqdm.auto import tqdm  # in a notebook, its own kind of bar
 
 from minift.checkpoint import save_best, save_step
 from minift.config import TrainConfig, check_number
+from minift.distributed import (
+    Objective,
+    World,
+    first_not_finite,
+    micro_batch,
+    release,
+    replicate,
+    shard,
+    whole,
+)
 from minift.errors import InputError, RunError
 from minift.flops import peak_flops, training_flops_per_token
 from minift.heap import keep_freed_memory
-from minift.loss import next_token_loss
 from minift.model import Llama
 from minift.optim import learning_rate, make_optimizer
-from minift.pack import PADDING, Batch, PageBatches, PairBatches
+from minift.pack import IGNORE, PADDING, Batch, PageBatches, PairBatches
 from minift.tokenizer import Tokenizer
 
 # What can end a run in the middle of a step: a bad record, a gradient that is not finite, a GPU that is full.
@@ -60,6 +72,12 @@ class TrainState:
     scaler: torch.amp.GradScaler
     batches: PairBatches | PageBatches
     step: int = 0  # optimizer steps taken
+    world: World = field(default_factory=World)  # the processes that train it together
+    objective: nn.Module = None  # type: ignore[assignment]  # the model and its loss; what `world` makes of it
+
+    def __post_init__(self) -> None:
+        if self.objective is None:
+            self.objective = Objective(self.model)
 
 
 @dataclass
@@ -98,11 +116,13 @@ class StepResult:
         loss: mean over the step's targets, in nats.
         grad_norm: 2-norm of the whole gradient, before clipping.
         stepped: False when the gradient was not finite and the weights were left as they are.
+        culprit: then, the first weight or gradient in which that can be seen.
     """
 
     loss: float
     grad_norm: float
     stepped: bool
+    culprit: str | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,44 +132,39 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
     """One optimizer step over a window of micro-batches.
 
     Args:
-        window: micro-batches on the model's device, with at least one target among them.
+        window: micro-batches on the model's device. With several processes it is this one's share of them, and there
+            must be a target in somebody's.
         lr: the learning rate of this step.
     """
-    model, optimizer, scaler = state.model, state.optimizer, state.scaler
-    n_targets = sum(batch.n_targets for batch in window)  # of the whole window, before its first backward
+    model, optimizer, scaler, world = state.model, state.optimizer, state.scaler, state.world
+    # Of the whole window, on all ranks, before its first backward pass.
+    (n_targets,) = world.total(sum(batch.n_targets for batch in window))
 
     total_nll = torch.zeros((), device=model.device)
-    for batch in window:
-        with autocast(model, config):
-            nll_sum, _ = batch_loss(model, batch, config.loss_chunk)
-        scaler.scale(nll_sum / n_targets).backward()  # gradients add up in parameter.grad
+    for i, batch in enumerate(window):
+        with micro_batch(state.objective, last=i == len(window) - 1):
+            with autocast(model, config):
+                nll_sum, _ = state.objective(batch, config.loss_chunk)
+            scaler.scale(nll_sum / n_targets).backward()  # gradients add up in parameter.grad
         total_nll += nll_sum.detach()
 
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)  # gradients back to their true size, to be measured and clipped
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf")))
     stepped = bool(torch.isfinite(grad_norm))
+    culprit = None if stepped else first_not_finite(model, world)
     if scaler.is_enabled() or stepped:
         scale = scaler.get_scale()
         scaler.step(optimizer)  # does nothing if a float16 gradient overflowed
         scaler.update()  # … and then halves the scale
         stepped = scaler.get_scale() >= scale
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(float(total_nll) / n_targets, float(grad_norm), stepped)
+    (nll,) = world.total(float(total_nll))
+    return StepResult(nll / n_targets, float(grad_norm), stepped, culprit)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def batch_loss(model: Llama, batch: Batch, chunk: int) -> tuple[Tensor, Tensor]:
-    """(nll_sum, n_tokens) of one micro-batch."""
-    return next_token_loss(batch_hidden(model, batch), model.head_weight, batch.targets, chunk)
-
-
-def batch_hidden(model: Llama, batch: Batch) -> Tensor:
-    """The final hidden states of a micro-batch, [B, T, D]: documents are kept apart where it is isolated."""
-    return model.hidden(batch.tokens, batch.positions, batch.document_ids if batch.isolated else None)
 
 
 def autocast(model: Llama, config: TrainConfig) -> AbstractContextManager[Any]:
@@ -211,13 +226,20 @@ def _can_compile(device: torch.device) -> bool:
     return device.type != "cpu" or any(shutil.which(name) for name in names)
 
 
-def start_state(model: Llama, batches: PairBatches | PageBatches, config: TrainConfig) -> TrainState:
-    """The state of a run before its first step. The model must be where it will be trained.
+def start_state(
+    model: Llama, batches: PairBatches | PageBatches, config: TrainConfig, world: World | None = None
+) -> TrainState:
+    """The state of a run before its first step.
 
-    torch's own random numbers start from the config's seed, too. On a CPU, what this process frees from now on stays
-    with it (`heap.py`).
+    torch's own random numbers start from the config's seed, too, on each rank from another. On a CPU, what this process
+    frees from now on stays with it (`heap.py`).
+
+    Args:
+        model: where it will be trained, with its weights; for `fsdp` on "meta", without any (see `distributed.fill`).
+        world: the processes that train it together; by default this one alone.
     """
-    torch.manual_seed(config.seed)
+    world = world or World()
+    torch.manual_seed(config.seed + world.rank)
     if model.device.type == "cpu":
         keep_freed_memory()
     model.checkpoint_activations = config.checkpoint_activations
@@ -229,7 +251,12 @@ def start_state(model: Llama, batches: PairBatches | PageBatches, config: TrainC
         for layer in model.layers:  # all layers are alike: one is compiled, the others reuse its code
             layer.compile()
     scaler = torch.amp.GradScaler(device, enabled=config.dtype == "float16")
-    return TrainState(model, make_optimizer(model, config), scaler, batches)
+    objective: nn.Module = Objective(model)
+    if world.parallel == "ddp":
+        objective = replicate(model, world)
+    elif world.parallel == "fsdp":
+        objective = shard(model, world, getattr(torch, choose_dtype(config, world.device)))
+    return TrainState(model, make_optimizer(model, config), scaler, batches, world=world, objective=objective)
 
 
 def _keep_less_for_the_backward_pass() -> None:
@@ -286,26 +313,30 @@ def train(
 
     Raises:
         RunError: when the gradient is not finite any more, or the GPU's memory is full.
-        InputError: for a bad record in the data. In both cases the steps before it are saved.
+        InputError: for a bad record in the data. In both cases the steps before it are saved, unless a GPU is full
+            while other ranks go on: nobody would answer it.
     """
     saved, best = state.step, Best.of(out / "metrics.jsonl")
+    state.world.wait()  # all have read the same
     if config.patience and best.evaluations_since >= config.patience:
         return True
     try:
-        with StopSignal() as stop, (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        with StopSignal() as stop, _metrics(out, state.world) as metrics:
             for record in _steps(state, plan, config, validation, stop):
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
                 if best.add(record) and config.patience:
-                    save_best(out / "best", state.model, tokenizer)
+                    save_best(out / "best", state, tokenizer)
                 if config.patience and best.evaluations_since >= config.patience:
                     return True
                 if _due(state.step, config.save_every, None):
-                    os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
+                    if state.world.is_main:
+                        os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
                     save_step(out, state, tokenizer, config.keep)
                     saved = state.step
     except STEP_FAILURES as error:  # the steps before it are good
-        if saved != state.step:
+        alone = state.world.size > 1 and isinstance(error, torch.OutOfMemoryError)
+        if saved != state.step and not alone:
             save_step(out, state, tokenizer, config.keep)
         if isinstance(error, torch.OutOfMemoryError):
             remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
@@ -321,13 +352,13 @@ def _steps(
     state: TrainState, plan: Plan, config: TrainConfig, validation: Sequence[Batch], stop: "StopSignal"
 ) -> Iterator[dict[str, Any]]:
     """Take the steps that are left, one at a time; yield what each has to report."""
-    micro_batches = iter(state.batches)
+    micro_batches, world = iter(state.batches), state.world
     with _bar(plan, state) as bar:
-        while state.step < plan.steps and not stop.requested:
+        while state.step < plan.steps and not world.any(stop.requested):
             start = time.perf_counter()
             place = state.batches.state_dict()
             try:
-                window = _next_window(micro_batches, plan.window(state.step), state.model.device)
+                window = _next_window(micro_batches, plan.window(state.step), world)
                 lr = learning_rate(state.step, plan.steps, config)
                 result = train_step(state, window, lr, config)
                 seconds = time.perf_counter() - start
@@ -342,23 +373,29 @@ def _steps(
             state.step += 1
             record = _record(state, result, lr, window, seconds, config.dtype)
             if validation and _due(state.step, config.eval_every, plan.steps):
-                record["validation_loss"] = validation_loss(state.model, validation, config)
+                record["validation_loss"] = validation_loss(state, validation, config)
             _show(bar, record)
             yield record
 
 
 @torch.no_grad()
-def validation_loss(model: Llama, batches: Sequence[Batch], config: TrainConfig) -> float:
-    """Mean loss, in nats, over all targets of the held-out batches, without dropout."""
-    nll, n_targets = 0.0, 0
-    model.eval()
-    for batch in batches:
-        with autocast(model, config):
-            nll_sum, _ = batch_loss(model, batch.to(model.device), config.loss_chunk)
+def validation_loss(state: TrainState, batches: Sequence[Batch], config: TrainConfig) -> float:
+    """Mean loss, in nats, over all targets of the held-out batches, without dropout. Ranks take them in turns."""
+    nll, n_targets, world = 0.0, 0, state.world
+    state.model.eval()
+    for start in range(0, len(batches), world.size):
+        batch = batches[min(start + world.rank, len(batches) - 1)]
+        if start + world.rank >= len(batches):  # it is another's, but FSDP needs every rank for every layer
+            batch = replace(batch, targets=torch.full_like(batch.targets, IGNORE), n_targets=0)
+        with autocast(state.model, config):
+            objective = state.objective if world.parallel == "fsdp" else Objective(state.model)
+            nll_sum, _ = objective(batch.to(state.model.device), config.loss_chunk)
         nll += float(nll_sum)
         n_targets += batch.n_targets
-    model.train()
-    return nll / n_targets
+    state.model.train()
+    release(state.objective)
+    nll, total = world.total(nll, n_targets)
+    return nll / total
 
 
 class StopSignal:
@@ -385,8 +422,23 @@ class StopSignal:
         self.requested = True
 
 
-def _next_window(micro_batches: Iterator[Batch], size: int, device: torch.device) -> list[Batch]:
-    return [next(micro_batches).to(device) for _ in range(size)]
+def _next_window(micro_batches: Iterator[Batch], size: int, world: World) -> list[Batch]:
+    """The next micro-batches, if there are some for every rank."""
+    failure: Exception | None = None
+    window = []
+    try:
+        window = [next(micro_batches).to(world.device) for _ in range(size)]
+    except (InputError, RunError) as error:
+        failure = error
+    world.agree(failure)
+    return window
+
+
+@contextmanager
+def _metrics(out: Path, world: World) -> Iterator[TextIO]:
+    """The file of the run's metrics; the ranks that do not keep them write nowhere."""
+    with (out / "metrics.jsonl" if world.is_main else Path(os.devnull)).open("a", encoding="utf-8") as file:
+        yield file
 
 
 def _due(step: int, every: int, last: int | None) -> bool:
@@ -397,14 +449,15 @@ def _check_skipped(state: TrainState, result: StepResult) -> None:
     """float16 may skip steps until its scale fits; anything else that is not finite ends the run."""
     if state.scaler.is_enabled() and state.scaler.get_scale() >= 1.0:
         return
-    what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+    what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}, first in {result.culprit}"
     raise RunError(f"step {state.step + 1} is not finite ({what}); lower --lr, or try another --dtype")
 
 
 def _record(
     state: TrainState, result: StepResult, lr: float, window: Sequence[Batch], seconds: float, dtype: str
 ) -> dict[str, Any]:
-    tokens = sum(int((batch.document_ids != PADDING).sum()) for batch in window)
+    world = state.world
+    tokens = int(world.total(sum(int((batch.document_ids != PADDING).sum()) for batch in window))[0])
     record = {
         "step": state.step,
         "loss": result.loss,
@@ -420,12 +473,13 @@ def _record(
     peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     if peak is not None:
         length = window[0].tokens.shape[1]
-        record["mfu"] = training_flops_per_token(state.model.config, length) * tokens / seconds / peak
+        record["mfu"] = training_flops_per_token(state.model.config, length) * tokens / seconds / peak / world.size
     return record
 
 
 def _bar(plan: Plan, state: TrainState) -> "tqdm[Any]":
-    return tqdm(total=plan.steps, initial=state.step, unit="step", desc="training", dynamic_ncols=True)
+    hidden = not state.world.is_main
+    return tqdm(total=plan.steps, initial=state.step, unit="step", desc="training", dynamic_ncols=True, disable=hidden)
 
 
 def _show(bar: "tqdm[Any]", record: dict[str, Any]) -> None:

@@ -356,7 +356,7 @@ def test_activations_are_recomputed_only_on_request_and_only_for_a_gradient(reco
     train_step(state, [batch], 0.1, config)
     assert [calls.count(layer.mlp) for layer in model.layers] == [runs, runs]
     calls.clear()
-    minift.train.validation_loss(model, [batch], config)
+    minift.train.validation_loss(state, [batch], config)
     assert len(calls) == len(model.layers)
 
 

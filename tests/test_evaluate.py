@@ -31,13 +31,13 @@ from minift.evaluate import (
     page_likelihoods,
     token_f1,
 )
+from minift.loss import batch_loss
 from minift.model import Llama
 from minift.pack import IGNORE, collate
 from minift.prompts import TEMPLATES, Pair, read_pairs, template_named
 from minift.reference import greedy
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer
-from minift.train import batch_loss
 from tests.conftest import small_model
 from tests.test_hf_parity import to_transformers
 from tests.test_stream import write_jsonl

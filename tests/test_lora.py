@@ -277,7 +277,7 @@ def test_peft_reads_what_minift_writes(tmp_path: Path, targets: tuple[str, ...])
     peft = pytest.importorskip("peft")
     config = LoRAConfig(4, 12.0, targets)
     model = adapted(config, torch.float32)
-    write_peft(tmp_path, model, config, base="somewhere")
+    write_peft(tmp_path, adapter_weights(model), config, base="somewhere")
     theirs = peft.PeftModel.from_pretrained(to_transformers(small_model()), tmp_path)
     torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS), rtol=1e-4, atol=1e-4)
     assert float((model(TOKENS) - small_model()(TOKENS)).abs().max()) > 0.1
@@ -320,7 +320,7 @@ def test_minift_reads_what_peft_writes(tmp_path: Path, safe: bool) -> None:
     ],
 )
 def test_an_adapter_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    write_peft(tmp_path, adapted(), CONFIG, base="somewhere")
+    write_peft(tmp_path, adapter_weights(adapted()), CONFIG, base="somewhere")
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(InputError) as caught:
@@ -339,7 +339,7 @@ def test_an_adapter_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], m
     ],
 )
 def test_an_adapter_for_another_model(tmp_path: Path, shape: dict[str, Any], message: str) -> None:
-    write_peft(tmp_path, adapted(), CONFIG, base="somewhere")
+    write_peft(tmp_path, adapter_weights(adapted()), CONFIG, base="somewhere")
     with pytest.raises(InputError, match=message):
         put_peft(tmp_path, small_model(**shape))
 
@@ -350,7 +350,7 @@ def test_an_adapter_on_an_adapter(tmp_path: Path) -> None:
     save_model(tmp_path / "base", small_model())
     for name, base in (("one", "base"), ("two", "one")):
         (tmp_path / name).mkdir()
-        write_peft(tmp_path / name, adapted(dtype=torch.float32), CONFIG, str(tmp_path / base))
+        write_peft(tmp_path / name, adapter_weights(adapted(dtype=torch.float32)), CONFIG, str(tmp_path / base))
     wanted = small_model()
     for _ in range(2):
         put_peft(tmp_path / "one", wanted)
@@ -363,7 +363,7 @@ def test_an_adapter_on_an_adapter(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_peft(tmp_path, adapted(), CONFIG, base=str(tmp_path / "gone"))
+    write_peft(tmp_path, adapter_weights(adapted()), CONFIG, base=str(tmp_path / "gone"))
     assert main(["generate", "--model", str(tmp_path), "--prompt", "Why?"]) == 2
     assert f"{tmp_path / 'gone'}: no such file or folder" in capsys.readouterr().err
     for command in (["info", "--model", str(tmp_path)], ["convert", str(tmp_path), str(tmp_path / "x"), "--to", "hf"]):

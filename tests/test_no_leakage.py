@@ -23,12 +23,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from minift import reference
-from minift.loss import next_token_loss
+from minift.loss import batch_loss, next_token_loss
 from minift.model import FLEX_LENGTH, KVCache, Llama, attend, block_mask
 from minift.pack import IGNORE, PADDING, Batch, Example, PageBatches, collate
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer
-from minift.train import batch_loss
 from tests.conftest import small_model
 from tests.test_stream import write_jsonl
 

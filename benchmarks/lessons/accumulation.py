@@ -28,11 +28,11 @@ from benchmarks.lessons.chart import Chart
 from minift.checkpoint import load_model
 from minift.config import bundled, check_number, model_path
 from minift.errors import InputError
+from minift.loss import batch_loss
 from minift.model import Llama
 from minift.pack import Example, collate, encode_pairs
 from minift.prompts import read_all_pairs, template_named
 from minift.tokenizer import load_tokenizer
-from minift.train import batch_loss
 
 CHUNK = 512  # targets whose logits exist at the same time
 

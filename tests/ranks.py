@@ -1,0 +1,72 @@
+"""Several ranks for a test, without torchrun: forked processes, which need not import torch again."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from minift.distributed import World, join
+
+
+def run_ranks(size: int, parallel: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(world, *arguments)` gives back on each of `size` ranks; it must be plain values or tensors."""
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(theirs, rank, size, port, parallel, function, arguments))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results = []
+    for rank, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
+        try:
+            results.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(120) else None)
+        except EOFError:
+            results.append(EOFError(f"rank {rank} gave nothing back"))
+        if results[-1] is None:
+            process.kill()
+            results[-1] = TimeoutError(f"rank {rank} gives no sign of life")
+        process.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def _rank(
+    pipe: Connection, rank: int, size: int, port: int, parallel: str, function: Callable[..., Any], arguments: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        with join(parallel, torch.device("cpu")) as world:
+            result = function(world, *arguments)
+        pipe.send_bytes(pickle.dumps(result))  # by value: shared memory would end with this process
+    except BaseException as error:  # all of it belongs to the test
+        pipe.send_bytes(pickle.dumps(error))
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The same by this process."""
+    return function(World(), *arguments)
