@@ -4,7 +4,22 @@ import argparse
 import shlex
 import sys
 
-from benchmarks import data, generate, ladder, lesson, load, lora, memory, ops, packing, peers, profile, step, stream
+from benchmarks import (
+    data,
+    generate,
+    ladder,
+    lesson,
+    load,
+    lora,
+    memory,
+    ops,
+    packing,
+    peers,
+    profile,
+    scale,
+    step,
+    stream,
+)
 from minift.errors import InputError
 
 BENCHMARKS = {
@@ -20,6 +35,7 @@ BENCHMARKS = {
     "memory": memory,
     "generate": generate,
     "lora": lora,
+    "scale": scale,
     "lesson": lesson,
 }
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,28 @@ class Worker:
             print(worker.ready, worker.ask("step"))
     """
 
-    def __init__(self, benchmark: str, *words: object):
+    def __init__(self, benchmark: str, *words: object, env: dict[str, str] | None = None, wait: bool = True):
+        """`wait`: until it is ready, which those that can only start together must not."""
         command = [sys.executable, "-m", "benchmarks", benchmark, "--measure", *map(str, words)]
         self._name = str(words[0])
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
         pipe = subprocess.PIPE
-        self._child = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
-        self.ready = self._answer()
+        self._child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, **(env or {})},
+        )
+        if wait:
+            self.ready  # noqa: B018
+
+    @cached_property
+    def ready(self) -> Any:
+        """Its first line, when it has come."""
+        return self.answer()
 
     def __enter__(self) -> "Worker":
         return self
@@ -76,15 +92,21 @@ class Worker:
 
     def ask(self, words: str) -> Any:
         """What the process answers. Raises InputError with its last words, when it fails."""
+        self.tell(words)
+        return self.answer()
+
+    def tell(self, words: str) -> None:
+        """Ask, and let it work."""
+        assert self.ready is not None
         assert self._child.stdin is not None
         try:
             self._child.stdin.write(words + "\n")
             self._child.stdin.flush()
         except BrokenPipeError:
             pass  # it has failed, and says why
-        return self._answer()
 
-    def _answer(self) -> Any:
+    def answer(self) -> Any:
+        """What it says next. Raises InputError as `ask`."""
         assert self._child.stdout is not None
         for line in self._child.stdout:
             if line.startswith(("{", "[")):  # a library may print other things

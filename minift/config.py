@@ -240,6 +240,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "tinyllama-1.1b": _shape(32_000, 2_048, 22, 32, 4, 5_632, 2_048, False),
     "llama2-7b": _shape(32_000, 4_096, 32, 32, 32, 11_008, 4_096, False),
+    "llama2-13b": _shape(32_000, 5_120, 40, 40, 40, 13_824, 4_096, False),
+    "llama2-70b": _shape(32_000, 8_192, 80, 64, 8, 28_672, 4_096, False),
 }
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from minift.errors import InputError, RunError, one_line
@@ -133,22 +134,26 @@ def join(parallel: str, device: torch.device) -> Iterator[World]:
             raise InputError(f"{local + 1} processes, but {torch.cuda.device_count()} GPUs; lower --nproc-per-node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
-    world = World(dist.get_rank(), dist.get_world_size(), "fsdp" if parallel == "fsdp" else "ddp", device)
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun's store may outlive a failed attempt, with the addresses of processes that are gone in it.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    world = World(rank, size, "fsdp" if parallel == "fsdp" else "ddp", device)
     try:
         with nullcontext() if world.is_main else _silent():
             yield world
     except OtherRankError:
         raise SystemExit(1) from None
     except (InputError, RunError) as error:
-        if not _first_to_say(one_line(error)):
+        if not _first_to_say(store, f"{rank}: {one_line(error)}"):
             raise SystemExit(2 if isinstance(error, InputError) else 1) from None
         raise
     except RuntimeError as error:
         if not _lost_contact(error):
             raise
         message = "another process of this run has ended; what was saved can be continued with --resume"
-        if not _first_to_say(message):
+        if not _first_to_say(store, f"{rank}: {message}"):
             raise SystemExit(1) from None
         raise RunError(message) from None
     finally:
@@ -167,14 +172,11 @@ def _lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "connection", "socket"))
 
 
-def _first_to_say(text: str) -> bool:
+def _first_to_say(store: dist.Store, mine: str) -> bool:
     """Whether nobody has said yet why the run ends: the first writes it down where all ranks can read it."""
-    key = f"minift/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    mine = f"{os.environ['RANK']}: {text}"
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        return store.compare_set(key, "", mine) == mine.encode()
-    except RuntimeError:  # it went with the rank that kept it: better twice than never
+        return store.compare_set("why the run ends", "", mine) == mine.encode()
+    except RuntimeError:  # the store went with the rank that kept it: better twice than never
         return True
 
 

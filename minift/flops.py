@@ -20,7 +20,7 @@ kernels come on top.
 
     minift info --model bundled
 
-Read next: `report.py`.
+Read next: `scaling.py`, for what several processes send each other.
 """
 
 from dataclasses import dataclass
@@ -86,6 +86,7 @@ def training_memory(
     loss_chunk: int = 512,
     device: str = "cpu",
     trained: int | None = None,
+    ranks: int | None = None,
 ) -> dict[str, int]:
     """Bytes at the fullest moment of a training step in one process, by what they are for.
 
@@ -96,6 +97,7 @@ def training_memory(
         device: a CPU copies the head by columns, and takes a few rows at a time through the softmax (`loss.py`).
         trained: numbers of adapters that are trained in place of the weights (`lora.py`); None trains the weights. What
             the adapters themselves leave behind for the backward pass is not counted.
+        ranks: among how many processes FSDP shards the model; None keeps it whole.
     """
     total = count_parameters(config).total
     head, size = config.vocab_size * config.hidden_size, BYTES[dtype]
@@ -103,7 +105,13 @@ def training_memory(
     adapters = trained or 0
     changed = total if trained is None else trained
     ledger = {"weights": 4 * (total + adapters), "gradients": 4 * changed, "AdamW's two moments": 8 * changed}
-    if low:
+    if ranks is not None:  # the last shard of a tensor is padded to the size of the others: some bytes, not counted
+        ledger = {name: nbytes // ranks for name, nbytes in ledger.items()}
+        layer, root = layer_parameters(config), root_parameters(config)
+        ledger["two layers, put together"] = 2 * size * layer  # one is computed, the next one is on its way
+        ledger["embedding, head and norm, put together"] = 4 * root
+        ledger["gradients before they are split"] = 4 * ((root if trained is None else 0) + layer)
+    elif low:
         ledger["autocast's copies of matrices"] = 2 * (_matrices(config) + (head if device == "cuda" else 0))
     tokens = batch_size * length
     ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype)
@@ -123,6 +131,22 @@ def inference_memory(config: LlamaConfig, dtype: str, batch_size: int, length: i
         "weights": size * count_parameters(config).total,
         "keys and values": batch_size * length * cache,
     }
+
+
+def layer_shapes(config: LlamaConfig) -> list[tuple[int, int]]:
+    """Rows and columns of a layer's parameters, in the model's order; of a norm, which is a vector, one column."""
+    D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    return [(H * C, D), (K * C, D), (K * C, D), (D, H * C), (F, D), (F, D), (D, F), (D, 1), (D, 1)]
+
+
+def layer_parameters(config: LlamaConfig) -> int:
+    return sum(rows * width for rows, width in layer_shapes(config))
+
+
+def root_parameters(config: LlamaConfig) -> int:
+    """Weights outside of the layers: embedding, head and the last norm."""
+    return count_parameters(config).embedding + config.hidden_size
 
 
 def _matrices(config: LlamaConfig) -> int:

@@ -23,11 +23,17 @@ from minift.flops import (
 from minift.formats import Opened, open_model, shape_named
 from minift.formats.files import dtype_name
 from minift.report import size
+from minift.scaling import ALONE, CARD_BYTES, plan
 from minift.tokenizer import SentencePieceTokenizer, check_fit, load_tokenizer, tokenizer_files
 
 
 def info(
-    model: Path | None, config: str | None = None, batch_size: int = 1, length: int | None = None, device: str = "cpu"
+    model: Path | None,
+    config: str | None = None,
+    batch_size: int = 1,
+    length: int | None = None,
+    device: str = "cpu",
+    world: int | None = None,
 ) -> dict[str, Any]:
     """Everything that can be said of a model, or of a shape alone, as plain values.
 
@@ -37,6 +43,7 @@ def info(
         batch_size, length: of what the ledger of memory counts; by default one text of all the model's positions, at
             most 4,096.
         device: the kind of machine that the ledger of training is for, cpu or cuda.
+        world: for how many H200s there is to be a plan.
 
     Raises:
         InputError: for a model that cannot be opened, an unknown preset, or a length that the model does not have.
@@ -46,7 +53,10 @@ def info(
     length = min(shape.max_position_embeddings, 4_096) if length is None else length
     check_number("batch_size", batch_size, least=1)
     check_number("max_length", length, least=1, below=shape.max_position_embeddings + 1)
+    if world is not None:
+        check_number("world", world, least=1)
     parameters = count_parameters(shape)
+    found = plan(shape, world, length, batch_size) if world else None
     return {
         **(_file_facts(opened) if opened is not None else {"config": str(config)}),
         "shape": shape.to_dict(),
@@ -59,6 +69,7 @@ def info(
         "training_flops_per_token": training_flops_per_token(shape, length),
         "device": device,
         "training_memory": {dtype: training_memory(shape, dtype, batch_size, length, device=device) for dtype in BYTES},
+        **({"plan": vars(found) if found else None} if world else {}),
         "inference_memory": {dtype: inference_memory(shape, dtype, batch_size, length) for dtype in BYTES},
     }
 
@@ -123,7 +134,23 @@ def info_text(result: Mapping[str, Any]) -> str:
     text += ["", *_ledger(f"training on {result['device']}, {batch} x {length:,} tokens", result["training_memory"])]
     text += ["(weights, gradients and moments stay in float32; the dtype is that of the arithmetic)"]
     text += ["", *_ledger(f"inference, {batch} x {length:,} tokens", result["inference_memory"])]
+    if "plan" in result:
+        text += ["", *_plan_lines(result["plan"])]
     return "\n".join(text)
+
+
+def _plan_lines(plan: Mapping[str, Any] | None) -> list[str]:
+    if plan is None:
+        return ["so many H200s cannot hold it: not even a part of the model for each, and one text"]
+    inside, between = (size(int(nbytes)) for nbytes in plan["sent_bytes"])
+    talk, compute = plan["communication_seconds"], plan["compute_seconds"]
+    return [
+        f"on {plan['cards']:,} H200s, on paper (bfloat16, activations recomputed, a micro-batch on each)",
+        f"  {plan['parallel']}; memory of a card {size(plan['card_bytes'])} of {size(int(CARD_BYTES))}",
+        f"  a card sends {inside} inside its node and {between} between nodes",
+        f"  that takes {talk:.2f} s a step, beside {compute:.2f} s of arithmetic",
+        f"  expected MFU {plan['mfu']:.2f} (one card alone: {ALONE:.2f}, assumed)",
+    ]
 
 
 def _ledger(title: str, ledgers: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -151,9 +151,12 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)  # gradients back to their true size, to be measured and clipped
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf")))
-    stepped = bool(torch.isfinite(grad_norm))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    grad_norm = float(whole(norm))
+    stepped = math.isfinite(grad_norm)
     culprit = None if stepped else first_not_finite(model, world)
+    if stepped and config.clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
     if scaler.is_enabled() or stepped:
         scale = scaler.get_scale()
         scaler.step(optimizer)  # does nothing if a float16 gradient overflowed
@@ -161,7 +164,7 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
         stepped = scaler.get_scale() >= scale
     optimizer.zero_grad(set_to_none=True)
     (nll,) = world.total(float(total_nll))
-    return StepResult(nll / n_targets, float(grad_norm), stepped, culprit)
+    return StepResult(nll / n_targets, grad_norm, stepped, culprit)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

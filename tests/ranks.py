@@ -16,7 +16,7 @@ from minift.distributed import World, join
 def run_ranks(size: int, parallel: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(world, *arguments)` gives back on each of `size` ranks; it must be plain values or tensors."""
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
@@ -44,14 +44,7 @@ def run_ranks(size: int, parallel: str, function: Callable[..., Any], *arguments
 def _rank(
     pipe: Connection, rank: int, size: int, port: int, parallel: str, function: Callable[..., Any], arguments: Any
 ) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    as_rank(rank, size, port)
     try:
         with join(parallel, torch.device("cpu")) as world:
             result = function(world, *arguments)
@@ -60,7 +53,20 @@ def _rank(
         pipe.send_bytes(pickle.dumps(error))
 
 
-def _free_port() -> int:
+def as_rank(rank: int, size: int, port: int) -> None:
+    """Let this process look as torchrun would have started it."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]

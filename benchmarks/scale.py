@@ -1,0 +1,207 @@
+"""A training step shared by processes: how much of one process's speed two of them keep, each with half of the cores.
+
+The same global batch is trained by one process with all threads, and by N processes that share the threads (two of one
+thread each, on two cores), under DDP and under FSDP. What is lost is what they have to send each other, and the parts of
+a step that each of them does for itself: the optimizer's step, the head turned round, Python.
+
+The processes of a side start together and then take turns with the other sides, a few steps each.
+
+    python -m benchmarks scale
+    python -m benchmarks scale --config smollm2-135m --batch-size 4 --length 512 --processes 2
+
+Read next: `minift/distributed.py`.
+"""
+
+import argparse
+import json
+import socket
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from benchmarks import process, record
+from benchmarks.timing import in_turn_order, paired_ratio, wait_for
+from minift.config import PRETRAIN, LlamaConfig, TrainConfig
+from minift.distributed import World, fill, join
+from minift.errors import InputError
+from minift.model import Llama
+from minift.pack import IGNORE, Batch
+from minift.train import choose_device, choose_dtype, start_state, train_step
+
+BATCHES = 4  # different ones, which all sides go through again and again
+LEARNING_RATE = 1e-4
+AGREE = 0.01  # how far the losses of a step may be apart, of the smaller one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the shape (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of all together (%(default)s)")
+    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="that share the cores (%(default)s)")
+    parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="of each side in a turn (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=8, metavar="N", help="turns (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is asked to do
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table and write the JSON."""
+    config = PRETRAIN.replace(
+        device=options.device,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        max_length=options.length,
+        weight_decay=0.0,
+        lr=LEARNING_RATE,
+    )
+    device = choose_device(config)
+    config = config.replace(device=device.type, dtype=choose_dtype(config, device))
+    shape = LlamaConfig.named(options.config)
+    if options.measure:
+        _serve(options.measure[0], shape, config, options.steps)
+        return
+    if min(options.repeats, options.steps, options.processes) < 1:
+        raise InputError("--repeats, --steps and --processes must be at least 1")
+    if options.batch_size % options.processes:
+        raise InputError(f"--batch-size {options.batch_size} is not a multiple of {options.processes} processes")
+    words = [f"--config={options.config}", f"--batch-size={config.batch_size}", f"--length={config.max_length}"]
+    words += [f"--dtype={config.dtype}", f"--device={config.device}", f"--steps={options.steps}"]
+    threads = torch.get_num_threads()
+    sides = {"one process": 1, "ddp": options.processes, "fsdp": options.processes}
+    with ExitStack() as stack:
+        workers = {}
+        for name, size in sides.items():
+            port = _free_port()
+            workers[name] = [
+                stack.enter_context(
+                    process.Worker("scale", name, *words, env=_environment(rank, size, port, threads), wait=False)
+                )
+                for rank in range(size)
+            ]
+            print(f"{name}: ready, {[worker.ready['threads'] for worker in workers[name]]} threads")
+        answers: dict[str, list[Any]] = {name: [] for name in sides}
+        for turn in range(options.repeats):
+            for name in in_turn_order(list(sides), turn):
+                for worker in workers[name]:
+                    worker.tell("steps")
+                ranks = [worker.answer() for worker in workers[name]]
+                answers[name].append({**ranks[0], "peak_bytes": [rank["peak_bytes"] for rank in ranks]})
+    result = _result(options, config, sides, threads, answers)
+    print(_table(result))
+    record.write(options.json, result)
+
+
+def _environment(rank: int, size: int, port: int, threads: int) -> dict[str, str]:
+    """What torchrun would set."""
+    each = {"OMP_NUM_THREADS": str(max(1, threads // size))}
+    if size > 1:
+        each |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        each |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return each
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+# In a process of its own ----------------------------------------------------------------------------------------------
+
+
+def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> None:
+    """Take two steps, and then some whenever a line comes in."""
+    with join("auto" if name == "one process" else name, torch.device(config.device)) as world:
+        _serve_rank(world, shape, config, steps, sys.__stdout__)
+
+
+def _serve_rank(world: World, shape: LlamaConfig, config: TrainConfig, steps: int, out: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = Llama(shape)
+    weights = model.random_weights(generator)
+    if world.parallel == "fsdp":
+        model = model.to("meta")
+        state = start_state(model, None, config, world)  # type: ignore[arg-type]  # no data to keep the place of
+        fill(model, world, weights)
+    else:
+        model.init_weights(generator)
+        state = start_state(model.to(world.device), None, config, world)  # type: ignore[arg-type]
+    ids = torch.randint(shape.vocab_size, (BATCHES, config.batch_size, config.max_length), generator=generator)
+    ids = ids[:, world.rank :: world.size].to(world.device)
+    _, B, T = ids.shape
+    targets = torch.cat((ids[:, :, 1:], torch.full_like(ids[:, :, :1], IGNORE)), dim=-1)
+    places, rows = torch.arange(T, device=world.device).expand(B, T), torch.zeros_like(ids[0])
+
+    def step(number: int) -> float:
+        i = number % BATCHES
+        batch = Batch(ids[i], targets[i], places, rows, False, B * (T - 1))
+        return train_step(state, [batch], LEARNING_RATE, config).loss
+
+    taken = 2
+    for number in range(taken):
+        step(number)
+    print(json.dumps({"threads": torch.get_num_threads()}), file=out, flush=True)
+    for _ in sys.stdin:
+        world.wait()
+        wait_for(config.device)
+        start = time.perf_counter()
+        losses = [step(taken + i) for i in range(steps)]
+        wait_for(config.device)
+        seconds = (time.perf_counter() - start) / steps
+        taken += steps
+        answer = {"seconds": seconds, "losses": losses, "peak_bytes": process.peak_of(config.device)}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+# The result -----------------------------------------------------------------------------------------------------------
+
+
+def _result(
+    options: argparse.Namespace,
+    config: TrainConfig,
+    sides: dict[str, int],
+    threads: int,
+    answers: dict[str, list[Any]],
+) -> dict[str, Any]:
+    tokens = config.batch_size * config.max_length
+    seconds = {name: [answer["seconds"] for answer in given] for name, given in answers.items()}
+    losses = {name: [loss for answer in given for loss in answer["losses"]] for name, given in answers.items()}
+    apart = max(max(step) / min(step) - 1 for step in zip(*losses.values(), strict=True))
+    if apart > AGREE:
+        raise InputError(f"the sides' losses are up to {apart:.1%} apart: they do not train the same")
+    return {
+        "benchmark": "scale",
+        **record.environment(),
+        "config": options.config,
+        "dtype": config.dtype,
+        "device": config.device,
+        "batch_size": config.batch_size,
+        "length": config.max_length,
+        "threads": threads,
+        "processes": sides,
+        "tokens_per_second": {name: record.spread([tokens / s for s in times]) for name, times in seconds.items()},
+        "of_one_process": {name: paired_ratio(seconds["one process"], times) for name, times in seconds.items()},
+        "peak_bytes": {name: given[-1]["peak_bytes"] for name, given in answers.items()},
+        "losses_apart_at_most": apart,
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    shape = f"{result['config']}, {result['batch_size']} x {result['length']} tokens, {result['dtype']}"
+    lines = [f"{shape} on {result['device']}, {result['threads']} threads in all"]
+    lines += [f"{'':<24}{'tokens/s':>26}{'of one process':>18}{'peak of each':>18}"]
+    for name, speed in result["tokens_per_second"].items():
+        size = result["processes"][name]
+        cell = "{median:,.0f} ({min:,.0f}-{max:,.0f})".format(**speed)
+        peak = f"{max(result['peak_bytes'][name]) / 1e6:,.0f} MB"
+        label = name if size == 1 else f"{size} processes, {name}"
+        lines.append(f"{label:<24}{cell:>26}{result['of_one_process'][name]:>18.2f}{peak:>18}")
+    lines.append(f"losses at most {result['losses_apart_at_most']:.2%} apart")
+    return "\n".join(lines)
