@@ -1,8 +1,8 @@
 """A training step shared by processes: how much of one process's speed two of them keep, each with half of the cores.
 
 The same global batch is trained by one process with all threads, and by N processes that share the threads (two of one
-thread each, on two cores), under DDP and under FSDP. What is lost is what they have to send each other, and the parts of
-a step that each of them does for itself: the optimizer's step, the head turned round, Python.
+thread each, on two cores), under DDP and under FSDP. What is lost is what they have to send each other, and the parts
+of a step that each of them does for itself: the optimizer's step, the head turned round, Python.
 
 The processes of a side start together and then take turns with the other sides, a few steps each.
 
