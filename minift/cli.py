@@ -155,6 +155,7 @@ def _finetune(options: dict[str, Any]) -> int:
 
 def _pretrain(options: dict[str, Any]) -> int:
     from minift import jobs
+    from minift.distributed import is_main_process
 
     out, resume = Path(options.pop("out")), options.pop("resume")
     if resume:
@@ -168,6 +169,8 @@ def _pretrain(options: dict[str, Any]) -> int:
     job = jobs.pretrain_job(**inputs)
     if not jobs.pretrain(job, config, out, resume):
         return _say_resume("pretrain", out)
+    if not is_main_process():
+        return 0
     print(f"saved: {out / 'final'} (the model), {out / 'metrics.jsonl'}")
     print(f"look at it: {out / 'report.html'}")
     return 0
@@ -200,7 +203,13 @@ def _resumed(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[str, A
 
 
 def _say_resume(name: str, out: Path) -> int:
+    from minift.distributed import is_main_process, started_by_torchrun
+
+    if not is_main_process():
+        return 1
     program = "minift" if shutil.which("minift") else f"{shlex.quote(sys.executable)} -m minift"
+    if started_by_torchrun():
+        program = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m minift"
     print(f"stopped and saved; continue with: {program} {name} --resume --out {shlex.quote(str(out))}")
     return 1
 

@@ -103,6 +103,11 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that prints: the main rank, or one that is alone."""
+    return not started_by_torchrun() or os.environ["RANK"] == "0"
+
+
 def restarted() -> bool:
     """Whether `torchrun --max-restarts` has started the run again."""
     return started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -82,8 +82,9 @@ class ScalePlan:
     """A training step of one sequence a card on `cards` H200s, on paper.
 
     Attributes:
-        parallel: ddp where a card holds everything; fsdp over all cards; or, where the network would be too slow for
-            that, fsdp inside each node and gradients added up between nodes ("fsdp x ddp", not part of minift).
+        parallel: alone for one card; ddp where a card holds everything; fsdp over all cards; or, where the network
+            would be too slow for that, fsdp inside each node and gradients added up between nodes ("fsdp x ddp", which
+            minift does not have).
         card_bytes: memory of each card, with activation checkpointing.
         sent_bytes: bytes that each card sends in a step, inside a node and between nodes.
         compute_seconds, communication_seconds: of a step; the two overlap.
@@ -106,14 +107,15 @@ def plan(config: LlamaConfig, cards: int, length: int, batch_size: int = 1) -> S
     the bandwidth, what is computed takes as long as on one card (ALONE of its peak, recomputed activations aside), and
     the longer of the two decides.
     """
-    fitting = [made for way in ("ddp", "fsdp", "fsdp x ddp") if (made := _plan(config, cards, length, batch_size, way))]
+    ways = ("ddp", "fsdp", "fsdp x ddp") if cards > 1 else ("alone",)
+    fitting = [made for way in ways if (made := _plan(config, cards, length, batch_size, way))]
     return max(fitting, key=lambda made: made.mfu, default=None)
 
 
 def _plan(config: LlamaConfig, cards: int, length: int, batch_size: int, way: str) -> ScalePlan | None:
     if way == "fsdp x ddp" and cards <= NODE:
         return None
-    shards = {"ddp": None, "fsdp": cards, "fsdp x ddp": NODE}[way]
+    shards = {"fsdp": cards, "fsdp x ddp": NODE}.get(way)
     ledger = training_memory(config, "bfloat16", batch_size, length, device="cuda", ranks=shards)
     tokens = batch_size * length
     kept = "activations for the backward pass"  # only each layer's input, and one layer's at a time

@@ -385,13 +385,13 @@ def _steps(
 def validation_loss(state: TrainState, batches: Sequence[Batch], config: TrainConfig) -> float:
     """Mean loss, in nats, over all targets of the held-out batches, without dropout. Ranks take them in turns."""
     nll, n_targets, world = 0.0, 0, state.world
+    objective = state.objective if world.parallel == "fsdp" else Objective(state.model)
     state.model.eval()
     for start in range(0, len(batches), world.size):
         batch = batches[min(start + world.rank, len(batches) - 1)]
         if start + world.rank >= len(batches):  # it is another's, but FSDP needs every rank for every layer
             batch = replace(batch, targets=torch.full_like(batch.targets, IGNORE), n_targets=0)
         with autocast(state.model, config):
-            objective = state.objective if world.parallel == "fsdp" else Objective(state.model)
             nll_sum, _ = objective(batch.to(state.model.device), config.loss_chunk)
         nll += float(nll_sum)
         n_targets += batch.n_targets
