@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import minift.loss
 import minift.model
 import minift.train
 from benchmarks import ladder, peers, process, roof
@@ -26,15 +27,15 @@ CONFIG = PRETRAIN.replace(device="cpu", dtype="bfloat16", batch_size=6, max_leng
 def whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a rung replaces comes back after each test."""
     monkeypatch.setattr(minift.model, "attend", minift.model.attend)
-    monkeypatch.setattr(minift.train, "next_token_loss", minift.train.next_token_loss)
+    monkeypatch.setattr(minift.loss, "next_token_loss", minift.loss.next_token_loss)
     monkeypatch.setattr(minift.train, "keep_freed_memory", minift.train.keep_freed_memory)
 
 
 def climb(name: str) -> tuple[list[float], Any]:
-    attend, loss, keep = minift.model.attend, minift.train.next_token_loss, minift.train.keep_freed_memory
+    attend, loss, keep = minift.model.attend, minift.loss.next_token_loss, minift.train.keep_freed_memory
     step, batch = ladder.make_rung(name, TINY, CONFIG)
     losses = [step() for _ in range(3)]
-    minift.model.attend, minift.train.next_token_loss, minift.train.keep_freed_memory = attend, loss, keep
+    minift.model.attend, minift.loss.next_token_loss, minift.train.keep_freed_memory = attend, loss, keep
     return losses, batch
 
 

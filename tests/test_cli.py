@@ -30,6 +30,7 @@ COMMANDS = ["finetune", "pretrain", "generate", "compare", "evaluate", "tokenize
 
 # Each field's value here is neither its default nor that of a job, but a run of one step goes through with it.
 EVERY_FLAG: dict[str, Any] = {
+    "parallel": "auto",  # another value wants torchrun (test_scaling.py)
     "steps": 1,
     "epochs": None,  # excludes steps; it has a run of its own
     "batch_size": 3,
@@ -169,7 +170,7 @@ def test_every_field_is_a_flag(words: dict[str, list[str]], tmp_path: Path, comm
     without = (*NOT_OF[command], *(("patience",) if command == "pretrain" else ()))  # it has no held-out pages
     given = {name: value for name, value in EVERY_FLAG.items() if name not in without}
     for name, value in given.items():
-        assert name in ("compile", "epochs") or value != getattr(defaults, name)
+        assert name in ("compile", "epochs", "parallel") or value != getattr(defaults, name)
     assert run(*words[command], "--out", tmp_path / "out", *as_flags(given)) == 0
     train = json.loads((tmp_path / "out" / "config.json").read_text())["train"]
     assert {name: train[name] for name in given} == given
