@@ -183,12 +183,14 @@ def _finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool, wo
     del model, state, batches  # the weights' gradients and moments make room for the two models
     if not world.is_main:
         return {}
-    before = load_model(job.model, device=device)
-    after = load_model(out / "final", device=device)
-    result = {
-        "template": template_name,
-        **compare((before, tokenizer), (after, tokenizer), held_out, template),
-    }
+    try:
+        before = load_model(job.model, device=device)
+        after = load_model(out / "final", device=device)
+        scores = compare((before, tokenizer), (after, tokenizer), held_out, template)
+    except torch.OutOfMemoryError:  # a model that was sharded, perhaps
+        remedy = f"minift compare {job.model} {out / 'final'} --data FILE --device cpu"
+        raise RunError(f"{out / 'final'} is saved, but one GPU cannot hold both models to compare: {remedy}") from None
+    result = {"template": template_name, **scores}
     _write_json(out / "compare.json", result)
     _write_report(out)
     return result

@@ -16,8 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minift.checkpoint import load_step, model_without_memory, save_model, save_step, step_folders, weights_of
+from minift.checkpoint import (
+    load_model,
+    load_step,
+    model_without_memory,
+    save_model,
+    save_step,
+    step_folders,
+    weights_of,
+)
 from minift.config import TrainConfig
+from minift.convert import convert
 from minift.distributed import World, fill, own_part, put, whole
 from minift.errors import InputError
 from minift.flops import count_parameters, training_memory
@@ -325,6 +334,24 @@ def test_no_rank_ever_holds_the_whole_model_while_loading(tmp_path: Path) -> Non
         assert in_the_end < 1.15 * nbytes / 4  # it may be less: what was free before is used first
         assert most < nbytes / 4 + 2 * largest
         assert most < 0.5 * nbytes
+
+
+def loaded_from(world: World, folder: str) -> dict[str, Tensor]:
+    model = model_without_memory(folder)
+    state = start_state(model, PairBatches(examples(), 8, 2, 0), CONFIG, world)
+    fill(state.model, world, weights_of(folder))
+    return {name: whole(tensor).clone() for name, tensor in state.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("format", ["native", "hf", "meta", "llama2c"])
+def test_every_format_can_be_loaded_in_parts(format: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "source", small_model(tie_word_embeddings=False))
+    place = tmp_path / ("model.bin" if format == "llama2c" else "model")
+    convert(tmp_path / "source", place, format)
+    expected = load_model(place).state_dict()
+    for weights in run_ranks(3, "fsdp", loaded_from, str(place)):
+        assert set(weights) == set(expected)
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 # Saved, and continued -------------------------------------------------------------------------------------------------
