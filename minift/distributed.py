@@ -130,7 +130,8 @@ def join(parallel: str, device: torch.device) -> Iterator[World]:
     """
     if not started_by_torchrun():
         if parallel != "auto":
-            raise InputError(f"--parallel {parallel} is for several processes: torchrun --nproc-per-node N -m minift …")
+            ways = "torchrun --nproc-per-node N -m minift …, or --parallel auto for this one alone"
+            raise InputError(f"--parallel {parallel} is for several processes: {ways}")
         yield World(device=device)
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))

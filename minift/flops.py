@@ -141,6 +141,7 @@ def layer_shapes(config: LlamaConfig) -> list[tuple[int, int]]:
 
 
 def layer_parameters(config: LlamaConfig) -> int:
+    """Weights of one layer."""
     return sum(rows * width for rows, width in layer_shapes(config))
 
 
