@@ -17,6 +17,7 @@ from benchmarks import (
     peers,
     profile,
     scale,
+    soak,
     step,
     stream,
 )
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "generate": generate,
     "lora": lora,
     "scale": scale,
+    "soak": soak,
     "lesson": lesson,
 }
 
