@@ -33,6 +33,7 @@ from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.native import open_weights, write_native
 from minift.formats.pt_file import load_pt
+from minift.links import check_links
 from minift.lora import (
     adapter_weights,
     base_checksum,
@@ -312,6 +313,7 @@ def check_step(folder: Path) -> None:
     """
     sums = folder / CHECKSUMS
     try:
+        check_links(folder)
         listed = dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").split("\n")[:-1])
         ours = {file.name for file in folder.iterdir() if file.name == METADATA or not file.name.startswith(".")}
         there = ours - {CHECKSUMS}

@@ -26,7 +26,7 @@ from minift.cli_data import add_data, add_tokenizer
 from minift.cli_explain import add_explain
 from minift.cli_parts import MODEL_HELP, Parser, add_command, load, write_json, write_text
 from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_path
-from minift.errors import InputError, RunError, one_line
+from minift.errors import InputError, RunError, is_out_of_memory, one_line, out_of_memory
 from minift.report import mistake_lines, samples, score_lines, size, table
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
@@ -54,8 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a file that may not be read
-        print(f"minift: error: {one_line(error)}", file=sys.stderr)
+    except (MemoryError, OSError, RuntimeError) as error:  # … a full disk, a file that may not be read
+        if is_out_of_memory(error):
+            print(f"minift: error: {out_of_memory(error)}; a smaller model, or less data, needs less", file=sys.stderr)
+        elif isinstance(error, OSError):
+            print(f"minift: error: {one_line(error)}", file=sys.stderr)
+        else:
+            raise
         return 1
 
 

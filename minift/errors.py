@@ -4,6 +4,8 @@ The command line prints an `InputError` as a single line and exits with code 2; 
 minift itself and keeps its traceback. Library callers can catch it as a `ValueError`. Read next: `config.py`.
 """
 
+import re
+
 
 class InputError(ValueError):
     """Wrong input: a file, a record, a flag or a value. The message is one line that names the culprit."""
@@ -14,6 +16,22 @@ class RunError(RuntimeError):
 
     The command line prints it as a single line and exits with code 1.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. Python and PyTorch's GPUs have an error for it; of a CPU's PyTorch only has words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError | OSError) and "allocate memory" in str(error)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to say of an error that `is_out_of_memory`: on one line, how much was asked for, if that is known."""
+    tried = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+    if tried is None:
+        return "out of memory"
+    amount, unit = tried.groups()
+    return f"out of memory: {f'{int(amount):,} bytes' if unit == 'bytes' else f'{amount} {unit}'} more could not be had"
 
 
 def one_line(text: object) -> str:

@@ -3,7 +3,7 @@
 `hf download meta-llama/Llama-2-7b-hf` puts a repository's files into `models--meta-llama--Llama-2-7b-hf/snapshots/`, in
 a folder named by a commit; `refs/main` beside it says which commit is the newest that was fetched.
 
-Source: "Understand caching", in the documentation of `huggingface_hub`. Read next: `formats/`.
+Source: "Understand caching", in the documentation of `huggingface_hub`. Read next: `links.py`.
 """
 
 import os

@@ -18,7 +18,8 @@ so `--resume` needs only the folder. Read next: `cli.py`, or back to `train.py`.
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -45,11 +46,12 @@ from minift.checkpoint import (
 from minift.config import LlamaConfig, TrainConfig, bundled, model_path, read_json
 from minift.distributed import World, fill, join, restarted
 from minift.encode import encode_documents
-from minift.errors import InputError, RunError
+from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluate import compare
 from minift.extras import need
 from minift.flops import training_flops_per_token
 from minift.formats import shape_named
+from minift.lock import LOCK, locked
 from minift.lora import LoRAConfig, adapter_weights, add_lora, init_adapters, merge, write_peft
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
@@ -187,9 +189,11 @@ def _finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool, wo
         before = load_model(job.model, device=device)
         after = load_model(out / "final", device=device)
         scores = compare((before, tokenizer), (after, tokenizer), held_out, template)
-    except torch.OutOfMemoryError:  # a model that was sharded, perhaps
+    except (MemoryError, RuntimeError) as error:  # of a model that was sharded, perhaps
+        if not is_out_of_memory(error):
+            raise
         remedy = f"minift compare {job.model} {out / 'final'} --data FILE --device cpu"
-        raise RunError(f"{out / 'final'} is saved, but one GPU cannot hold both models to compare: {remedy}") from None
+        raise RunError(f"{out / 'final'} is saved, but {device.type} cannot hold both models: {remedy}") from None
     result = {"template": template_name, **scores}
     _write_json(out / "compare.json", result)
     _write_report(out)
@@ -299,24 +303,38 @@ def _run(
     """Start or continue a run in its folder. True when `final/` is there at the end."""
     if config.patience and not (validation and config.eval_every):
         raise InputError("--patience needs held-out data to be evaluated on, and --eval-every")
-    if resume:
-        if (out / "final").is_dir():
-            return True
-        if state.world.is_main:
-            remove_leftovers(out)
-        folder = _newest_whole_step(out)
-        if folder is not None:
-            load_step(folder, state)
-        if state.world.is_main:
-            _cut_metrics(out / "metrics.jsonl", state.step)
-        print(f"{out}: continues behind step {state.step} of {plan.steps}")
-    elif state.world.is_main:
-        _start_folder(name, job, config, out)
-    state.world.wait()  # the folder is as the run needs it
-    if state.step == 0 and config.warmup >= plan.steps:
-        print(f"note: the run of {plan.steps} steps ends inside its warm-up of {config.warmup}, below --lr")
-    if not train(state, plan, config, tokenizer, validation, out):
-        return False
+    with _own_folder(out, resume, state.world):
+        if resume:
+            if (out / "final").is_dir():
+                return True
+            if state.world.is_main:
+                remove_leftovers(out)
+            folder = _newest_whole_step(out)
+            if folder is not None:
+                load_step(folder, state)
+            if state.world.is_main:
+                _cut_metrics(out / "metrics.jsonl", state.step)
+            print(f"{out}: continues behind step {state.step} of {plan.steps}")
+        elif state.world.is_main:
+            _start_folder(name, job, config, out)
+        state.world.wait()  # the folder is as the run needs it
+        if state.step == 0 and config.warmup >= plan.steps:
+            print(f"note: the run of {plan.steps} steps ends inside its warm-up of {config.warmup}, below --lr")
+        if not train(state, plan, config, tokenizer, validation, out):
+            return False
+        _save_final(job, config, plan, state, tokenizer, out)
+        return True
+
+
+def _save_final(
+    job: FinetuneJob | PretrainJob,
+    config: TrainConfig,
+    plan: Plan,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    out: Path,
+) -> None:
+    """Write the model of the last step or, with --patience, of the best one; a LoRA run's adapters, too."""
     best = Best.of(out / "metrics.jsonl")
     if config.patience and best.step:
         if state.step < plan.steps:
@@ -332,7 +350,22 @@ def _run(
             write_folder(out / "adapter", partial(_write_peft, adapter, LoRAConfig.of(config), job.model, tokenizer))
         merge(state.model)
     save_model(out / "final", state.model, tokenizer, format=config.save_format, world=state.world)
-    return True
+
+
+@contextmanager
+def _own_folder(out: Path, resume: bool, world: World) -> Iterator[None]:
+    """Have the run's folder to ourselves. Raises InputError, on every rank, when the main one cannot have it."""
+    with ExitStack() as stack:
+        failure = None
+        if world.is_main:
+            try:
+                stack.enter_context(locked(out))
+                if not resume:
+                    check_free(out)  # again: another run may have begun meanwhile
+            except InputError as error:
+                failure = error
+        world.agree(failure)
+        yield
 
 
 def _write_peft(adapter: dict[str, Tensor], lora: LoRAConfig, base: str, tokenizer: Tokenizer, folder: Path) -> None:
@@ -387,20 +420,21 @@ def _machine(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
 
 
 def _start_folder(name: str, job: FinetuneJob | PretrainJob, config: TrainConfig, out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"job": name, "inputs": vars(job), "train": config.to_dict()}, indent=2, ensure_ascii=False)
-        write_file(out / "config.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+    text = json.dumps({"job": name, "inputs": vars(job), "train": config.to_dict()}, indent=2, ensure_ascii=False)
+    write_file(out / "config.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
 
 
 def check_free(out: Path) -> None:
     """Raise InputError when `out` already holds a run, or anything else."""
     if out.is_dir() and (out / "config.json").exists():
         raise InputError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
-    if out.exists() and (not out.is_dir() or any(not file.name.endswith(".partial") for file in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not _is_leftover(file) for file in out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder; choose another --out")
+
+
+def _is_leftover(file: Path) -> bool:
+    """Of a run that was killed when it had hardly begun."""
+    return file.name.endswith(".partial") or file.name == LOCK
 
 
 def _cut_metrics(file: Path, step: int) -> None:

@@ -35,6 +35,7 @@ from minift.formats.files import Spec
 from minift.formats.opened import check_finite, open_tensors
 from minift.formats.pt_file import write_pt
 from minift.formats.safetensors_file import write_safetensors
+from minift.links import check_links
 from minift.model import Linear, Llama
 
 CONFIG_FILE = "adapter_config.json"
@@ -273,6 +274,7 @@ def put_peft(folder: Path, model: Llama) -> None:
     Raises:
         InputError: for one that is damaged, for another model, or of a kind that minift does not implement.
     """
+    check_links(folder)
     where = folder / CONFIG_FILE
     values = read_json(where)
     for key, plain in _PLAIN.items():

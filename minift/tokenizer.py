@@ -32,6 +32,7 @@ import sentencepiece
 
 from minift.config import LlamaConfig, check_number
 from minift.errors import InputError
+from minift.links import check_links
 from minift.word_cache import WordCache, fits
 
 # Everything that a tokenizer may consist of. All of it travels with every save, used here or not: chat templates and
@@ -295,6 +296,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             "(or make a folder of both with minift convert --tokenizer)"
         )
     try:
+        if not named:
+            check_links(folder, TOKENIZER_FILES)
         content = file.read_bytes()
         files = tokenizer_files(folder)
     except OSError as error:

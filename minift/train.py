@@ -46,16 +46,13 @@ from minift.distributed import (
     shard,
     whole,
 )
-from minift.errors import InputError, RunError
+from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from minift.flops import peak_flops, training_flops_per_token
 from minift.heap import keep_freed_memory
 from minift.model import Llama
 from minift.optim import learning_rate, make_optimizer
 from minift.pack import IGNORE, PADDING, Batch, PageBatches, PairBatches
 from minift.tokenizer import Tokenizer
-
-# What can end a run in the middle of a step: a bad record, a gradient that is not finite, a GPU that is full.
-STEP_FAILURES = (InputError, RunError, torch.OutOfMemoryError)
 
 # Operations (flops.py) from which a run on a CPU is compiled unasked. Compiling takes 40 s on two cores, but without it
 # the bundled pretraining, 1.5e14 operations in 18 minutes, took 1.35 times as long. So it pays from about 2e13 on. The
@@ -315,8 +312,8 @@ def train(
         True when the run is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
 
     Raises:
-        RunError: when the gradient is not finite any more, or the GPU's memory is full.
-        InputError: for a bad record in the data. In both cases the steps before it are saved, unless a GPU is full
+        RunError: when the gradient is not finite any more, or memory is full.
+        InputError: for a bad record in the data. In both cases the steps before it are saved, unless memory is full
             while other ranks go on: nobody would answer it.
     """
     saved, best = state.step, Best.of(out / "metrics.jsonl")
@@ -337,13 +334,15 @@ def train(
                         os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
                     save_step(out, state, tokenizer, config.keep)
                     saved = state.step
-    except STEP_FAILURES as error:  # the steps before it are good
-        alone = state.world.size > 1 and isinstance(error, torch.OutOfMemoryError)
-        if saved != state.step and not alone:
+    except Exception as error:
+        full = is_out_of_memory(error)
+        if not full and not isinstance(error, InputError | RunError):
+            raise
+        if saved != state.step and not (full and state.world.size > 1):  # the steps before it are good
             save_step(out, state, tokenizer, config.keep)
-        if isinstance(error, torch.OutOfMemoryError):
+        if full:
             remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
-            raise RunError(f"{str(error).splitlines()[0]} ({remedy})") from None
+            raise RunError(f"step {state.step + 1}: {out_of_memory(error)}; {remedy}") from None
         raise
     done = state.step >= plan.steps
     if not done and saved != state.step:
@@ -367,7 +366,7 @@ def _steps(
                 seconds = time.perf_counter() - start
                 if not result.stepped:
                     _check_skipped(state, result)
-            except STEP_FAILURES:  # no step was made of this window: a resumed run draws it again
+            except Exception:  # no step was made of this window: a resumed run draws it again
                 state.batches.load_state_dict(place)
                 raise
             if not result.stepped:

@@ -27,7 +27,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minift.errors import InputError
+from minift.errors import InputError, is_out_of_memory
 from minift.formats.files import Read, Spec, Specs, checked_bytes
 
 LOCAL_HEADER = 30  # bytes in front of a zip record, without its name and extra fields
@@ -73,6 +73,8 @@ def load_pt(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
+        if is_out_of_memory(error) and "mmap" in str(error):  # otherwise it is the file that asks for too much
+            raise
         raise InputError(f"{path}: {_reason(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds {type(values).__name__}, not named values")

@@ -1,0 +1,24 @@
+"""A model's folder may come from others, and a link in it could lead anywhere on this disk. Read next: `formats/`."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from minift.errors import InputError
+
+
+def check_links(folder: Path, names: Collection[str] = ()) -> None:
+    """Raise InputError for a link to a file outside of its folder.
+
+    In a snapshot of Hugging Face's cache, links to the `blobs` of the same repository are how it is made.
+
+    Args:
+        names: the files that count; by default all.
+    """
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    for entry in folder.iterdir():
+        if entry.is_symlink() and entry.is_file() and (not names or entry.name in names):
+            target = entry.resolve()
+            if not any(target.is_relative_to(place) for place in inside):
+                raise InputError(f"{entry}: is a link that leads out of its folder, to {target}; copy the file there")
