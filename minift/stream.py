@@ -71,7 +71,7 @@ class DocumentStream:
         self.shuffle_buffer = shuffle_buffer
         self.skipped = skipped or Skipped(strict=True)
         self.epoch = 0
-        self._records: dict[int, int] = {}  # of each file, where it has been read to its end
+        self._whole: dict[int, tuple[int, int]] = {}  # of each file read to its end: records, checksum of its lines
         self._restored: dict[str, Any] | None = None  # a state whose files are yet to be read
         self._begin()
 
@@ -122,6 +122,7 @@ class DocumentStream:
         while True:
             while self._opened < len(self.files) and len(self._shards) < (OPEN_SHARDS if self.shuffle_buffer else 1):
                 index = self._order[self._opened]
+                self._check_same(index)
                 self._shards.append(_Shard(index, self.files[index]))
                 self._opened += 1
             if not self._shards:
@@ -129,27 +130,37 @@ class DocumentStream:
             shard = self._shards[self._random.randrange(len(self._shards)) if len(self._shards) > 1 else 0]
             try:
                 item = shard.read()
-                if item is None:
-                    self._shards.remove(shard)
-                    self._records[shard.index] = shard.records
-                    continue
-                record, checksum = item
-                text = record.text(self.text_field)
+                if item is not None:
+                    record, checksum = item
+                    text = record.text(self.text_field)
             except InputError as fault:
                 self.skipped.records += 1
                 # Of a file that can be read no further, all is lost that was in it in an earlier epoch: the record of
                 # this fault, and the others.
-                others = self._records.get(shard.index, 0) - shard.records - 1
+                others = self._whole.get(shard.index, (0, 0))[0] - shard.records - 1
                 lost = max(0, others) if shard.lines.failed else 0
                 if shard.lines.failed:
                     self._shards.remove(shard)
                 self.skipped.add(fault, lost)
+                continue
+            if item is None:
+                self._shards.remove(shard)
+                self._check_same(shard.index)
+                read = shard.records, shard.lines.checksum
+                if self._whole.setdefault(shard.index, read) != read:
+                    raise InputError(f"{self.files[shard.index]}: {_REPLACED}")
                 continue
             self.skipped.records += 1
             self._places.append((shard.index, record.line, checksum))
             self._texts.append(text)
             self._characters += len(text)
             return True
+
+    def _check_same(self, index: int) -> None:
+        """Raise InputError when a file is another one than when the run began. (A lost one is a fault of the data.)"""
+        file = self.files[index]
+        if file.is_file() and fingerprint(file) != self._fingerprints[index]:
+            raise InputError(f"{file}: {_REPLACED}")
 
     # What a checkpoint holds --------------------------------------------------------------------------------------
 
@@ -169,7 +180,7 @@ class DocumentStream:
             ],
             "buffer": list(self._places),
             "random": self._random.getstate(),
-            "records": dict(self._records),
+            "whole": dict(self._whole),
             "skipped": {"records": skipped.records, "skipped": skipped.skipped, "first": list(skipped.first)},
         }
 
@@ -192,7 +203,7 @@ class DocumentStream:
         self._begin()  # draws the epoch's order
         self._restored = None
         self._given, self._opened = state["given"], state["opened"]
-        self._records = {int(index): count for index, count in state["records"].items()}
+        self._whole = {int(index): (records, checksum) for index, (records, checksum) in state["whole"].items()}
         version, words, gauss = state["random"]
         self._random.setstate((version, tuple(words), gauss))
         vars(self.skipped).update(state["skipped"] | {"first": list(state["skipped"]["first"])})
@@ -267,6 +278,7 @@ class _Shard:
 
 
 _CHANGED = "the data has changed since the run was saved"
+_REPLACED = "the file has been changed during the run, whose epochs would not be the same"
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
