@@ -224,7 +224,10 @@ def _remove_older(run: Path, step: int, keep: int) -> None:
     folders = [other for other in step_folders(run) if int(other.name[5:]) <= step]
     for old in folders[keep:] if keep else []:
         gone = old.with_name(f".{old.name}.old")  # a folder that is being removed has no step's name any more
-        old.rename(gone)
+        try:
+            old.rename(gone)
+        except OSError as error:
+            raise RunError(f"{old}: cannot be removed: {error.strerror or error}") from None
         shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -475,7 +478,10 @@ def _sync(path: Path) -> None:
 
 
 def _save(values: dict[str, Any], file: Path) -> None:
-    try:
-        torch.save(values, file)
-    except RuntimeError as error:  # torch's file writer reports a full disk so
-        raise OSError(str(error).splitlines()[0]) from None
+    with file.open("xb") as opened:
+        try:
+            torch.save(values, opened)
+        except RuntimeError as error:  # about a file that ends too early; why it does was said before
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
