@@ -24,6 +24,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        values = super()._get_values(action, arg_strings)
+        if values == [] and action.nargs != 0:  # `--lr=--`: some versions of Python drop every "--"
+            raise argparse.ArgumentError(action, "expected an argument, found --")
+        return values
+
 
 def add_command(commands: Any, name: str, run: Callable[[dict[str, Any]], int], text: str) -> argparse.ArgumentParser:
     """A subcommand that calls `run` with its options and exits with what that returns."""

@@ -6,6 +6,8 @@ minift itself and keeps its traceback. Library callers can catch it as a `ValueE
 
 import re
 
+LONGEST = 1_000  # characters of a line; a file may hold a megabyte where a number should be
+
 
 class InputError(ValueError):
     """Wrong input: a file, a record, a flag or a value. The message is one line that names the culprit."""
@@ -35,6 +37,10 @@ def out_of_memory(error: BaseException) -> str:
 
 
 def one_line(text: object) -> str:
-    """Words on one line; characters that a terminal would obey or hide (they may come from a file) are spelled out."""
+    """Words on one line of at most LONGEST characters: more are left out of its middle.
+
+    Characters that a terminal would obey or hide (they may come from a file) are spelled out.
+    """
     words = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[3 - LONGEST // 2 :]}"

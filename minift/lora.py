@@ -19,6 +19,7 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1. Read next: `train.py`
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,10 +263,14 @@ def base_of(folder: Path) -> Path:
 
 
 def _base(folder: Path) -> Path:
-    base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    where = folder / CONFIG_FILE
+    base = read_json(where).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise InputError(f"{folder / CONFIG_FILE}: base_model_name_or_path does not name the adapter's model")
-    return model_path(base)
+        raise InputError(f"{where}: base_model_name_or_path does not name the adapter's model")
+    path = model_path(base)
+    if not os.path.exists(path):  # unlike Path.exists, it takes any text: a name that is too long, half a character
+        raise InputError(f"{where}: base_model_name_or_path: {path}: no such file or folder")
+    return path
 
 
 def put_peft(folder: Path, model: Llama) -> None:
