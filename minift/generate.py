@@ -15,14 +15,14 @@ Read next: `decode.py`.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 
 import torch
 from torch import Tensor
 
 from minift.config import check_number
 from minift.decode import Decoder
-from minift.errors import InputError
+from minift.errors import InputError, RunError
 from minift.model import KVCache, Llama
 from minift.pack import PADDING
 
@@ -46,7 +46,9 @@ def generate(
         generator: the source of randomness, on the model's device; needed when temperature is not 0.
 
     Raises:
-        InputError: for an empty prompt, a prompt as long as the model's positions, or an option out of bounds.
+        InputError: for an empty prompt, a prompt as long as the model's positions, an id that is not in its vocabulary,
+            or an option out of bounds.
+        RunError: when the model's logits are not numbers.
     """
     _check_options(model, prompts, max_new_tokens, temperature, top_k, top_p, generator)
     steps = _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, generator)
@@ -66,7 +68,7 @@ def stream(
     """What `generate` returns for one prompt, each id as soon as it is chosen. `TextStream` makes text of it.
 
     Raises:
-        InputError: as `generate`, when the first id is asked for.
+        InputError, RunError: as `generate`, when the first id is asked for.
     """
     _check_options(model, [prompt], max_new_tokens, temperature, top_k, top_p, generator)
     for (chosen,) in _steps(model, [prompt], max_new_tokens, temperature, top_k, top_p, generator):
@@ -132,9 +134,15 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
     Returns:
         int64 [B].
+
+    Raises:
+        RunError: when the logits are not numbers.
     """
+    largest, likeliest = logits.max(-1)  # argmax takes a CPU three times as long in bfloat16
+    if not torch.isfinite(largest).all():  # a NaN is the largest of all
+        raise RunError("the model's logits are not finite numbers; its weights are damaged, or too large for its dtype")
     if temperature == 0:
-        return logits.max(-1).indices  # argmax, which takes a CPU three times as long in bfloat16
+        return likeliest
     logits = logits.float()
     logits = logits - logits.amax(-1, keepdim=True)  # or a temperature near 0 would overflow
     probabilities = torch.softmax(logits / max(temperature, torch.finfo(torch.float32).tiny), dim=-1)
@@ -173,6 +181,8 @@ def _check_options(
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
     if longest >= limit:
         raise InputError(f"the prompt has {longest} tokens; this model has {limit} positions")
+    for id in chain.from_iterable(prompts):
+        check_number("a token id of the prompt", id, least=0, below=model.config.vocab_size)
     check_number("max_new_tokens", max_new_tokens, least=1)
     check_number("temperature", temperature, least=0)
     check_number("top_k", top_k, least=0)

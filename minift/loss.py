@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.model import Llama
+from minift.model import Llama, check_ids
 from minift.pack import IGNORE, Batch
 
 CACHED = 2**20  # logits that a CPU takes through the softmax at a time: 4 MB in float32, which its caches hold
@@ -45,9 +45,14 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
     Returns:
         nll_sum: scalar, float32 (float64 for float64 input), in nats; differentiable once.
         n_tokens: int64 scalar.
+
+    Raises:
+        InputError: on a CPU, for a target that is not in the vocabulary.
     """
     keep = targets != IGNORE
     wanted = targets[keep]  # [N]
+    if wanted.device.type == "cpu":
+        check_ids(wanted, len(weight))
     if not torch.is_grad_enabled():
         weight = weight.detach()  # an evaluation: a custom function would prepare the parameter's gradient all the same
     nll_sum = _ChunkedCrossEntropy.apply(hidden[keep], weight, wanted, chunk)

@@ -375,6 +375,14 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raise InputError for an id that is not in the vocabulary."""
+    if ids.numel():
+        for id in torch.aminmax(ids):
+            if not 0 <= id < vocab_size:
+                raise InputError(f"token id {int(id)} is outside the model's vocabulary of {vocab_size}")
+
+
 class Llama(nn.Module):
     """A Llama with its head.
 
@@ -455,12 +463,18 @@ class Llama(nn.Module):
                 have been given from the first call on.
 
         Raises:
-            InputError: when cache and tokens together are longer than the cache.
+            InputError: when cache and tokens together are longer than the cache, or than the model's positions; on a
+                CPU, for an id that is not in the vocabulary. (To look at ids on a GPU would be to wait for it.)
         """
         past = cache.length if cache is not None else 0
         if cache is not None and past + tokens.shape[1] > cache.max_length:
             raise InputError(f"{past + tokens.shape[1]} tokens do not fit a cache of {cache.max_length}")
+        if tokens.device.type == "cpu":
+            check_ids(tokens, self.config.vocab_size)
         if positions is None:
+            if past + tokens.shape[1] > self.config.max_position_embeddings:
+                limit = self.config.max_position_embeddings
+                raise InputError(f"{past + tokens.shape[1]} tokens are more than the model's {limit} positions")
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         mask: Mask

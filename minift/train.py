@@ -132,10 +132,15 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
         window: micro-batches on the model's device. With several processes it is this one's share of them, and there
             must be a target in somebody's.
         lr: the learning rate of this step.
+
+    Raises:
+        InputError: when nobody has a target.
     """
     model, optimizer, scaler, world = state.model, state.optimizer, state.scaler, state.world
     # Of the whole window, on all ranks, before its first backward pass.
     (n_targets,) = world.total(sum(batch.n_targets for batch in window))
+    if not n_targets:
+        raise InputError(f"step {state.step + 1}: no micro-batch of it has a target; there is nothing to learn")
 
     total_nll = torch.zeros((), device=model.device)
     for i, batch in enumerate(window):
@@ -312,7 +317,7 @@ def train(
         True when the run is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
 
     Raises:
-        RunError: when the gradient is not finite any more, or memory is full.
+        RunError: when a gradient or weight is not finite any more, or memory is full.
         InputError: for a bad record in the data. In both cases the steps before it are saved, unless memory is full
             while other ranks go on: nobody would answer it.
     """
@@ -332,13 +337,16 @@ def train(
                 if _due(state.step, config.save_every, None):
                     if state.world.is_main:
                         os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
+                    _check_weights(state)
                     save_step(out, state, tokenizer, config.keep)
                     saved = state.step
+        _check_weights(state)
     except Exception as error:
         full = is_out_of_memory(error)
         if not full and not isinstance(error, InputError | RunError):
             raise
-        if saved != state.step and not (full and state.world.size > 1):  # the steps before it are good
+        unsaved = saved != state.step and not (full and state.world.size > 1)
+        if unsaved and first_not_finite(state.model, state.world) is None:  # the steps before it are good
             save_step(out, state, tokenizer, config.keep)
         if full:
             remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
@@ -397,6 +405,8 @@ def validation_loss(state: TrainState, batches: Sequence[Batch], config: TrainCo
     state.model.train()
     release(state.objective)
     nll, total = world.total(nll, n_targets)
+    if not total:
+        raise InputError("the held-out batches have no target to be evaluated on")
     return nll / total
 
 
@@ -445,6 +455,13 @@ def _metrics(out: Path, world: World) -> Iterator[TextIO]:
 
 def _due(step: int, every: int, last: int | None) -> bool:
     return step == last or (every > 0 and step % every == 0)
+
+
+def _check_weights(state: TrainState) -> None:
+    """Raise RunError when a step has made weights that are no numbers: only the next one's loss would show it."""
+    culprit = first_not_finite(state.model, state.world)
+    if culprit is not None:
+        raise RunError(f"step {state.step} has made {culprit} infinite or NaN; lower --lr")
 
 
 def _check_skipped(state: TrainState, result: StepResult) -> None:
