@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import random
 import resource
 import signal
 import sys
@@ -36,7 +37,8 @@ from minift.tokenizer import Tokenizer, train_tokenizer
 from tests.conftest import small_model
 
 EXAMPLES = int(os.environ.get("MINIFT_FUZZ_EXAMPLES", "0"))  # inputs of a target; 0: those of the suite
-ROUND = min(EXAMPLES, 5_000)  # inputs of one test; hypothesis remembers all of them
+ROUND = min(EXAMPLES, 5_000)  # inputs of one test; hypothesis remembers all that it draws
+VARIATIONS = 10 if EXAMPLES else 1  # inputs that are made of one that hypothesis has drawn, which takes it long
 MEMORY = 2 * 2**30  # bytes that a target may take
 LIMIT = 20.0  # seconds that an input may take on a busy machine; most take a thousandth of one
 LONGEST = 1_000  # characters that are still one clear line
@@ -44,11 +46,18 @@ LONGEST = 1_000  # characters that are still one clear line
 tally: Counter[str] = Counter()
 
 
-def fuzz(suite: int, **inputs: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a test random inputs: in the suite so many and always the same, in a long run others each time."""
+def fuzz(suite: int, **inputs: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a test random inputs: in the suite so many and always the same, in a long run others each time.
+
+    Args:
+        inputs: by the test's arguments, the strategies from which they are drawn, or `varied` ones.
+    """
+    makers = {name: strategy[1] for name, strategy in inputs.items() if isinstance(strategy, tuple)}
+    strategies = {name: inputs[name][0] if name in makers else inputs[name] for name in inputs}
+    variations = VARIATIONS if makers else 1
     plan = settings(
-        max_examples=ROUND or suite,
-        phases=[phase for phase in Phase if phase not in (Phase.reuse, Phase.explain)],
+        max_examples=ROUND // variations or suite,
+        phases=(Phase.explicit, Phase.generate) if EXAMPLES else (Phase.explicit, Phase.generate, Phase.shrink),
         derandomize=not EXAMPLES,
         database=None,
         deadline=None,
@@ -57,13 +66,27 @@ def fuzz(suite: int, **inputs: st.SearchStrategy[Any]) -> Callable[[Callable[...
 
     def fuzzed(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
-        def counted(*args: Any, **kwargs: Any) -> None:
+        def each(*args: Any, **kwargs: Any) -> None:
             tally["inputs"] += 1
             test(*args, **kwargs)
+            rng = random.Random(repr({name: kwargs[name] for name in strategies}))
+            for _ in range(variations - 1):
+                others = {name: make(rng) for name, make in makers.items()}
+                tally["inputs"] += 1
+                try:
+                    test(*args, **{**kwargs, **others})
+                except BaseException as error:
+                    error.add_note(f"with {others}")
+                    raise
 
-        return plan(given(**inputs)(counted))
+        return plan(given(**strategies)(each))
 
     return fuzzed
+
+
+def varied(strategy: st.SearchStrategy[Any], make: Callable[[random.Random], Any]) -> tuple[Any, Any]:
+    """A strategy, and what makes more values of its kind in a long run."""
+    return strategy, make
 
 
 # The judge ------------------------------------------------------------------------------------------------------------
@@ -207,37 +230,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 ANY = st.characters()  # halves of surrogate pairs, control characters and all
 PLAIN = st.characters(exclude_categories=["Cs"])
+# fmt: off
 HOSTILE = (
-    *(
-        "",
-        " ",
-        "\n",
-        "\r\n",
-        "\t\u3000",
-        "\0",
-        "\x1b[2J",
-        "\u2028",
-        "\ufeff",
-        "\u202e",
-        "\u2581",
-        "\u2581\u2581 \u2581",
-        "e\u0301",
-    ),
-    *("<s>", "</s>", "<unk>", "<0x0A>", "<|eot_id|>", "<<SYS>>", "[INST]", "### Answer:", "### Response:"),
-    *(
-        "{question}",
-        "{answer}",
-        "{system}",
-        "{",
-        "%s",
-        "\\1",
-        "\\g<0>",
-        "\U0001f642",
-        "\u0130\u00df",
-        "a" * 400,
-        " a  b " * 9,
-    ),
+    "", " ", "\n", "\r\n", "\t\u3000", "\0", "\x1b[2J", "\u2028", "\ufeff", "\u202e", "\u2581", "\u2581\u2581 \u2581",
+    "e\u0301", "<s>", "</s>", "<unk>", "<0x0A>", "<|eot_id|>", "<<SYS>>", "[INST]", "### Answer:", "### Response:",
+    "\U0001f642", "{question}", "{answer}", "{system}", "{", "%s", "\\1", "\\g<0>", "\u0130\u00df",
+    "a" * 400, " a  b " * 9,
 )
+PATCHES = (
+    b"\xff\xff\xff\xff", b"\0\0\0\0\0\0\0\0", b"\xff\xff\xff\x7f", b"9999", b"null", b'"', b"[[[[", b"]", b"}",
+    b"-", b"\n", b",",
+)
+# fmt: on
 TEXT = st.text(PLAIN, max_size=12) | st.sampled_from(HOSTILE)
 HUGE = (2**31 - 1, 2**31, -(2**31), 2**63, 2**64 - 1, 10**30, -(10**400))
 NUMBERS = (0, -0.0, 1, -1, 2, 3, 8, 0.5, 1e-300, 1e300, -1e300, math.nan, math.inf, -math.inf, *HUGE)
@@ -259,40 +263,66 @@ VALUES: st.SearchStrategy[Any] = st.one_of(
     | st.builds(nested, st.integers(1, 60)),
     st.lists(st.integers(-3, 300) | st.floats() | st.text(ANY, max_size=4), max_size=4),
 )
-# Where (a step for each level, down from the top), what is done there, and with which value.
-CHANGES = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 300), min_size=1, max_size=4),
-        st.sampled_from(("set", "set", "set", "drop", "rename", "add", "move")),
-        VALUES,
-    ),
-    max_size=2,
+# Of JSON: where (a step for each level, down from the top), what is done there, and with which value.
+Changes = list[tuple[list[int], str, Any]]
+# Of bytes: where (from the start or the end), what is done there, and with which bytes.
+Edits = list[tuple[int, str, bytes]]
+ODD: tuple[Any, ...] = (
+    *NUMBERS,
+    *HOSTILE,
+    *range(-3, 70),
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [1, 2],
+    ["\ud83d"],
+    nested(60),
 )
-PATCHES = (
-    b"\xff\xff\xff\xff",
-    b"\0\0\0\0\0\0\0\0",
-    b"\xff\xff\xff\x7f",
-    b"9999",
-    b"null",
-    b'"',
-    b"[[[[",
-    b"]",
-    b"}",
-    b"-",
-    b"\n",
-)
-# Where (from the start or the end), what is done there, and with which bytes.
-EDITS = st.lists(
+CHANGE = ("set", "set", "set", "drop", "rename", "add", "move")
+EDIT = ("replace", "replace", "insert", "delete", "cut", "flip", "repeat")
+
+
+def make_changes(rng: random.Random) -> Changes:
+    return [
+        ([rng.randrange(300) for _ in range(rng.randint(1, 4))], rng.choice(CHANGE), rng.choice(ODD))
+        for _ in range(rng.choice((1, 1, 1, 2)))
+    ]
+
+
+def make_edits(rng: random.Random) -> Edits:
+    return [
+        (
+            rng.choice((rng.randrange(400), -rng.randrange(400), rng.randrange(2**20))),
+            rng.choice(EDIT),
+            rng.choice((rng.randbytes(rng.randint(1, 8)), rng.choice(PATCHES))),
+        )
+        for _ in range(rng.choice((1, 1, 1, 2, 3)))
+    ]
+
+
+def make_few_edits(rng: random.Random) -> Edits:
+    return make_edits(rng) if rng.random() < 0.2 else []
+
+
+DRAWN_EDITS = st.lists(
     st.tuples(
         st.integers(0, 400) | st.integers(-400, -1) | st.integers(0, 2**20),
-        st.sampled_from(("replace", "replace", "insert", "delete", "cut", "flip", "repeat")),
+        st.sampled_from(EDIT),
         st.binary(min_size=1, max_size=8) | st.sampled_from(PATCHES),
     ),
     max_size=4,
 )
-FEW_EDITS = st.one_of(st.just([]), st.just([]), st.just([]), EDITS)
-Changes = list[tuple[list[int], str, Any]]
-Edits = list[tuple[int, str, bytes]]
+FEW_DRAWN_EDITS = st.one_of(st.just([]), st.just([]), st.just([]), DRAWN_EDITS)
+DRAWN_CHANGES = st.lists(
+    st.tuples(st.lists(st.integers(0, 300), min_size=1, max_size=4), st.sampled_from(CHANGE), VALUES), max_size=2
+)
+EDITS = varied(DRAWN_EDITS, make_edits)
+SOME_EDITS = varied(FEW_DRAWN_EDITS, make_edits)  # of files that are odd already
+FEW_EDITS = varied(FEW_DRAWN_EDITS, make_few_edits)  # of files in which something else is changed
+CHANGES = varied(DRAWN_CHANGES, make_changes)
 
 
 def changed(values: Any, changes: Changes) -> Any:

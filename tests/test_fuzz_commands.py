@@ -7,6 +7,7 @@ with what was there before. See `test_fuzz_data.py` for a long run.
 
 import argparse
 import json
+import random
 import shutil
 import sys
 from functools import cache
@@ -21,7 +22,7 @@ from tests import fuzzing
 from tests.conftest import small_model
 from tests.fuzzing import (
     EDITS,
-    FEW_EDITS,
+    SOME_EDITS,
     Edits,
     command,
     damaged,
@@ -29,6 +30,7 @@ from tests.fuzzing import (
     judged_test,  # noqa: F401  # of every test
     little_tokenizer,
     pytest_generate_tests,  # noqa: F401
+    varied,
     whole_models,
 )
 from tests.test_fuzz_data import LINES
@@ -209,7 +211,15 @@ HARMLESS |= {
 NOT_THE_INPUT = ("out of memory", "is not finite", "File name too long")
 
 
-@fuzz(300, chosen=st.lists(st.tuples(st.integers(0, 10_000), VALUES, st.booleans()), min_size=1, max_size=2))
+DRAWN = st.lists(st.tuples(st.integers(0, 10_000), VALUES, st.booleans()), min_size=1, max_size=2)
+
+
+def make_chosen(rng: random.Random) -> list[tuple[int, str, bool]]:
+    odd = (*ODD_NUMBERS, *ODD_TEXTS, str(rng.uniform(-3, 3)), str(rng.randrange(-9, 3_000)))
+    return [(rng.randrange(10_000), rng.choice(odd), rng.random() < 0.5) for _ in range(rng.choice((1, 1, 2)))]
+
+
+@fuzz(300, chosen=varied(DRAWN, make_chosen))
 def test_odd_values_of_flags(place: Path, chosen: list[tuple[int, str, bool]]) -> None:
     """One flag, or two of the same command, behind words that would work without them."""
     number = chosen[0][0]
@@ -249,7 +259,7 @@ DATA_COMMANDS = (
 )
 
 
-@fuzz(150, words=st.sampled_from(DATA_COMMANDS), content=LINES, edits=FEW_EDITS)
+@fuzz(150, words=st.sampled_from(DATA_COMMANDS), content=LINES, edits=SOME_EDITS)
 def test_commands_on_spoilt_data(place: Path, words: str, content: bytes, edits: Edits) -> None:
     (place / "room" / "x.jsonl").write_bytes(damaged(content, edits))
     run(place, words.replace("{0}", "x.jsonl").split())

@@ -36,7 +36,7 @@ from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer
 from tests.fuzzing import (
     EDITS,
-    FEW_EDITS,
+    SOME_EDITS,
     TEXT,
     VALUES,
     Edits,
@@ -48,6 +48,7 @@ from tests.fuzzing import (
     little_tokenizer,
     outcome,
     pytest_generate_tests,  # noqa: F401
+    varied,
 )
 
 
@@ -83,7 +84,7 @@ LINES = st.lists(LINE, max_size=6).map(b"\n".join) | ALIKE.map(
 )
 
 
-@fuzz(400, content=LINES, edits=FEW_EDITS, name=st.sampled_from(("x.jsonl", "x.json", "x.txt")))
+@fuzz(400, content=LINES, edits=SOME_EDITS, name=st.sampled_from(("x.jsonl", "x.json", "x.txt")))
 def test_lines_of_text_and_json(folder: Path, content: bytes, edits: Edits, name: str) -> None:
     """Every line that is not blank is a record or a fault."""
     file, content = folder / name, damaged(content, edits)
@@ -136,13 +137,13 @@ TABLES = CELLS | PAIR_CELLS.map(lambda rows: table([["question", "answer"], *row
 ARRAYS = ALIKE | st.lists(RECORD | VALUES, max_size=4)
 
 
-@fuzz(400, content=TABLES, edits=FEW_EDITS)
+@fuzz(400, content=TABLES, edits=SOME_EDITS)
 def test_tables(folder: Path, content: bytes, edits: Edits) -> None:
     (folder / "x.csv").write_bytes(damaged(content, edits))
     read_every_way(folder / "x.csv")
 
 
-@fuzz(400, values=ARRAYS, indent=st.sampled_from((None, 1)), edits=FEW_EDITS)
+@fuzz(400, values=ARRAYS, indent=st.sampled_from((None, 1)), edits=SOME_EDITS)
 def test_arrays(folder: Path, values: list[Any], indent: int | None, edits: Edits) -> None:
     (folder / "x.json").write_bytes(damaged(json.dumps(values, indent=indent).encode(), edits))
     read_every_way(folder / "x.json")
@@ -150,6 +151,8 @@ def test_arrays(folder: Path, values: list[Any], indent: int | None, edits: Edit
 
 # Pairs ----------------------------------------------------------------------------------------------------------------
 
+FORMS = ("jsonl", "json", "csv", "jsonl.gz")
+NAMES = ("auto", "plain", "qa", "llama2", "llama3", "alpaca")
 TRIPLES = st.lists(st.tuples(TEXT, TEXT, TEXT, TEXT), min_size=1, max_size=6)
 
 
@@ -157,9 +160,9 @@ TRIPLES = st.lists(st.tuples(TEXT, TEXT, TEXT, TEXT), min_size=1, max_size=6)
     250,
     texts=TRIPLES,
     fields=st.sampled_from(FIELDS),
-    form=st.sampled_from(("jsonl", "json", "csv", "jsonl.gz")),
-    template=st.sampled_from(("auto", "plain", "qa", "llama2", "llama3", "alpaca")),
-    max_length=st.integers(2, 40) | st.just(512),
+    form=varied(st.sampled_from(FORMS), lambda rng: rng.choice(FORMS)),
+    template=varied(st.sampled_from(NAMES), lambda rng: rng.choice(NAMES)),
+    max_length=varied(st.integers(2, 40) | st.just(512), lambda rng: rng.choice((rng.randint(2, 60), 512))),
     pack=st.booleans(),
 )
 def test_pairs_become_rows_in_which_nothing_is_lost(
