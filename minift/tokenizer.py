@@ -297,7 +297,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     try:
         if not named:
-            check_links(folder, TOKENIZER_FILES)
+            check_links(folder, () if path.is_dir() else TOKENIZER_FILES)
         content = file.read_bytes()
         files = tokenizer_files(folder)
     except OSError as error:

@@ -11,6 +11,7 @@ Read next: `stream.py`.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ class JsonTokenizer(Tokenizer):
         self._where = str(folder / "tokenizer.json")
         tokenizers = need("tokenizers", "hf", self._where)
         self.files = dict(files)
+        _check_patterns(text, self._where)
         with _refusing(f"{self._where}: not a tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             self._tokenizer.no_truncation()  # both may be left in the file by somebody's training run
@@ -75,6 +77,64 @@ class JsonTokenizer(Tokenizer):
         with _refusing(f"{self._where}: cannot decode"):
             text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def _check_patterns(text: str, where: str) -> None:
+    """Raise InputError for a regular expression that can take for ever: one that repeats what can be cut in many ways.
+
+    `(a+)+` and `(a|aa)+` match a text of n letters in 2ⁿ ways, all of which are tried where a match fails in the end.
+    No published tokenizer has such a thing; a hostile one would stand still on some word of somebody's data.
+    """
+    try:
+        found = _patterns(json.loads(text))
+    except (ValueError, RecursionError):
+        return  # which the package refuses by itself
+    for pattern in found:
+        if _repeats_what_varies(pattern):
+            raise InputError(f"{where}: the expression {pattern!r} repeats a part that varies, and may never end")
+
+
+def _patterns(values: Any) -> list[str]:
+    """All regular expressions in a `tokenizer.json`: `{"Regex": "…"}`, wherever it stands."""
+    if isinstance(values, list):
+        return [pattern for value in values for pattern in _patterns(value)]
+    if not isinstance(values, dict):
+        return []
+    here = values.get("Regex")
+    return [here] * isinstance(here, str) + [pattern for value in values.values() for pattern in _patterns(value)]
+
+
+# What an expression of Oniguruma consists of, as far as it matters here: an escaped character (or a \p{…}), a class of
+# characters (which may hold others), the borders of a group, a choice, a quantifier, any other character.
+_PARTS = re.compile(
+    r"\\[pP]\{[^}]*\}|\\.|\[|\]|\((?:\?[^:=!>()]*[:=!>])?|\)|\||[*+?][?+]?|\{\d*,?\d*\}[?+]?|.", re.DOTALL
+)
+_ONCE = ("?", "??", "?+", "{1}", "{0,1}", "{,1}")
+
+
+def _repeats_what_varies(pattern: str) -> bool:
+    """Whether a group that holds a choice or a quantifier has a quantifier itself, other than one that means once."""
+    varies = [False]  # whether each open group does, the whole expression first
+    in_class, closed = 0, False  # depth of classes; whether the last part was the end of a group that varies
+    for part in _PARTS.findall(pattern):
+        quantifier = part[0] in "*+?" or (part[0] == "{" and len(part) > 1)
+        if in_class or part == "[":
+            in_class += (part == "[") - (part == "]")
+            closed = False
+        elif part[0] == "(":
+            varies.append(False)
+            closed = False
+        elif part == ")" and len(varies) > 1:
+            closed = varies.pop()
+            varies[-1] |= closed
+        elif quantifier:
+            if closed and part not in _ONCE:
+                return True
+            varies[-1] |= part[0] != "{" or "," in part
+        else:
+            varies[-1] |= part == "|"
+            closed = False
+    return False
 
 
 @contextmanager
