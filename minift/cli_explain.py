@@ -6,7 +6,7 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from minift.cli_parts import MODEL_HELP, add_command, load, write_json, write_text
+from minift.cli_parts import MODEL_HELP, add_command, json_text, load, write_texts
 from minift.config import TrainConfig, check_number
 from minift.errors import InputError
 from minift.report import xray_table
@@ -62,9 +62,12 @@ def _explain(options: dict[str, Any]) -> int:
             print(f"note: cut to the {length:,} positions of {path}", file=sys.stderr)
         xrays[path] = explain(model, tokenizer, examples, config, options["pack"])
     print(xray_table(xrays, colour, shutil.get_terminal_size((120, 24)).columns))
-    if options["html"]:
-        write_text(options["html"], xray_page(xrays))
-    write_json(options["json"], {"models": {path: xray.to_dict() for path, xray in xrays.items()}})
+    texts = {}
+    if options["html"] is not None:
+        texts[options["html"]] = xray_page(xrays)
+    if options["json"] is not None:
+        texts[options["json"]] = json_text({"models": {path: xray.to_dict() for path, xray in xrays.items()}})
+    write_texts(texts)
     return 0
 
 

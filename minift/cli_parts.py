@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,15 +43,36 @@ def add_command(commands: Any, name: str, run: Callable[[dict[str, Any]], int], 
 def write_json(file: str | None, values: dict[str, Any]) -> None:
     """Write a result to a file, if one was asked for. Raises InputError when the disk refuses."""
     if file is not None:
-        write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write_texts({file: json_text(values)})
+
+
+def json_text(values: dict[str, Any]) -> str:
+    """The text of a file of results."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(file: str, text: str) -> None:
     """Write a text to a file that was asked for. Raises InputError when the disk refuses."""
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
+    write_texts({file: text})
+
+
+def write_texts(texts: Mapping[str, str]) -> None:
+    """Write a text to each of some files that were asked for: all of them, or none.
+
+    What is not Unicode in them (a path may be so) is spelled out; in JSON it is read back as it was.
+
+    Raises:
+        InputError: when the disk refuses.
+    """
+    made = [file for file in texts if not os.path.lexists(file)]
+    for file, text in texts.items():
+        try:
+            Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            for other in made:
+                with suppress(OSError):
+                    os.unlink(other)
+            raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
 def load(name: str, device: str) -> Any:

@@ -30,6 +30,7 @@ from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
 from minift.formats.meta import SIDECAR, unsaid, write_meta
 from minift.formats.native import write_native
 from minift.formats.opened import is_finite
+from minift.links import check_name
 from minift.tokenizer import TOKENIZER_FILES, Tokenizer, check_fit, load_tokenizer, tokenizer_files
 
 
@@ -82,6 +83,7 @@ def convert(
         raise InputError(f"--llama2c-version is for --to llama2c, not for {to}")
     if version not in HEADER_BYTES:
         raise InputError(f"--llama2c-version is {version}; choose 0 (legacy) or 1")
+    check_name(destination)
     _check_destination(source.resolve(), destination, to, force)
     opened = open_model(source)
     specs = _specs(opened, to, dtype)

@@ -1,4 +1,7 @@
-"""A model's folder may come from others, and a link in it could lead anywhere on this disk. Read next: `formats/`."""
+"""Paths that a model cannot have: a folder may come from others, and a link in it could lead anywhere on this disk.
+
+Read next: `formats/`.
+"""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -22,3 +25,11 @@ def check_links(folder: Path, names: Collection[str] = ()) -> None:
             target = entry.resolve()
             if not any(target.is_relative_to(place) for place in inside):
                 raise InputError(f"{entry}: is a link that leads out of its folder, to {target}; copy the file there")
+
+
+def check_name(path: Path) -> None:
+    """Raise InputError for a path that is not UTF-8: Python can open it, but PyTorch and safetensors cannot."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: this name is not UTF-8, and PyTorch cannot open such a file; rename it") from None

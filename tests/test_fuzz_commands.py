@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from minift.checkpoint import save_model
+from minift.checkpoint import load_model, save_model
 from minift.cli import _parser
+from minift.errors import InputError
 from tests import fuzzing
 from tests.conftest import small_model
 from tests.fuzzing import (
@@ -195,6 +196,30 @@ def test_the_commands_work_before_they_are_spoilt(place: Path, name: str) -> Non
     assert run(place, words) == 0
 
 
+def test_of_two_results_none_is_left_when_one_cannot_be_written(place: Path) -> None:
+    words = ["explain", *COMMANDS["explain"].split(), "--html", "x.html", "--json", "no/where"]
+    assert run(place, words) == 2
+
+
+@pytest.mark.parametrize("words", ["info --config", "data stats {pairs} --tokenizer {model} --template"])
+def test_a_path_that_is_not_utf8_is_read_back_from_a_result(place: Path, words: str) -> None:
+    source = place / "room" / "own.txt" if "data" in words else place / "shape.json"
+    name = shutil.copy(source, place / f"a\udcff{source.suffix}")
+    result = place / "x.json"
+    assert run(place, [*words.split(), str(name), "--json", str(result)]) == 0
+    assert str(name) in json.dumps(json.loads(result.read_text()), ensure_ascii=False)
+
+
+@pytest.mark.parametrize("words", ["info --model {0}", "generate --prompt Hi --model {0}", "convert {0} out --to hf"])
+def test_a_model_in_a_folder_that_is_not_utf8_is_refused_as_that(place: Path, words: str) -> None:
+    """Python can open its files, but the libraries that map them cannot."""
+    folder = shutil.copytree(place / "model", place / "m\udcff", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_model(folder)
+    assert run(place, [str(folder) if word == "{0}" else word for word in words.split()]) == 2
+    assert run(place, ["convert", "{model}", "o\udcff", "--to", "native"]) == 2
+
+
 def test_every_command_has_flags_to_be_tried() -> None:
     assert {name for name, _ in flags()} == set(COMMANDS)
     assert len(flags()) > 130
@@ -208,7 +233,7 @@ HARMLESS |= {
     f"--{name}" for name in ("dtype", "loss-chunk", "pack", "no-pack", "isolate", "template", "lora-alpha", "keep")
 }
 # What no check of the input can know, so that the code is 1: what a machine has, and what becomes of a step.
-NOT_THE_INPUT = ("out of memory", "is not finite", "File name too long")
+NOT_THE_INPUT = ("out of memory", "is not finite", "infinite or NaN", "File name too long")
 
 
 DRAWN = st.lists(st.tuples(st.integers(0, 10_000), VALUES, st.booleans()), min_size=1, max_size=2)

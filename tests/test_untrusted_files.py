@@ -37,7 +37,7 @@ from torch import Tensor
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.convert import convert
-from minift.errors import InputError, RunError
+from minift.errors import LONGEST, InputError, RunError, one_line
 from minift.formats import huggingface, open_model
 from minift.formats.huggingface import write_huggingface
 from minift.formats.opened import open_tensors
@@ -135,7 +135,10 @@ def refuse(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refuse:
                 assert main([str(word) for word in words]) == 2
             assert time.monotonic() - start < MOMENT
             stderr = capfd.readouterr().err
-            assert stderr == f"minift: error: {' '.join(message.split())}\n".encode(errors="replace").decode()
+            shown = " ".join(message.split())
+            if len(shown) > LONGEST:
+                shown = one_line(shown)
+            assert stderr == f"minift: error: {shown}\n".encode(errors="replace").decode()
         assert sorted(tmp_path.rglob("*")) == before
         return message
 

@@ -18,7 +18,7 @@ from minift.formats.llama2c import open_llama2c
 from minift.formats.meta import open_meta
 from minift.formats.native import open_native
 from minift.formats.opened import Opened
-from minift.links import check_links
+from minift.links import check_links, check_name
 
 FORMATS = ("native", "hf", "meta", "llama2c")
 
@@ -30,6 +30,7 @@ def open_model(path: str | Path) -> Opened:
         InputError: when there is none, when there are two, or when it is damaged or not a Llama that minift implements.
     """
     path = Path(path)
+    check_name(path)
     if path.is_dir():
         check_links(path)
     kind = recognise(path)
