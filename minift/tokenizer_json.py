@@ -11,6 +11,7 @@ Read next: `stream.py`.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,8 +43,8 @@ class JsonTokenizer(Tokenizer):
         self._where = str(folder / "tokenizer.json")
         tokenizers = need("tokenizers", "hf", self._where)
         self.files = dict(files)
-        _check_patterns(text, self._where)
-        with _refusing(f"{self._where}: not a tokenizer"):
+        _check_values(text, self._where)
+        with _quiet(), _refusing(f"{self._where}: not a tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             self._tokenizer.no_truncation()  # both may be left in the file by somebody's training run
             self._tokenizer.no_padding()
@@ -79,29 +80,34 @@ class JsonTokenizer(Tokenizer):
         return text
 
 
-def _check_patterns(text: str, where: str) -> None:
-    """Raise InputError for a regular expression that can take for ever: one that repeats what can be cut in many ways.
+def _check_values(text: str, where: str) -> None:
+    """Raise InputError for what the package takes, and then does not come back from, or breaks down over.
 
-    `(a+)+` and `(a|aa)+` match a text of n letters in 2ⁿ ways, all of which are tried where a match fails in the end.
-    No published tokenizer has such a thing; a hostile one would stand still on some word of somebody's data.
+    The expressions `(a+)+` and `(a|aa)+` match a text of n letters in 2ⁿ ways, all of which are tried where a match
+    fails in the end; and a decoder that strips the end of a text breaks down where it is shorter. No published
+    tokenizer has such things; with a hostile one, some word of somebody's data would end a run.
     """
     try:
-        found = _patterns(json.loads(text))
+        values = json.loads(text)
     except (ValueError, RecursionError):
         return  # which the package refuses by itself
-    for pattern in found:
-        if _repeats_what_varies(pattern):
+    for entry in _objects(values):
+        pattern, count = entry.get("Regex"), entry.get("type") == "Strip" and entry.get("stop")
+        if isinstance(pattern, str) and _repeats_what_varies(pattern):
             raise InputError(f"{where}: the expression {pattern!r} repeats a part that varies, and may never end")
+        if count:
+            raise InputError(f"{where}: its decoder strips {count!r} characters off a text's end, which may have none")
 
 
-def _patterns(values: Any) -> list[str]:
-    """All regular expressions in a `tokenizer.json`: `{"Regex": "…"}`, wherever it stands."""
-    if isinstance(values, list):
-        return [pattern for value in values for pattern in _patterns(value)]
-    if not isinstance(values, dict):
-        return []
-    here = values.get("Regex")
-    return [here] * isinstance(here, str) + [pattern for value in values.values() for pattern in _patterns(value)]
+def _objects(values: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value."""
+    waiting: list[Any] = [[values]]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+            value = value.values()
+        waiting.extend(inner for inner in value if isinstance(inner, dict | list))
 
 
 # What an expression of Oniguruma consists of, as far as it matters here: an escaped character (or a \p{…}), a class of
@@ -135,6 +141,23 @@ def _repeats_what_varies(pattern: str) -> bool:
             varies[-1] |= part == "|"
             closed = False
     return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from stderr what a panic says there by itself: several lines, beside the one that it becomes."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 @contextmanager

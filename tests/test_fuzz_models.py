@@ -295,6 +295,8 @@ def test_a_model_of_sentencepiece(folder: Path, models: Path, edits: Edits, more
 BESIDE = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 
 
+@example(name="tokenizer.json", changes=[([8, 3], "set", "[INST]")], edits=[])  # longer than the pieces it begins
+@example(name="tokenizer.json", changes=[([7, 1, 3, 3], "set", 41)], edits=[])  # characters off an empty text
 @fuzz(200, name=st.sampled_from(BESIDE), changes=CHANGES, edits=FEW_EDITS)
 def test_a_tokenizer_of_hugging_face(models: Path, name: str, changes: Changes, edits: Edits) -> None:
     """The tokenizer itself, or a file beside it that may say the same."""
