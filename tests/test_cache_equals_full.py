@@ -19,7 +19,7 @@ from minift.decode import NARROW, Decoder, _Product
 from minift.errors import InputError
 from minift.generate import generate
 from minift.model import KVCache, Llama
-from tests.test_hf_parity import random_model, random_tokens, to_transformers
+from tests.conftest import random_model, random_tokens, to_transformers
 
 LIMIT = 64  # conftest.SMALL's positions
 PROMPTS = [[1, 5, 9, 80, 33], [1], [1, 44, 7], [1, *range(20, 43)]]

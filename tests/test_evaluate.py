@@ -38,8 +38,7 @@ from minift.prompts import TEMPLATES, Pair, read_pairs, template_named
 from minift.reference import greedy
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer
-from tests.conftest import small_model
-from tests.test_hf_parity import to_transformers
+from tests.conftest import small_model, to_transformers
 from tests.test_stream import write_jsonl
 
 PAIRS = [
@@ -161,7 +160,7 @@ def test_the_likelihood_of_answers_is_that_of_a_plain_loop(model: Llama, questio
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_likelihood_of_answers_is_that_of_transformers(tokenizer: Tokenizer, tied: bool) -> None:
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=128, tie_word_embeddings=tied)
     values = {key: value for key, value in model.config.to_dict().items() if key not in ("architectures", "model_type")}

@@ -15,14 +15,13 @@ The weights are large enough that logits are far from uniform: near zero, everyt
 
 import pytest
 import torch
-import transformers
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from minift.loss import next_token_loss
-from minift.model import Llama, RMSNorm
+from minift.model import RMSNorm
 from minift.pack import IGNORE
-from tests.conftest import small_model
+from tests.conftest import hf_name, random_model, random_tokens, small_model, to_transformers
+
+transformers = pytest.importorskip("transformers")
 
 SHAPES = {
     "multi-head": {"num_key_value_heads": 4},
@@ -35,55 +34,6 @@ SHAPES = {
 grid = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 heads = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 B, T = 3, 21
-
-
-def random_model(dtype: torch.dtype = torch.float32, std: float = 0.2, **changes: object) -> Llama:
-    """A model whose norms are random too: at their initial 1 they would hide a missing multiplication."""
-    model = small_model(dtype=dtype, std=std, **changes)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def random_tokens(*shape: int, seed: int = 2) -> Tensor:
-    return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def hf_name(name: str) -> str:
-    return name if name.startswith("lm_head") else f"model.{name}"
-
-
-def to_transformers(model: Llama, attention: str = "sdpa") -> transformers.LlamaForCausalLM:
-    """The same model as `transformers` has it, in the same dtype."""
-    config = model.config
-    twin = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            attn_implementation=attention,
-        )
-    )
-    twin = twin.to(model.embed_tokens.weight.dtype).eval()
-    weights = {hf_name(name): parameter.detach().clone() for name, parameter in model.named_parameters()}
-    found = twin.load_state_dict(weights, strict=False)
-    assert found.unexpected_keys == []
-    assert found.missing_keys == (["lm_head.weight"] if config.tie_word_embeddings else [])
-    assert (twin.lm_head.weight is twin.model.embed_tokens.weight) == config.tie_word_embeddings
-    return twin
 
 
 @heads
@@ -144,7 +94,7 @@ def test_gradient_of_every_parameter(shape: dict[str, object], tied: bool, atten
 def test_norm_is_theirs_to_the_bit(dtype: torch.dtype) -> None:
     """The reduction is in float32, and the result is cast back *before* the weight multiplies it."""
     generator = torch.Generator().manual_seed(3)
-    ours, theirs = RMSNorm(24, 1e-5), LlamaRMSNorm(24, 1e-5)
+    ours, theirs = RMSNorm(24, 1e-5), transformers.models.llama.modeling_llama.LlamaRMSNorm(24, 1e-5)
     weight = (0.5 + torch.rand(24, generator=generator)).to(dtype)
     ours.weight.data = theirs.weight.data = weight
     x = (3 * torch.randn(50, 24, generator=generator)).to(dtype)

@@ -20,11 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
@@ -33,9 +30,12 @@ from minift.errors import InputError
 from minift.formats import open_model
 from minift.formats.huggingface import write_huggingface
 from minift.tokenizer import Tokenizer, load_tokenizer
-from tests.test_hf_parity import random_model
+from tests.conftest import random_model
 from tests.test_stream import write_jsonl
 from tests.test_tokenizer import TEXTS, noise
+
+safetensors = pytest.importorskip("safetensors")
+transformers = pytest.importorskip("transformers")
 
 V, B, T = 97, 2, 128
 SHAPE: dict[str, Any] = {
@@ -119,7 +119,7 @@ def assert_same_logits(ours: Any, theirs: Any, tolerance: float, spread: float =
 
 def load_theirs(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
     """What `transformers` makes of a folder, with nothing left over on either side."""
-    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not any(found.values()), found  # missing, unexpected, mismatched keys; error messages
     return model.eval()
 
@@ -467,13 +467,13 @@ def test_mistral_has_a_window_where_its_config_names_none(tmp_path: Path) -> Non
     """Leaving the key out means 4096 (null means none), whatever the positions are by default."""
     theirs_of("mistral").save_pretrained(tmp_path)
     change_config(tmp_path, ("sliding_window",), max_position_embeddings=4096)
-    assert AutoConfig.from_pretrained(tmp_path).sliding_window == 4096
+    assert transformers.AutoConfig.from_pretrained(tmp_path).sliding_window == 4096
     load_model(tmp_path)
     change_config(tmp_path, max_position_embeddings=4097)
     with pytest.raises(InputError, match="sliding_window 4096 binds"):
         load_model(tmp_path)
     change_config(tmp_path, ("max_position_embeddings",))
-    assert AutoConfig.from_pretrained(tmp_path).max_position_embeddings > 4096
+    assert transformers.AutoConfig.from_pretrained(tmp_path).max_position_embeddings > 4096
     with pytest.raises(InputError, match="sliding_window 4096 binds"):
         load_model(tmp_path)
 
@@ -689,7 +689,7 @@ def convert(*words: str | Path) -> None:
 
 def assert_ids_agree(folder: Path, tokenizer: Tokenizer) -> None:
     """`AutoTokenizer` gives the ids of ours, BOS in front, and the texts back."""
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     assert len(theirs) == tokenizer.vocab_size
     for text in [*TEXTS, *noise(100)]:

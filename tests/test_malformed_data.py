@@ -300,9 +300,7 @@ def open_packed(file: Path) -> Any:
     """A compressed file to write to, little by little."""
     if file.suffix == ".gz":
         return gzip.open(file, "wb", compresslevel=1)
-    import zstandard
-
-    return zstandard.open(file, "wb")
+    return pytest.importorskip("zstandard").open(file, "wb")
 
 
 def test_the_longest_line_is_read_and_the_next_longer_is_not(tmp_path: Path) -> None:

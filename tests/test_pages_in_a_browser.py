@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from minift.config import FINETUNE, LlamaConfig, TrainConfig
 from minift.explain import XRay, explain
@@ -26,6 +24,10 @@ from minift.prompts import Pair, template_named
 from minift.report import visible
 from minift.tokenizer import Tokenizer
 from tests.conftest import SMALL, small_model
+
+sync_api = pytest.importorskip("playwright.sync_api")
+Browser, BrowserContext, Page = sync_api.Browser, sync_api.BrowserContext, sync_api.Page
+Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
 
 HOSTILE = (
     '<script>window.hacked = 1</script><img src=x onerror="window.hacked=2"> \'quoted\' "twice" & &amp; '
@@ -50,7 +52,7 @@ def browser() -> Iterator[Browser]:
     if found is None:
         pytest.skip("no Chromium is installed: pages are not opened")
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
+    with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=arguments)
         yield browser
         browser.close()

@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minift.checkpoint import load_model, save_model
@@ -44,8 +43,7 @@ from minift.formats.native import write_pt
 from minift.formats.opened import Opened, parameter_shapes, to_half_split, to_interleaved
 from minift.model import Llama
 from minift.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from tests.conftest import ROOT, small_model
-from tests.test_hf_parity import random_model, random_tokens
+from tests.conftest import ROOT, random_model, random_tokens, small_model
 
 # Every size divides by four ranks.
 BASE: dict[str, Any] = {
@@ -86,6 +84,11 @@ formats = pytest.mark.parametrize("to", ["native", "hf", "meta", "llama2c"])
 
 
 # Models made without minift -------------------------------------------------------------------------------------------
+
+
+def safetensors() -> Any:
+    """Hugging Face's own package. Without it, the test is skipped."""
+    return pytest.importorskip("safetensors.torch")
 
 
 def random_bits(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -141,7 +144,7 @@ def write_hf(folder: Path, tensors: Mapping[str, Tensor], **changes: Any) -> dic
     folder.mkdir(parents=True)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **said}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors().save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     return said
 
 
@@ -336,7 +339,7 @@ def read_bin(data: bytes) -> tuple[dict[str, int], Arrays]:
 
 def check_hf(folder: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
     """A Hugging Face folder holds these bits, and its config says all of this."""
-    assert_same_bits(load_file(folder / "model.safetensors"), tensors)
+    assert_same_bits(safetensors().load_file(folder / "model.safetensors"), tensors)
     config = json.loads((folder / "config.json").read_text())
     assert {key: config[key] for key in said} == said
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
@@ -427,7 +430,7 @@ def test_a_huggingface_folder_of_many_files_is_the_same_model(tmp_path: Path) ->
     found: dict[str, Tensor] = {}
     for number, part in enumerate(parts, start=1):
         assert part.name == f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        held = load_file(part)
+        held = safetensors().load_file(part)
         assert sum(tensor.nbytes for tensor in held.values()) <= limit or len(held) == 1
         assert all(index["weight_map"][name] == part.name for name in held)
         found |= held
@@ -654,6 +657,7 @@ def test_the_files_of_metas_ranks(tmp_path: Path, kv_heads: int | None, embeddin
     assert (config.vocab_size, config.intermediate_size, config.max_position_embeddings) == (96, META_F, 4_096)
     assert (config.bos_token_id, config.eos_token_ids, config.tie_word_embeddings) == (1, (2,), False)
     assert config.rms_norm_eps == params.get("norm_eps", 1e-5)
+    safetensors()
     convert(tmp_path / "meta", tmp_path / "hf", "hf")
     assert np.abs(logits_of(tmp_path / "hf", tokens) - wanted).max() < 1e-4
 
@@ -1288,7 +1292,7 @@ def test_a_source_that_is_no_model_is_one_line_and_exit_2(place: Path, capsys: p
 def test_a_conversion_says_what_it_did(source: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(source), str(place / "there"), "--to", "meta", "--shards", "2"]) == 0
     shown = capsys.readouterr()
-    numel = sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    numel = sum(tensor.numel() for tensor in safetensors().load_file(source / "model.safetensors").values())
     assert shown.out.startswith(f"saved: {place / 'there'} (meta, from hf; {numel:,} parameters, float32, ")
     assert shown.err.splitlines() == [
         "note: there is no tokenizer beside it, and so none beside the result (--tokenizer names one)"
@@ -1319,6 +1323,8 @@ EXTRA_FILES = {
 
 @pytest.mark.parametrize("to", ["native", "hf", "meta", "llama2c"])
 def test_all_the_tokenizers_files_travel(small_checkpoint: Path, place: Path, to: str) -> None:
+    if to == "hf":
+        pytest.importorskip("tokenizers")
     start = place.parent / "start"
     shutil.copytree(small_checkpoint, start)
     for name, content in EXTRA_FILES.items():
@@ -1419,6 +1425,7 @@ def test_another_models_tokenizer_beside_a_bin_is_spared(
 def test_a_tokenizer_bin_is_made_of_the_sentencepiece_model_that_lies_beside_a_json(
     small_checkpoint: Path, place: Path
 ) -> None:
+    pytest.importorskip("tokenizers")
     convert(small_checkpoint, place / "hf", "hf")  # which holds both
     convert(place / "hf", place / "both" / "a.bin", "llama2c")
     convert(small_checkpoint, place / "one" / "a.bin", "llama2c")
@@ -1624,7 +1631,7 @@ def test_reading_maps_a_file_anew_after_a_window(source: Path, monkeypatch: pyte
     again = file._open_file
     monkeypatch.setattr(file, "_open_file", lambda path: maps.append(path) or again(path))
     found = {f"model.{name}": opened.read(name).clone() for name in opened.specs}
-    assert_same_bits(found, load_file(source / "model.safetensors"))
+    assert_same_bits(found, safetensors().load_file(source / "model.safetensors"))
     assert len(maps) > 5
 
 

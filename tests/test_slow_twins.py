@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -481,6 +480,7 @@ def test_schedule_at_its_edges(schedule: str, warmup: int, min_lr: float) -> Non
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_schedule_behind_the_warmup_is_that_of_transformers(schedule: str, warmup: int, min_lr: float) -> None:
     config, total = TrainConfig(lr=0.02, warmup=warmup, schedule=schedule, min_lr=min_lr), 40
+    transformers = pytest.importorskip("transformers")
     make = getattr(transformers, f"get_{schedule}_schedule_with_warmup")
     share = make(torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup, total).lr_lambdas[0]
     for step in range(warmup, total):

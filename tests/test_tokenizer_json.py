@@ -20,10 +20,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
 
 import minift.generate
 from minift import reference
@@ -48,6 +45,8 @@ from minift.tokenizer import (
 from minift.tokenizer_json import JsonTokenizer, make_json
 from tests.conftest import SMALL, small_model
 from tests.test_stream import write_jsonl
+
+tokenizers = pytest.importorskip("tokenizers")
 
 SAMPLE = [
     "What is the capital of Mexico?",
@@ -139,16 +138,16 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = "
 def byte_level(kind: str) -> tokenizers.Tokenizer:
     """Llama 3's special tokens lie behind its vocabulary, SmolLM's are its first ids."""
     llama = kind == "llama 3"
-    made = tokenizers.Tokenizer(models.BPE(ignore_merges=llama))
-    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_SPLIT), "isolated")
-    first = split if llama else pre_tokenizers.Digits(individual_digits=True)
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama)
-    made.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_])
-    made.decoder = decoders.ByteLevel()
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=llama))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_SPLIT), "isolated")
+    first = split if llama else tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([first, bytes_])
+    made.decoder = tokenizers.decoders.ByteLevel()
     special = list(dict.fromkeys((*NAMES[kind], *CHAT_TOKENS)))
-    trainer = trainers.BpeTrainer(
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=700,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[] if llama else special,
         show_progress=False,
     )
@@ -156,7 +155,7 @@ def byte_level(kind: str) -> tokenizers.Tokenizer:
     made.add_special_tokens(special)
     if llama:
         bos = (special[0], made.token_to_id(special[0]))
-        made.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+        made.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     return made
 
 
@@ -197,10 +196,14 @@ def each(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+def read_by_transformers(folder: Path) -> Any:
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
     """The same folder as `transformers` reads it."""
-    return AutoTokenizer.from_pretrained(folder)
+    return read_by_transformers(folder)
 
 
 @pytest.fixture(scope="module", params=["bundled", "real"])
@@ -634,7 +637,7 @@ def test_every_file_travels_byte_for_byte_through_every_format(own: Path, tmp_pa
         again = load_tokenizer(tmp_path / name)
         assert [again.encode(text) for text in CHATS] == [made.encode(text) for text in CHATS]
     for name in ("hf", "hf-2"):
-        theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+        theirs = read_by_transformers(tmp_path / name)
         for text in [*CHATS, *SAMPLE]:
             assert theirs(text, add_special_tokens=False)["input_ids"] == made.encode(text, bos=False)
 
@@ -712,7 +715,7 @@ def test_added_tokens_behind_a_sentencepiece_vocabulary_have_their_ids(
         again = load_tokenizer(tmp_path / name)
         assert [again.encode(text) for text in CHATS] == [made.encode(text) for text in CHATS]
         assert (tmp_path / name / "tokenizer.model").read_bytes() == plain.files["tokenizer.model"]
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = read_by_transformers(tmp_path / "hf")
     for text in CHATS:
         assert theirs(text, add_special_tokens=False)["input_ids"] == chat_ids(text, added)
 
@@ -723,7 +726,7 @@ def test_the_flags_of_added_tokens_count_as_they_do_in_transformers(sentencepiec
     write_config(sentencepiece_folder, "<s>", "</s>", added_tokens_decoder=decoder)
     made = load_tokenizer(sentencepiece_folder)
     save_model(tmp_path / "hf", model_for(made), made, format="hf")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = read_by_transformers(tmp_path / "hf")
     for text in [*CHATS, "<|im_start|> user\nhi <|im_end|> \n<|im_start|>\nassistant\n"]:
         assert made.encode(text, bos=False) == theirs(text, add_special_tokens=False)["input_ids"]
 
@@ -731,7 +734,7 @@ def test_the_flags_of_added_tokens_count_as_they_do_in_transformers(sentencepiec
 def test_tokens_that_only_the_config_adds_have_the_ids_that_transformers_gives(own: Path) -> None:
     size = load_tokenizer(own).vocab_size
     edit(own, lambda values: values.update(added_decoder({"<|eot|>": size})), "tokenizer_config.json")
-    made, theirs = load_tokenizer(own), AutoTokenizer.from_pretrained(own)
+    made, theirs = load_tokenizer(own), read_by_transformers(own)
     assert theirs("a<|eot|>", add_special_tokens=False)["input_ids"][-1] == size
     assert made.encode("a<|eot|>", bos=False) == theirs("a<|eot|>", add_special_tokens=False)["input_ids"]
 

@@ -31,7 +31,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minift.checkpoint import load_model, save_model
@@ -63,6 +62,11 @@ Refuse = Callable[..., str]
 Change = Callable[[dict[str, Any]], Any]
 
 
+def safetensors() -> Any:
+    """Hugging Face's own package. Without it, the test is skipped."""
+    return pytest.importorskip("safetensors.torch")
+
+
 def make_models(folder: Path, dtype: torch.dtype = torch.float32) -> Models:
     """The same small model, with a head of its own, in every format."""
     model = small_model(tie_word_embeddings=False, vocab_size=VOCABULARY).to(dtype)
@@ -71,9 +75,10 @@ def make_models(folder: Path, dtype: torch.dtype = torch.float32) -> Models:
     convert(folder / "native", folder / "meta", "meta", shards=2)
     (folder / "meta" / "minift.json").unlink()  # as Meta's own folders are
     (folder / "bin").mkdir()
-    torch.save(load_file(folder / "hf" / "model.safetensors"), folder / "bin" / "pytorch_model.bin")
-    shutil.copy(folder / "hf" / "config.json", folder / "bin" / "config.json")
     weights = model.state_dict()
+    named = {name if name.startswith("lm_head") else f"model.{name}": weight for name, weight in weights.items()}
+    torch.save(named, folder / "bin" / "pytorch_model.bin")
+    shutil.copy(folder / "hf" / "config.json", folder / "bin" / "config.json")
     (folder / "sharded").mkdir()
     specs = open_model(folder / "native").specs
     size = sum(spec.nbytes for spec in specs.values())
@@ -102,6 +107,8 @@ def take(models: Models, tmp_path: Path) -> Take:
     """A copy of one of the models, to be spoiled."""
 
     def copied(kind: str, source: Models = models) -> Path:
+        if kind in ("hf", "sharded"):
+            safetensors()
         path = tmp_path / source[kind].name
         return Path((shutil.copytree if source[kind].is_dir() else shutil.copy)(source[kind], path))
 
@@ -180,9 +187,9 @@ def change_pt(file: Path, change: Change) -> None:
 
 
 def change_safetensors(file: Path, change: Change) -> None:
-    values = load_file(file)
+    values = safetensors().load_file(file)
     change(values)
-    save_file(values, file, {"format": "pt"})
+    safetensors().save_file(values, file, {"format": "pt"})
 
 
 def change_weights(path: Path, change: Change) -> Path:
@@ -412,6 +419,7 @@ def test_no_connection_is_opened_and_no_process_started(
     small_checkpoint: Path,
     refuse: Refuse,
 ) -> None:
+    safetensors()
     out = tmp_path_factory.mktemp("out")
 
     def forbidden(*_: Any, **__: Any) -> None:
@@ -495,6 +503,7 @@ def test_attributes_of_a_parameter_are_never_called(take: Take, models: Models, 
 
 
 def test_parameters_count_as_tensors(take: Take, models: Models, tmp_path: Path) -> None:
+    safetensors()
     folder = take("native")
     change_weights(folder, lambda values: {name: torch.nn.Parameter(value) for name, value in values.items()})
     for to in ("native", "hf", "meta", "llama2c"):
@@ -504,6 +513,7 @@ def test_parameters_count_as_tensors(take: Take, models: Models, tmp_path: Path)
 
 def test_a_negated_view_counts_as_its_values(take: Take, tmp_path: Path) -> None:
     """A tensor may be stored with the word that its sign is to be turned."""
+    safetensors()
     folder = take("native")
     change_weights(folder, put("norm.weight", torch._neg_view(torch.full((24,), -2.0))))
     if outcome(folder) == "used":
@@ -1111,7 +1121,7 @@ def test_an_index_that_differs_from_its_shards_is_refused(
 def test_a_tensor_that_is_in_a_shard_too_many_is_refused(take: Take, refuse: Refuse, name: str, shard: int) -> None:
     folder = take("sharded")
     file = shards(folder)[shard]
-    if name in load_file(file):
+    if name in safetensors().load_file(file):
         return
     change_safetensors(file, put(name, torch.ones(24)))
     refuse(folder, str(file), name)
@@ -1579,6 +1589,7 @@ def test_a_token_of_any_text_is_used_or_refused(with_tokenizer: Path, tmp_path: 
 @pytest.fixture(scope="module")
 def with_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """A Hugging Face folder that has the bundled tokenizer, in both forms."""
+    pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("with tokenizer") / "model"
     model = small_model(vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
     save_model(folder, model, tokenizer, format="hf")
@@ -1814,7 +1825,7 @@ print(json.dumps(results))
 
 
 def test_without_the_extra_its_formats_name_it_and_the_others_work(
-    models: Models, small_checkpoint: Path, with_tokenizer: Path, tmp_path: Path
+    models: Models, small_checkpoint: Path, tmp_path: Path
 ) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(
@@ -1822,7 +1833,7 @@ def test_without_the_extra_its_formats_name_it_and_the_others_work(
     )
     named = tmp_path / "named"
     named.mkdir()
-    shutil.copy(with_tokenizer / "tokenizer.json", named)
+    (named / "tokenizer.json").write_text("{}")
     work, refused = [], []
     for kind, path in models.items():
         commands = [["info", "--model", path], ["convert", path, tmp_path / f"from-{kind}", "--to", "native"]]
@@ -1832,8 +1843,9 @@ def test_without_the_extra_its_formats_name_it_and_the_others_work(
     refused += [["generate", "--model", models["hf"], *PROMPT]]
     refused += [["convert", small_checkpoint, tmp_path / "spm-to-hf", "--to", "hf"]]
     refused += [["tokenizer", "show", "text", "--model", path] for path in (named, named / "tokenizer.json")]
-    train = ["finetune", "--model", small_checkpoint, "--data", pairs, "--out", tmp_path / "run", "--device", "cpu"]
-    refused += [[*train, "--steps", "1", "--save-format", "hf"]]
+    train = ["finetune", "--model", small_checkpoint, "--data", pairs, "--device", "cpu", "--steps", "1", "--out"]
+    work += [[*train, tmp_path / "adapted", "--lora-rank", "2"]]
+    refused += [[*train, tmp_path / "run", "--save-format", "hf"]]
     words = json.dumps([[str(word) for word in command] for command in (*work, *refused)])
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_EXTRA, words],
@@ -1899,12 +1911,13 @@ FUZZED = {
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in FUZZED.items() for name in names])
 def test_a_file_damaged_at_random_is_used_or_refused(
-    take: Take, with_tokenizer: Path, tmp_path: Path, kind: str, name: str
+    take: Take, request: pytest.FixtureRequest, tmp_path: Path, kind: str, name: str
 ) -> None:
     use: Callable[[Path], object] = load_model
     count = 100
     if kind == "tokenizer":
-        use, path, count = use_tokenizer, Path(shutil.copytree(with_tokenizer, tmp_path / "model")), 20
+        use, count = use_tokenizer, 20
+        path = Path(shutil.copytree(request.getfixturevalue("with_tokenizer"), tmp_path / "model"))
         if name == "tokenizer.model":
             (path / "tokenizer.json").unlink()
     else:

@@ -22,7 +22,8 @@ import torch
 from minift.config import FINETUNE, PRETRAIN, LlamaConfig, TrainConfig, read_json
 from minift.flops import count_parameters, inference_memory, training_memory
 from minift.formats import open_model
-from minift.formats.opened import open_tensors
+from minift.formats.opened import parameter_shapes
+from minift.lora import LoRAConfig
 from minift.pages.curves import curves_of, svg
 from minift.pages.document import document, table, text
 from minift.report import LABELS, number, size
@@ -40,11 +41,11 @@ def run_page(folder: Path) -> str:
     config = TrainConfig.from_dict(run["train"])
     metrics = read_metrics(folder)
     shape = open_model(folder / "final").config
-    adapter = folder / "adapter"
     trained = None
-    if config.lora_rank:
-        file = next(adapter.glob("adapter_model.*"))
-        trained = sum(spec.numel for spec in open_tensors(file).specs.values())
+    if config.lora_rank:  # A and B have a row or a column for each of a matrix's
+        targets = LoRAConfig.of(config).targets
+        sizes = [size for name, size in parameter_shapes(shape).items() if name.split(".")[-2] in targets]
+        trained = config.lora_rank * sum(map(sum, sizes))
     sections = [_summary(config, metrics, shape, trained)]
     sections.append(f"<h2>Command</h2>\n<pre><code>{text(run_command(run, folder))}</code></pre>")
     if (folder / "compare.json").exists():
