@@ -14,6 +14,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
 from hypothesis import strategies as st
 
 from minift.checkpoint import load_model, save_model
@@ -218,6 +222,13 @@ def test_a_model_in_a_folder_that_is_not_utf8_is_refused_as_that(place: Path, wo
         load_model(folder)
     assert run(place, [str(folder) if word == "{0}" else word for word in words.split()]) == 2
     assert run(place, ["convert", "{model}", "o\udcff", "--to", "native"]) == 2
+
+
+def test_a_million_processes_are_not_started(place: Path) -> None:
+    words = ["pretrain", *COMMANDS["pretrain"].split(), "--epochs", "1"]
+    words.remove("--steps")
+    words.remove("1")
+    assert run(place, [*words, "--workers", "1000000"]) == 2
 
 
 def test_every_command_has_flags_to_be_tried() -> None:

@@ -24,6 +24,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("zstandard")
 import zstandard
 from hypothesis import strategies as st
 

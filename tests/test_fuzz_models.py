@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
 from hypothesis import example
 from hypothesis import strategies as st
 

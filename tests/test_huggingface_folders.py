@@ -665,7 +665,7 @@ RESULTS: dict[str, dict[str, Any]] = {
     "multi-query": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 10},
     "rope_theta": {"rope_theta": 500.0, "rms_norm_eps": 0.01},
-    "llama3": {"rope_theta": 500.0, "max_position_embeddings": T, "rope_scaling": LLAMA3},
+    "llama3": {"rope_theta": 500.0, "rope_scaling": LLAMA3},
     "llama3, untied": {"rope_theta": 500.0, "rope_scaling": LLAMA3, "tie_word_embeddings": False, "head_dim": 14},
     "several ends": {"eos_token_id": (2, 7, 9), "bos_token_id": 5},
     "one end": {"eos_token_id": (9,), "bos_token_id": 0},
@@ -676,7 +676,7 @@ def save_native(folder: Path, shape: dict[str, Any], dtype: torch.dtype = torch.
     """A minift checkpoint without a tokenizer; `rope_scaling` is put into its config as its file has it."""
     shape = dict(shape)
     scaling = shape.pop("rope_scaling", None)
-    save_model(folder, random_model(dtype, **shape))
+    save_model(folder, random_model(dtype, **{"max_position_embeddings": T, **shape}))
     if scaling:
         change_config(folder, rope_scaling={key: value for key, value in scaling.items() if key != "rope_theta"})
         assert load_model(folder).config.rope_scaling is not None
