@@ -7,9 +7,9 @@ of torch's random numbers, all that the loop needs to go on as if it had not bee
 writes its part of weights and moments (`shards.py`); all else is written by the main rank alone.
 
 Every folder is written under another name, flushed to the disk and then renamed, so a run that is killed in the middle
-of a save leaves the older checkpoint, never half of a new one. A step folder carries checksums of its files, and is
-held against them before anything is resumed: a damaged one is passed over for the one before it. Files are read with
-`weights_only=True`: a checkpoint is data, and cannot run code.
+of a save leaves the older checkpoint, never half of a new one. What is saved carries checksums of its files. A step
+folder is held against them before anything is resumed (a damaged one is passed over for the one before it), a model
+before it is finetuned. Files are read with `weights_only=True`: a checkpoint is data, and cannot run code.
 
 Read next: `generate.py`.
 """
@@ -53,7 +53,7 @@ from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 if TYPE_CHECKING:
     from minift.train import TrainState
 
-CHECKSUMS = "SHA256SUMS"  # of a step folder: a checksum for each of its files, for `sha256sum -c`, too
+CHECKSUMS = "SHA256SUMS"  # of what minift saves: a checksum for each of a folder's files, for `sha256sum -c`, too
 STEP_FILES = {"config.json", "training.pt"}  # that each has; a tokenizer's; and one of these:
 WEIGHT_FILES = ("model.pt", "adapter.pt")
 
@@ -81,8 +81,13 @@ def save_model(
     if format not in SAVE_FORMATS:
         raise InputError(f"format is {format!r}; choose from {', '.join(SAVE_FORMATS)}")
     weights = merged_weights(model)
+
+    def write(partial: Path) -> None:
+        _write_model(partial, model, weights, tokenizer, dtype, format)
+        _write_checksums(partial)
+
     if world is None or world.is_main:
-        write_folder(Path(folder), lambda partial: _write_model(partial, model, weights, tokenizer, dtype, format))
+        write_folder(Path(folder), write)
     else:
         for tensor in weights.values():  # in the order in which they are written
             whole(tensor)
@@ -191,8 +196,7 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep:
             "random_of_other_ranks": others,
         }
         _save(training, partial / "training.pt")
-        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
-        (partial / CHECKSUMS).write_text("".join(sums))
+        _write_checksums(partial)
 
     if world.is_main:
         write_folder(folder, write)
@@ -315,9 +319,9 @@ def check_step(folder: Path) -> None:
         InputError: for a damaged or missing file, by name.
     """
     sums = folder / CHECKSUMS
-    try:
+    with _readable(sums):
         check_links(folder)
-        listed = dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").split("\n")[:-1])
+        listed = _listed(sums)
         ours = {file.name for file in folder.iterdir() if file.name == METADATA or not file.name.startswith(".")}
         there = ours - {CHECKSUMS}
         weights = {METADATA} if METADATA in listed else {WEIGHT_FILES[WEIGHT_FILES[1] in listed]}
@@ -326,9 +330,47 @@ def check_step(folder: Path) -> None:
             raise InputError(f"{sums}: damaged, or not of this folder: does not list {unlisted[0]}")
         for name in sorted(set(listed) - there):
             raise InputError(f"{folder / one_line(name)}: missing")
-        for name, checksum in listed.items():
-            if _sha256(folder / name) != checksum:
-                raise InputError(f"{folder / name}: damaged: its checksum is not that of {CHECKSUMS}")
+        _hold_against(listed, folder)
+
+
+def check_model(path: str | Path) -> None:
+    """Hold a model that minift has saved against the checksums in its folder. Others come without, and pass.
+
+    Raises:
+        InputError: for a damaged or missing file, by name.
+    """
+    sums = Path(path) / CHECKSUMS
+    if not sums.is_file():
+        return
+    with _readable(sums):
+        listed = _listed(sums)
+        for name in listed:
+            if Path(name).name != name or not (sums.parent / name).is_file():
+                raise InputError(f"{sums.parent / one_line(name)}: missing, but {CHECKSUMS} lists it")
+        _hold_against(listed, sums.parent)
+
+
+def _write_checksums(folder: Path) -> None:
+    sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
+    (folder / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
+
+
+def _listed(sums: Path) -> dict[str, str]:
+    """Checksums by the names of the files. Raises ValueError for a line that is no such pair."""
+    return dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").split("\n")[:-1])
+
+
+def _hold_against(listed: dict[str, str], folder: Path) -> None:
+    for name, checksum in listed.items():
+        if _sha256(folder / name) != checksum:
+            raise InputError(f"{folder / name}: damaged, or changed: its checksum is not that of {CHECKSUMS}")
+
+
+@contextmanager
+def _readable(sums: Path) -> Iterator[None]:
+    """Raise InputError, by name, when a file cannot be read in here, or the checksums are none."""
+    try:
+        yield
     except InputError:
         raise
     except OSError as error:

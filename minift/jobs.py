@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from minift.checkpoint import (
+    check_model,
     check_step,
     load_model,
     load_step,
@@ -149,6 +150,7 @@ def _finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool, wo
     template_name = choose_template(config.template, [*pairs, *held_out])
     template = template_named(template_name)
     config = config.replace(template=template_name)
+    _check_model(job.model, world)
     tokenizer = load_tokenizer(job.model)
     sharded = world.parallel == "fsdp"
     model = model_without_memory(job.model) if sharded else load_model(job.model, device=device)
@@ -371,6 +373,17 @@ def _own_folder(out: Path, resume: bool, world: World) -> Iterator[None]:
 def _write_peft(adapter: dict[str, Tensor], lora: LoRAConfig, base: str, tokenizer: Tokenizer, folder: Path) -> None:
     write_peft(folder, adapter, lora, str(Path(base).resolve()))
     tokenizer.save(folder)
+
+
+def _check_model(model: str, world: World) -> None:
+    """Hold the model's files against their checksums, before hours of training: one rank for all."""
+    failure = None
+    if world.is_main:
+        try:
+            check_model(model)
+        except InputError as error:
+            failure = error
+    world.agree(failure)
 
 
 def _restarts(out: Path) -> bool:

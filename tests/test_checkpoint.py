@@ -7,16 +7,18 @@ fail at each of its steps, and the older checkpoint must still be there.
 import json
 import os
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
 
 from minift import checkpoint
-from minift.checkpoint import load_model, load_step, save_model, save_step, step_folders
+from minift.checkpoint import CHECKSUMS, check_model, load_model, load_step, save_model, save_step, step_folders
+from minift.cli import main
 from minift.config import LlamaConfig, TrainConfig
 from minift.errors import InputError, RunError
 from minift.formats import files, native
@@ -26,7 +28,7 @@ from minift.tokenizer import Tokenizer, load_tokenizer
 from minift.train import TrainState, start_state, train_step
 from tests.conftest import small_model
 
-FILES = ["config.json", "model.pt", "tokenizer.model"]
+FILES = [CHECKSUMS, "config.json", "model.pt", "tokenizer.model"]
 
 
 @pytest.fixture
@@ -341,6 +343,51 @@ def test_an_incomplete_training_state_is_named(tmp_path: Path, tokenizer: Tokeni
         load_step(folder, new_state())
 
 
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A model with its tokenizer, to be damaged and mended."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(folder, small_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    check_model(folder)
+    return folder
+
+
+def test_a_flipped_byte_of_a_model_is_found_by_name(saved: Path) -> None:
+    draw = random.Random(0)
+    files = sorted(saved.iterdir())
+    assert [file.name for file in files] == [CHECKSUMS, "config.json", "model.pt", "tokenizer.model"]
+    for i in range(200):
+        file = files[i % 4]
+        content = file.read_bytes()
+        place = draw.randrange(len(content))
+        file.write_bytes(content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :])
+        with pytest.raises(InputError, match=rf"^{saved}/.*: (damaged|missing)"):
+            check_model(saved)
+        file.write_bytes(content)
+    check_model(saved)
+
+
+def test_a_damaged_model_is_refused_before_it_is_finetuned(
+    saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(saved, tmp_path / "model"))
+    content = bytearray((model / "model.pt").read_bytes())
+    content[-5_000] ^= 1  # of a weight: still a number
+    (model / "model.pt").write_bytes(content)
+    load_model(model)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(f'{{"question": "{i}?", "answer": "{i}."}}\n' for i in range(8)), encoding="utf-8")
+    words = ["finetune", "--model", model, "--data", data, "--steps", 1, "--device", "cpu", "--max-length", 40]
+    assert main([str(word) for word in (*words, "--out", tmp_path / "run")]) == 2
+    assert capfd.readouterr().err.startswith(f"minift: error: {model / 'model.pt'}: damaged, or changed: its checksum")
+    assert not (tmp_path / "run").exists()
+    (model / CHECKSUMS).unlink()  # who has changed it on purpose
+    assert main([str(word) for word in (*words, "--out", tmp_path / "run")]) == 0
+
+
 # Whole or not at all --------------------------------------------------------------------------------------------------
 
 
@@ -411,14 +458,17 @@ def test_a_failed_save_leaves_no_folder_that_looks_whole(
 
 
 def test_a_full_disk_under_torchs_own_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's file writer, which makes training.pt, reports it as a RuntimeError of several lines."""
+    """It makes training.pt, and ends with another complaint than the one that counts."""
 
-    def save(values: Any, file: Path) -> None:
-        file.write_bytes(b"the first half")
-        raise RuntimeError("[enforce fail at inline_container.cc:1] . PytorchStreamWriter failed writing file\nmore")
+    def save(values: Any, file: IO[bytes]) -> None:
+        file.write(b"the first half")
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:1] . unexpected pos 64 vs 0\nmore")
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(RunError, match=r"cannot be written: .*failed writing file$"):
+    with pytest.raises(RunError, match=r"cannot be written: No space left on device$"):
         save_step(tmp_path, new_state(), None)
     assert not list(tmp_path.iterdir())
 

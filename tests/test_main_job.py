@@ -64,7 +64,12 @@ def test_the_run_folder_is_complete(run: tuple[Path, str]) -> None:
     for line in lines:
         assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= set(line)
     assert lines[-1]["validation_loss"] < lines[0]["loss"]
-    assert sorted(file.name for file in (out / "final").iterdir()) == ["config.json", "model.pt", "tokenizer.model"]
+    assert sorted(file.name for file in (out / "final").iterdir()) == [
+        "SHA256SUMS",
+        "config.json",
+        "model.pt",
+        "tokenizer.model",
+    ]
 
 
 @pytest.mark.slow
