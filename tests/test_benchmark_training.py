@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import minift.loss
 import minift.model
 import minift.train
-from benchmarks import ladder, peers, process, roof
+from benchmarks import ladder, peers, process, roof, soak
 from benchmarks.timing import in_turn_order
 from minift.config import PRETRAIN, LlamaConfig
 from minift.errors import InputError
@@ -186,3 +186,32 @@ def test_a_worker_says_why_it_failed() -> None:
 
 def test_turns() -> None:
     assert [list(in_turn_order(["a", "b", "c"], turn)) for turn in range(3)] == [list("abc"), list("cba"), list("abc")]
+
+
+# soak -----------------------------------------------------------------------------------------------------------------
+
+
+def test_flatness_is_of_the_most_of_each_minute_behind_the_warm_up() -> None:
+    """20 minutes, of which two warm up; in each a step and an evaluation, which takes more."""
+    most = [50, 90, *range(100, 118)]
+    looks = [
+        (60.0 * minute + second, value - 7 * (second < 30)) for minute, value in enumerate(most) for second in (2, 40)
+    ]
+    flat = soak.flatness(looks)
+    assert flat["minutes"] == most
+    assert (flat["first"], flat["last"]) == (100, 117)
+    assert flat["off"] == pytest.approx(9 / 109)
+    assert soak.flatness([(second, 4) for second in range(600)])["off"] == 0
+
+
+def test_runs_that_differ_are_told_apart(tmp_path: Path) -> None:
+    """By any number but the times."""
+    lines = [{"step": i, "loss": 1.0 / (1 + i), "seconds": 0.1 * i, "tokens_per_second": 7.0 + i} for i in range(3)]
+    variants = {"a": lines, "b": [{**line, "seconds": 9.0, "tokens_per_second": 1.0} for line in lines]}
+    variants["c"] = [*lines[:2], {**lines[2], "loss": 0.33333333333333337}]
+    for name, rows in variants.items():
+        (tmp_path / name / "final").mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (tmp_path / name / "final" / "model.pt").write_bytes(b"weights" + b"!" * (name == "c"))
+    assert soak.metrics(tmp_path / "a") == soak.metrics(tmp_path / "b") != soak.metrics(tmp_path / "c")
+    assert soak.checksum(tmp_path / "a") == soak.checksum(tmp_path / "b") != soak.checksum(tmp_path / "c")
