@@ -53,15 +53,25 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         InputError: for a damaged file, a tensor that is not there, or one of another shape.
     """
+    reader = _Reader(folder)
     try:
-        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (dcp.CheckpointException, RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = str(reader.fault or error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{folder}: not the state of such a run: {reason[-1].strip()}") from None
 
 
 class _Reader(dcp.FileSystemReader):
+    fault: Exception | None = None  # of the metadata; PyTorch 2.11 only says that there is none
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        try:
+            return self._metadata()
+        except Exception as error:
+            self.fault = error
+            raise
+
+    def _metadata(self) -> metadata.Metadata:
         with (Path(self.path) / METADATA).open("rb") as file:
             found = _Unpickler(file).load()
         if not isinstance(found, metadata.Metadata):

@@ -158,7 +158,7 @@ def test_torchrun_starts_a_killed_run_again(tmp_path: Path, small_checkpoint: Pa
     out, error = whole.communicate(timeout=240)
     assert whole.returncode == 0, error
     assert out.count("saved: ") == 1  # one rank speaks
-    assert error.count("training: 100%") == 1 or error.count("100%") == 1
+    assert error.count("?step/s]") == 1  # and one shows a bar, which may show its end twice
     ours = tmp_path / "run"
     begun = torchrun(*words_for(small_checkpoint, pairs, ours, STEPS), restarts=1)
     deadline = time.monotonic() + 120
