@@ -28,6 +28,7 @@ PARALLEL = ("auto", "ddp", "fsdp")
 SAVE_FORMATS = ("native", "hf")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("cosine", "linear", "constant")
+MOST_WORKERS = 256  # as many processes as asked for are started: a slip of the finger must not start a million
 
 
 @dataclass(frozen=True)
@@ -325,6 +326,7 @@ class TrainConfig:
                 raise InputError(f"{item.name} is {value!r}; choose from {', '.join(bounds['choices'])}")
             if isinstance(value, int | float) and not isinstance(value, bool):
                 check_number(item.name, value, above=bounds["above"], least=bounds["least"])
+        check_number("workers", self.workers, below=MOST_WORKERS + 1)
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be below 1")
