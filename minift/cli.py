@@ -10,7 +10,6 @@ uses them, so `--help` answers at once.
 
 import argparse
 import dataclasses
-import io
 import os
 import shlex
 import shutil
@@ -28,6 +27,7 @@ from minift.cli_parts import MODEL_HELP, Parser, add_command, load, write_json, 
 from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_path
 from minift.errors import InputError, RunError, is_out_of_memory, one_line, out_of_memory
 from minift.report import mistake_lines, samples, score_lines, size, table
+from minift.streams import open_streams, outlive_reader
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 FREE = ("workers", "keep", "strict", "parallel")  # that a run may change its mind about
@@ -36,12 +36,12 @@ FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; see the module's text."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that has not every character gets its number instead
-            stream.reconfigure(errors="backslashreplace")
+    open_streams()
     try:
         options = vars(_parser().parse_args(argv))
-        return options.pop("run")(options)
+        code: int = options.pop("run")(options)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"minift: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("minift: interrupted", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, OSError, RuntimeError) as error:  # … a full disk, a file that may not be read
         if is_out_of_memory(error):
@@ -134,6 +133,7 @@ def _add_pretrain(commands: Any) -> None:
 def _finetune(options: dict[str, Any]) -> int:
     from minift import jobs
 
+    outlive_reader()
     out, resume = Path(options.pop("out")), options.pop("resume")
     if resume:
         inputs, config = _resumed("finetune", out, options)
@@ -162,6 +162,7 @@ def _pretrain(options: dict[str, Any]) -> int:
     from minift import jobs
     from minift.distributed import is_main_process
 
+    outlive_reader()
     out, resume = Path(options.pop("out")), options.pop("resume")
     if resume:
         inputs, config = _resumed("pretrain", out, options)
