@@ -10,6 +10,7 @@ uses them, so `--help` answers at once.
 
 import argparse
 import dataclasses
+import errno
 import os
 import shlex
 import shutil
@@ -23,7 +24,7 @@ from typing import Any, get_args, get_type_hints
 from minift import __version__
 from minift.cli_data import add_data, add_tokenizer
 from minift.cli_explain import add_explain
-from minift.cli_parts import MODEL_HELP, Parser, add_command, load, write_json, write_text
+from minift.cli_parts import MODEL_HELP, Parser, add_command, json_text, load, write_json, write_texts
 from minift.config import FINETUNE, PRETRAIN, TrainConfig, check_number, model_path
 from minift.errors import InputError, RunError, is_out_of_memory, one_line, out_of_memory
 from minift.report import mistake_lines, samples, score_lines, size, table
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"minift: error: {out_of_memory(error)}; a smaller model, or less data, needs less", file=sys.stderr)
         elif isinstance(error, OSError):
             print(f"minift: error: {one_line(error)}", file=sys.stderr)
+            if error.errno == errno.ENAMETOOLONG:  # a name that no disk takes was somebody's input
+                return 2
         else:
             raise
         return 1
@@ -295,11 +298,14 @@ def _compare(options: dict[str, Any]) -> int:
     before, after = (load(options[name], options["device"]) for name in ("before", "after"))
     result = {"template": template, **compare(before, after, pairs, template_named(template))}
     print(f"{table(result)}\n\n{samples(result, options['show'])}")
-    if options["html"]:
+    texts = {}
+    if options["html"] is not None:
         words = ["minift", "compare", options["before"], options["after"], "--data", *options["data"]]
         command = shlex.join([*words, "--template", options["template"]])
-        write_text(options["html"], comparison_page(result, [model.config for model, _ in (before, after)], command))
-    write_json(options["json"], result)
+        texts[options["html"]] = comparison_page(result, [model.config for model, _ in (before, after)], command)
+    if options["json"] is not None:
+        texts[options["json"]] = json_text(result)
+    write_texts(texts)
     return 0
 
 

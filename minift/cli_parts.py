@@ -55,11 +55,6 @@ def json_text(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_text(file: str, text: str) -> None:
-    """Write a text to a file that was asked for. Raises InputError when the disk refuses."""
-    write_texts({file: text})
-
-
 def write_texts(texts: Mapping[str, str]) -> None:
     """Write a text to each of some files that were asked for: all of them, or none.
 

@@ -52,6 +52,7 @@ from minift.evaluate import compare
 from minift.extras import need
 from minift.flops import training_flops_per_token
 from minift.formats import shape_named
+from minift.links import check_name
 from minift.lock import LOCK, locked
 from minift.lora import LoRAConfig, adapter_weights, add_lora, init_adapters, merge, write_peft
 from minift.model import Llama
@@ -283,12 +284,22 @@ def read_run(out: Path) -> tuple[str, dict[str, Any], TrainConfig]:
         raise InputError(f"{out}: holds no run to resume (no config.json)")
     run = read_json(where)
     job, inputs, train = run.get("job"), run.get("inputs"), run.get("train")
-    if job not in JOBS or not isinstance(inputs, dict) or not isinstance(train, dict):
+    if not isinstance(job, str) or job not in JOBS or not isinstance(inputs, dict) or not isinstance(train, dict):
         raise InputError(f"{where}: not the settings of a run (job, inputs, train)")
     names = {item.name for item in dataclasses.fields(JOBS[job])}
     if set(inputs) != names:
         raise InputError(f"{where}: inputs are {sorted(inputs)}; a {job} run has {sorted(names)}")
-    return job, inputs, TrainConfig.from_dict(train, where=f"{where}: train")
+    for item in dataclasses.fields(JOBS[job]):
+        value, several = inputs[item.name], item.type is not str
+        texts = value if several and isinstance(value, list) else [None if several else value]
+        missing = item.default is dataclasses.MISSING and not value
+        if missing or not all(isinstance(text, str) and "\0" not in text for text in texts):
+            kind = "a list of texts" if several else "a text"
+            raise InputError(f"{where}: {item.name} is {value!r}; it must be {kind}")
+    config = TrainConfig.from_dict(train, where=f"{where}: train")
+    if config.dtype == "auto":
+        raise InputError(f"{where}: dtype is 'auto'; a run's own settings name it")
+    return job, inputs, config
 
 
 def _run(
@@ -398,7 +409,8 @@ def _place(world: World) -> str:
 
 def _write_report(out: Path) -> None:
     """The page of a finished run and, where the `plot` extra is installed, its curves as a picture."""
-    write_file(out / "report.html", lambda partial: partial.write_text(run_page(out), encoding="utf-8"))
+    page = run_page(out).encode(errors="backslashreplace")  # paths in it need not be UTF-8
+    write_file(out / "report.html", lambda partial: partial.write_bytes(page))
     if find_spec("matplotlib") is not None:
         write_file(out / "curves.png", partial(png, read_metrics(out)))
 
@@ -434,11 +446,13 @@ def _machine(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
 
 def _start_folder(name: str, job: FinetuneJob | PretrainJob, config: TrainConfig, out: Path) -> None:
     text = json.dumps({"job": name, "inputs": vars(job), "train": config.to_dict()}, indent=2, ensure_ascii=False)
-    write_file(out / "config.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+    content = (text + "\n").encode(errors="backslashreplace")  # a path that is not UTF-8 is read back as it was
+    write_file(out / "config.json", lambda partial: partial.write_bytes(content))
 
 
 def check_free(out: Path) -> None:
-    """Raise InputError when `out` already holds a run, or anything else."""
+    """Raise InputError when `out` already holds a run, or anything else, or is no name for a model's folder."""
+    check_name(out)
     if out.is_dir() and (out / "config.json").exists():
         raise InputError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
     if out.exists() and (not out.is_dir() or any(not _is_leftover(file) for file in out.iterdir())):
@@ -503,6 +517,6 @@ def _count(model: Llama) -> int:
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
     try:
-        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
     except OSError as error:
         raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None
