@@ -268,7 +268,8 @@ class PageBatches:
         rank, world: which of how many processes this is.
 
     Raises:
-        InputError: when `world` does not divide `batch_size`; from iterating, what the stream raises.
+        InputError: when `world` does not divide `batch_size`, or a batch is larger than any memory; from iterating,
+            what the stream raises.
         RunError: from iterating, when a worker dies.
     """
 
@@ -285,6 +286,8 @@ class PageBatches:
     ):
         if batch_size % world:
             raise InputError(f"batch_size {batch_size} is not a multiple of the {world} processes that share it")
+        if batch_size * length >= 2**31:  # or a stream without an end would be read until memory is full
+            raise InputError(f"batch_size {batch_size} by max_length {length} is a batch larger than any memory")
         self.stream = stream
         self.tokenizer = tokenizer
         self.batch_size = batch_size

@@ -238,6 +238,11 @@ def test_a_million_processes_are_not_started(place: Path) -> None:
     assert run(place, [*words, "--workers", "1000000"]) == 2
 
 
+def test_pages_are_not_read_for_ever_to_fill_one_batch(place: Path) -> None:
+    words = COMMANDS["pretrain"].replace(" --patience 1", "").split()
+    assert run(place, ["pretrain", *words, "--batch-size", str(2**31 - 1)]) == 2
+
+
 def test_every_command_has_flags_to_be_tried() -> None:
     assert {name for name, _ in flags()} == set(COMMANDS)
     assert len(flags()) > 130
