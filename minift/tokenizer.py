@@ -83,7 +83,8 @@ class Tokenizer(ABC):
             InputError: for a string that is not Unicode text (half a surrogate pair).
         """
         ids = self._checked_ids(text, special)
-        bos = bos and ids[:1] != [self.bos_id]  # a chat's text may begin with the name of BOS: there is exactly one
+        if special and ids[:1] == [self.bos_id]:  # a chat's text may begin with the name of BOS: there is exactly one
+            bos = False
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_continuation(self, text: str, eos: bool = False, special: bool = True) -> list[int]:

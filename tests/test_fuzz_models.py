@@ -306,6 +306,7 @@ BESIDE = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "added_to
 
 @example(name="tokenizer.json", changes=[([8, 3], "set", "[INST]")], edits=[])  # longer than the pieces it begins
 @example(name="tokenizer.json", changes=[([7, 1, 3, 3], "set", 41)], edits=[])  # characters off an empty text
+@example(name="tokenizer_config.json", changes=[([1], "set", "\u2581")], edits=[])  # BOS is a piece of many texts
 @fuzz(200, name=st.sampled_from(BESIDE), changes=CHANGES, edits=FEW_EDITS)
 def test_a_tokenizer_of_hugging_face(models: Path, name: str, changes: Changes, edits: Edits) -> None:
     """The tokenizer itself, or a file beside it that may say the same."""
