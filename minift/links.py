@@ -3,6 +3,8 @@
 Read next: `formats/`.
 """
 
+import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -28,8 +30,16 @@ def check_links(folder: Path, names: Collection[str] = ()) -> None:
 
 
 def check_name(path: Path) -> None:
-    """Raise InputError for a path that is not UTF-8: Python can open it, but PyTorch and safetensors cannot."""
+    """Raise InputError for a path that is not UTF-8: Python can open it, but PyTorch and safetensors cannot.
+
+    In a locale of another encoding, Python takes the same bytes for other characters.
+    """
+    encoding = sys.getfilesystemencoding()
     try:
-        str(path).encode()
+        same = str(path).encode() == os.fsencode(path)
     except UnicodeEncodeError:
-        raise InputError(f"{path}: this name is not UTF-8, and PyTorch cannot open such a file; rename it") from None
+        same = False
+    if not same and encoding == "utf-8":
+        raise InputError(f"{path}: this name is not UTF-8, and PyTorch cannot open such a file; rename it")
+    if not same:
+        raise InputError(f"{path}: PyTorch opens names in UTF-8, but this locale's are {encoding}; set PYTHONUTF8=1")
