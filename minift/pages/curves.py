@@ -5,6 +5,7 @@ A long run has more steps than a picture has columns: neighbours are then averag
 Read next: `run.py`.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def svg(curves: Curves) -> str:
 
 def png(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
     """The same charts as a picture. Raises InputError without the `plot` extra."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has much to say about a home that cannot be written
     figure_module = need("matplotlib.figure", "plot", file.name)
     figure = figure_module.Figure(figsize=(10, 4), dpi=150, layout="constrained")
     charts = curves_of(metrics)
