@@ -11,6 +11,7 @@ Read next: `checkpoint.py`.
 """
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     reader = _Reader(folder)
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about one process, which is meant
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (dcp.CheckpointException, RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = str(reader.fault or error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{folder}: not the state of such a run: {reason[-1].strip()}") from None
