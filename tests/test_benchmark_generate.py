@@ -26,6 +26,7 @@ def small_roof(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_sides_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
     sides = ("minift", "transformers", "transformers, bare loop")
     result = run_here("generate", tmp_path, *WORDS, "--dtype", "float32", "--sides", *sides)
     model = result["models"]["stories260k"]
@@ -40,6 +41,7 @@ def test_all_sides_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_sides_that_differ_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
     monkeypatch.setattr(generate, "stream", lambda model, prompt, n: (7 for _ in range(n)))
     with pytest.raises(InputError, match="choose different ids"):
         run_here("generate", tmp_path, *WORDS, "--sides", "minift", "transformers, bare loop")

@@ -19,6 +19,7 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run(tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("safetensors")
     data = write_jsonl(
         tmp_path / "x.jsonl", [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(20)]
     )

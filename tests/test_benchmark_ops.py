@@ -171,6 +171,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
 
 def test_a_run(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every operation is recorded, and the shares of the roof are those of the recorded times, FLOPs and bytes."""
+    pytest.importorskip("matplotlib")
     result = run_here("ops", tmp_path, *tiny, "--no-compile", "--plot", tmp_path / "plots" / "roofline.png")
     assert str(tmp_path) not in json.dumps({**result, "command": ""})
     assert list(result["operations"]) == list(OPERATIONS)
@@ -256,6 +257,8 @@ def test_a_share_is_withheld_where_phases_do_not_compare() -> None:
 def test_wrong_input_is_refused_before_anything_is_measured(
     words: list[str], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "--plot" in words:
+        pytest.importorskip("matplotlib")
     monkeypatch.setattr(roof, "measure", lambda *_: pytest.fail("measured"))
     parser = argparse.ArgumentParser()
     ops.add_arguments(parser)

@@ -107,6 +107,7 @@ def test_the_ladder_from_its_command(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_peers_train_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("transformers")
     monkeypatch.setattr(roof, "SIDE", {"cpu": 64})
     words = ["--config", "stories260k", "--batch-size", 2, "--length", 32, "--repeats", 2, "--steps", 3]
     result = run_here("peers", tmp_path, *words, "--dtype", "float32", "--sides", "minift", "transformers")

@@ -29,6 +29,7 @@ def benchmark(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_load(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
     (tmp_path / "shape.json").write_text(json.dumps(SMALL))
     files: list[str | Path] = ["--folder", tmp_path, "--json", tmp_path / "r.json"]
     done = benchmark("load", "--config", tmp_path / "shape.json", "--repeats", "1", "--convert", "native", *files)
@@ -57,6 +58,8 @@ def test_load(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_one_line(words: list[str], named: str) -> None:
+    if "load" in words:
+        pytest.importorskip("safetensors")
     done = benchmark(*words)
     assert done.returncode == 2
     assert named in done.stderr.splitlines()[-1]
@@ -75,6 +78,7 @@ def run_here(name: str, tmp_path: Path, *words: object) -> dict[str, Any]:
 @pytest.mark.slow
 def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every side has read the same text, and the ratios are those of the times."""
+    pytest.importorskip("tokenizers")
     measured: list[str] = []
 
     def fresh(benchmark: str, *words: object, **options: object) -> dict[str, float]:

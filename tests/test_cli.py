@@ -165,6 +165,8 @@ def words(
 
 @pytest.mark.parametrize("command", ["finetune", "pretrain"])
 def test_every_field_is_a_flag(words: dict[str, list[str]], tmp_path: Path, command: str) -> None:
+    pytest.importorskip("safetensors")
+    pytest.importorskip("tokenizers")
     assert set(EVERY_FLAG) == {item.name for item in dataclasses.fields(TrainConfig)}
     defaults = FINETUNE if command == "finetune" else PRETRAIN
     without = (*NOT_OF[command], *(("patience",) if command == "pretrain" else ()))  # it has no held-out pages

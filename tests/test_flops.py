@@ -289,6 +289,9 @@ def told(file: Path, *words: str | Path) -> dict[str, Any]:
 def test_info_of_a_model_of_every_format(
     small_checkpoint: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if to == "hf":
+        pytest.importorskip("safetensors")
+        pytest.importorskip("tokenizers")
     model = tmp_path / ("model.bin" if to == "llama2c" else "model")
     convert(small_checkpoint, model, to, shards=2 if to == "meta" else 1)
     found = told(tmp_path / "info.json", "--model", model, "--batch-size", "3", "--max-length", "70", "--device", "cpu")
@@ -353,6 +356,7 @@ def test_the_page_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_info_does_not_read_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of 2.2 GB, of which only the header is there."""
+    pytest.importorskip("safetensors")
     config = LlamaConfig.preset("tinyllama-1.1b")
     with torch.device("meta"):
         weights = Llama(config).state_dict()

@@ -68,6 +68,7 @@ def test_the_right_gradient_is_the_same_for_every_split() -> None:
 
 
 def test_the_more_unequal_the_further_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     words = ["--windows", 3, "--pairs", 8, "--micro-batches", 2, "--plot", tmp_path / "x.png", "--seed", 5]
     result = run_here("lesson", tmp_path, "accumulation", *words)
     levels = result["levels"]
@@ -108,5 +109,7 @@ def test_the_conclusion_is_the_numbers(tmp_path: Path) -> None:
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_wrong_options(words: list[object], message: str, tmp_path: Path) -> None:
+    if "--plot" in words:
+        pytest.importorskip("matplotlib")
     with pytest.raises(InputError, match=message):
         run_here("lesson", tmp_path, "accumulation", *words)

@@ -113,6 +113,8 @@ def test_the_hook_sees_what_it_is_for(deed: str) -> None:
 
 @pytest.mark.slow
 def test_no_main_path_connects_starts_a_program_or_runs_data(small_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    pytest.importorskip("tokenizers")
     pairs = [{"question": f"What comes after {i}?", "answer": f"The number {i + 1}."} for i in range(12)]
     data = str(write_jsonl(tmp_path / "pairs.jsonl.gz", pairs))
     pages = str(write_jsonl(tmp_path / "pages.jsonl", [{"text": f"Page {i} says {i * i}. " * 9} for i in range(80)]))
@@ -212,6 +214,8 @@ def secret(tmp_path: Path) -> Path:
 def test_a_link_out_of_a_models_folder_is_refused_and_not_read(
     small_checkpoint: Path, tmp_path: Path, secret: Path, name: str, format: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    if format == "hf":
+        pytest.importorskip("tokenizers")
     model = tmp_path / "model"
     assert main(["convert", str(small_checkpoint), str(model), "--to", format]) == 0
     (model / name).unlink(missing_ok=True)

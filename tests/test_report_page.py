@@ -8,6 +8,7 @@ import math
 import re
 import shlex
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def test_the_page_says_what_the_files_say(run: Path) -> None:
     settings = json.loads((run / "config.json").read_text())["train"]
     for name in settings:
         assert name in words
-    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    if find_spec("matplotlib") is not None:
+        assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_ledger_of_adapters(run: Path) -> None:
