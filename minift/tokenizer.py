@@ -359,7 +359,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceToken
     Raises:
         InputError: when there is no text, or too little for so many pieces.
     """
-    check_number("vocab_size", vocab_size, least=1)
+    check_number("vocab_size", vocab_size, least=1, below=2**24)  # the trainer counts up to it, however little text
     lines = [line for text in texts for line in text.split("\n") if line]
     if not lines:
         raise InputError("no text to train a tokenizer on")

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -241,6 +242,13 @@ def test_a_million_processes_are_not_started(place: Path) -> None:
 def test_pages_are_not_read_for_ever_to_fill_one_batch(place: Path) -> None:
     words = COMMANDS["pretrain"].replace(" --patience 1", "").split()
     assert run(place, ["pretrain", *words, "--batch-size", str(2**31 - 1)]) == 2
+
+
+def test_a_vocabulary_larger_than_any_is_refused_at_once(place: Path) -> None:
+    words = COMMANDS["tokenizer train"].replace("320", str(2**31 - 1)).split()
+    start = time.monotonic()
+    assert run(place, ["tokenizer", "train", *words]) == 2
+    assert time.monotonic() - start < 3
 
 
 def test_every_command_has_flags_to_be_tried() -> None:
