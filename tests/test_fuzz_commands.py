@@ -275,7 +275,7 @@ def make_chosen(rng: random.Random) -> list[tuple[int, str, bool]]:
     return [(rng.randrange(10_000), rng.choice(odd), rng.random() < 0.5) for _ in range(rng.choice((1, 1, 2)))]
 
 
-@fuzz(300, chosen=varied(DRAWN, make_chosen))
+@fuzz(200, chosen=varied(DRAWN, make_chosen))
 def test_odd_values_of_flags(place: Path, chosen: list[tuple[int, str, bool]]) -> None:
     """One flag, or two of the same command, behind words that would work without them."""
     number = chosen[0][0]
