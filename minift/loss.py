@@ -24,11 +24,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minift.model import Llama, check_ids
 from minift.pack import IGNORE, Batch
 
+# Positions are taken in multiples of it. A CPU's bfloat16 kernels are made for each shape anew and kept as long as the
+# process lives, 0.65 MB each, and the number of targets differs from step to step.
+ALIGNED = 64
 CACHED = 2**20  # logits that a CPU takes through the softmax at a time: 4 MB in float32, which its caches hold
 COLUMNS = 4_000  # of the head's gradient that a CPU adds to at a time
 
@@ -108,11 +112,14 @@ def loss_in_detail(
         gradient: [n, V], of these nll at these logits: softmax − one-hot.
     """
     keep = targets != IGNORE
-    states, wanted = hidden[keep], targets[keep, None]  # [N, D], [N, 1]
+    states, wanted = _aligned(hidden[keep], targets[keep])
     columns = _transposed(weight, _matmul_dtype(states))
     for here, _, gradient in _logits_by_chunk(states, columns, chunk):
         logits = gradient.clone()
-        yield logits, _nll_and_gradient_(gradient, wanted[here]), gradient
+        nll = _nll_and_gradient_(gradient, wanted[here, None])
+        n = int(keep.sum()) - here.start
+        if n > 0:  # behind it are rows of nobody's
+            yield logits[:n], nll[:n], gradient[:n]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -120,6 +127,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        n = len(hidden)
+        hidden, targets = _aligned(hidden, targets)
         (N, D), V = hidden.shape, len(weight)
         matmul_dtype = _matmul_dtype(hidden)
         exact = _exact(matmul_dtype)
@@ -143,9 +152,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     x = x.T.contiguous()  # [D, n]
                     for part in parts:
                         grad_weight[:, part] += x @ logits[:, part]
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden[:n], grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
-        return nll.sum()
+        return nll[:n].sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -158,6 +167,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight = torch.mul(grad_weight.T, grad_nll, out=grad_weight.new_empty(grad_weight.T.shape))
             grad_weight = grad_weight.to(weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _aligned(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with rows of zeros behind them, up to a multiple of ALIGNED. Zeros move no weight, and are cut off again."""
+    spare = -len(hidden) % ALIGNED
+    return F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))
 
 
 def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -131,10 +131,12 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
     Args:
         pad_id: any valid id; what it is changes nothing.
         length: T of the rows; by default that of the longest example, rounded up to a multiple of 8 (fast kernels
-            work on aligned rows). It changes no loss.
+            work on aligned rows), or of 64 where rows are filled (what is left over is used, and kernels that are made
+            for a shape, which take memory, are made for few). It changes no loss.
         pack: put several short examples in a row (isolated), or one in each.
     """
-    T = length or -(-max(map(len, examples), default=1) // 8) * 8
+    multiple = 64 if pack else 8
+    T = length or -(-max(map(len, examples), default=1) // multiple) * multiple
     rows = _first_fit(examples, T) if pack else [[example] for example in examples]
     rows = rows or [[]]  # no example at all: a rank's share of a small batch
     B = len(rows)
