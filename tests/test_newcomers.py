@@ -236,19 +236,10 @@ def test_a_run_goes_on_without_its_streams(inputs: Path, tmp_path: Path, redirec
     first, pipe, reader = redirected.partition("|")
     words = f"{first}; echo $? >{shlex.quote(str(status))}"
     shown = f"; }} | {reader}" if pipe else "; }"
-    # The shell's braces hold the command and the note of its exit code.
-    command = shlex.join([sys.executable, "-m", "minift", "finetune"])
-    options = [
-        "--model",
-        str(inputs / "model"),
-        "--data",
-        str(inputs / "pairs.jsonl"),
-        "--steps",
-        "3",
-        "--out",
-        str(out),
-    ]
-    line = f"{{ {command} {shlex.join(options)} {words}{shown}"
+    given = {"model": inputs / "model", "data": inputs / "pairs.jsonl", "steps": 3, "out": out}
+    options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    command = shlex.join([sys.executable, "-m", "minift", "finetune", *options])
+    line = f"{{ {command} {words}{shown}"  # the braces hold the command and the note of its exit code
     result = subprocess.run(["sh", "-c", line], env=UNBUFFERED["unbuffered"], capture_output=True, timeout=240)
     assert status.read_text() == "0\n"
     assert complaints(result) == []
