@@ -35,9 +35,9 @@ from minift.config import LlamaConfig, TrainConfig
 from minift.errors import InputError
 from minift.flops import BYTES, count_parameters, forward_flops_per_token
 from minift.generate import stream
+from minift.machine import choose_device, choose_dtype
 from minift.model import Llama
 from minift.report import size
-from minift.train import choose_device, choose_dtype
 
 CONFIGS = ("smollm2-135m", "stories15m")
 SIDES = ("minift", "transformers", "transformers, bare loop", "transformers, compiled")

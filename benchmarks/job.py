@@ -20,20 +20,13 @@ import torch
 from minift.config import DTYPES, PRETRAIN, LlamaConfig, TrainConfig, bundled, check_number, model_path
 from minift.errors import InputError
 from minift.loss import next_token_loss
+from minift.machine import autocast, check_compiler, choose_device, choose_dtype
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, PageBatches
 from minift.stream import DocumentStream
 from minift.tokenizer import load_tokenizer
-from minift.train import (
-    StepResult,
-    TrainState,
-    autocast,
-    check_compiler,
-    choose_device,
-    choose_dtype,
-    start_state,
-)
+from minift.train import StepResult, TrainState, start_state
 
 STEPS = 1_000  # of the run that is measured the beginning of: the schedule depends on it
 PARTS = (

@@ -37,9 +37,10 @@ from benchmarks.timing import in_turn_order, paired_ratio, wait_for
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
 from minift.flops import training_flops_per_token
+from minift.machine import check_compiler, choose_device, choose_dtype
 from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
-from minift.train import check_compiler, choose_device, choose_dtype, start_state, train_step
+from minift.train import start_state, train_step
 
 RUNGS = ("naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ heap", "+ packing", "+ compile")
 SHORTEST = 8  # of the documents, as a part of a row: they are from an eighth of it to all of it long

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import textbook
+from minift.attention import attend
 from minift.config import PRETRAIN, LlamaConfig
 from minift.loss import next_token_loss
-from minift.model import DecoderLayer, Llama, apply_rope, attend, narrowed, rope_tables
+from minift.model import DecoderLayer, Llama, apply_rope, narrowed, rope_tables
 from minift.optim import make_optimizer
 
 Call: TypeAlias = Callable[[], tuple[Tensor, ...]]

@@ -26,7 +26,7 @@ from benchmarks.operations import OPERATIONS, Operation, Setting, Work, make_ste
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig
 from minift.errors import InputError
-from minift.train import check_compiler, choose_device, choose_dtype
+from minift.machine import check_compiler, choose_device, choose_dtype
 
 VARIANTS = ("naive", "used", "compiled")
 Times = dict[str, dict[str, list[float]]]  # by phase, by variant: seconds in each turn

@@ -30,9 +30,10 @@ from benchmarks.timing import in_turn_order, paired_ratio, wait_for
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
 from minift.flops import training_flops_per_token
+from minift.machine import choose_device, choose_dtype
 from minift.model import Llama
 from minift.pack import IGNORE, Batch
-from minift.train import choose_device, choose_dtype, start_state, train_step
+from minift.train import start_state, train_step
 
 BATCHES = 4  # different ones, which all sides go through again and again
 LEARNING_RATE = 1e-4

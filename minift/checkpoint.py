@@ -14,17 +14,16 @@ before it is finetuned. Files are read with `weights_only=True`: a checkpoint is
 Read next: `generate.py`.
 """
 
-import hashlib
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from minift.atomic import partial_name, write_folder
+from minift.checksums import CHECKSUMS, hold_against, read_checksums, readable_checksums, write_checksums
 from minift.config import SAVE_FORMATS
 from minift.distributed import World, like, put, whole
 from minift.errors import InputError, RunError, one_line
@@ -53,7 +52,6 @@ from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 if TYPE_CHECKING:
     from minift.train import TrainState
 
-CHECKSUMS = "SHA256SUMS"  # of what minift saves: a checksum for each of a folder's files, for `sha256sum -c`, too
 STEP_FILES = {"config.json", "training.pt"}  # that each has; a tokenizer's; and one of these:
 WEIGHT_FILES = ("model.pt", "adapter.pt")
 
@@ -84,7 +82,7 @@ def save_model(
 
     def write(partial: Path) -> None:
         _write_model(partial, model, weights, tokenizer, dtype, format)
-        _write_checksums(partial)
+        write_checksums(partial)
 
     if world is None or world.is_main:
         write_folder(Path(folder), write)
@@ -196,14 +194,14 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep:
             "random_of_other_ranks": others,
         }
         _save(training, partial / "training.pt")
-        _write_checksums(partial)
+        write_checksums(partial)
 
     if world.is_main:
         write_folder(folder, write)
         _remove_older(run, state.step, keep)
     elif sharded:
         world.wait()
-        write_shards(_partial(folder), _tensors(state))
+        write_shards(partial_name(folder), _tensors(state))
     world.wait()
     return folder
 
@@ -319,9 +317,9 @@ def check_step(folder: Path) -> None:
         InputError: for a damaged or missing file, by name.
     """
     sums = folder / CHECKSUMS
-    with _readable(sums):
+    with readable_checksums(sums):
         check_links(folder)
-        listed = _listed(sums)
+        listed = read_checksums(sums)
         ours = {file.name for file in folder.iterdir() if file.name == METADATA or not file.name.startswith(".")}
         there = ours - {CHECKSUMS}
         weights = {METADATA} if METADATA in listed else {WEIGHT_FILES[WEIGHT_FILES[1] in listed]}
@@ -330,69 +328,11 @@ def check_step(folder: Path) -> None:
             raise InputError(f"{sums}: damaged, or not of this folder: does not list {unlisted[0]}")
         for name in sorted(set(listed) - there):
             raise InputError(f"{folder / one_line(name)}: missing")
-        _hold_against(listed, folder)
-
-
-def check_model(path: str | Path) -> None:
-    """Hold a model that minift has saved against the checksums in its folder. Others come without, and pass.
-
-    Raises:
-        InputError: for a damaged or missing file, by name.
-    """
-    sums = Path(path) / CHECKSUMS
-    if not sums.is_file():
-        return
-    with _readable(sums):
-        listed = _listed(sums)
-        for name in listed:
-            if Path(name).name != name or not (sums.parent / name).is_file():
-                raise InputError(f"{sums.parent / one_line(name)}: missing, but {CHECKSUMS} lists it")
-        _hold_against(listed, sums.parent)
-
-
-def _write_checksums(folder: Path) -> None:
-    sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
-    (folder / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
-
-
-def _listed(sums: Path) -> dict[str, str]:
-    """Checksums by the names of the files. Raises ValueError for a line that is no such pair."""
-    return dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").split("\n")[:-1])
-
-
-def _hold_against(listed: dict[str, str], folder: Path) -> None:
-    for name, checksum in listed.items():
-        if _sha256(folder / name) != checksum:
-            raise InputError(f"{folder / name}: damaged, or changed: its checksum is not that of {CHECKSUMS}")
-
-
-@contextmanager
-def _readable(sums: Path) -> Iterator[None]:
-    """Raise InputError, by name, when a file cannot be read in here, or the checksums are none."""
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{error.filename or sums}: cannot be read: {error.strerror or error}") from None
-    except ValueError:  # not UTF-8, or a line that is no pair
-        raise InputError(f"{sums}: damaged") from None
-
-
-def remove_leftovers(run: Path) -> None:
-    """Remove what a killed run had begun to write, or to remove."""
-    for pattern in (".*.partial", ".*.old"):
-        for left in run.glob(pattern):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        hold_against(listed, folder)
 
 
 def _cuda_rng_states() -> list[Tensor]:
     return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _write_model(
@@ -434,89 +374,6 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, format: str) -> None:
         pieces = SentencePieceTokenizer(tokenizer.files["tokenizer.model"])
         if pieces.vocab_size == tokenizer.vocab_size:
             (folder / "tokenizer.bin").write_bytes(tokenizer_bin(pieces))
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `folder`, flush it to the disk, then give it its name.
-
-    Whatever goes wrong, nothing new is left behind. Raises RunError when the disk refuses.
-    """
-    partial = _partial(folder)
-    with _nothing_left(folder, lambda: shutil.rmtree(partial, ignore_errors=True)):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        for file in (*partial.iterdir(), partial):
-            _sync(file)
-        if folder.exists():
-            _replace(folder, partial)
-        else:
-            partial.rename(folder)
-        _sync(folder.parent)
-
-
-def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any] = lambda: None) -> None:
-    """Let `write` make a file beside `file`, flush it to the disk, call `then`, and give it its name.
-
-    Raises:
-        RunError: when the disk refuses.
-    """
-    partial = _partial(file)
-    with _nothing_left(file, lambda: partial.unlink(missing_ok=True)):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        write(partial)
-        _sync(partial)
-        then()
-        partial.replace(file)
-        _sync(file.parent)
-
-
-def _partial(path: Path) -> Path:
-    """Where a file or folder is while it is being written."""
-    return path.with_name(f".{path.name}.partial")
-
-
-@contextmanager
-def _nothing_left(target: Path, remove: Callable[[], None]) -> Iterator[None]:
-    """Whatever goes wrong in here, remove what was begun, and the folders that were made for it.
-
-    Raises:
-        RunError: for an OSError.
-    """
-    made = [parent for parent in target.parents if not parent.exists()]
-    try:
-        yield
-    except BaseException as error:
-        with suppress(OSError):
-            remove()
-        with suppress(OSError):
-            for folder in made:  # innermost first, up to one that holds something or is not there
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise RunError(f"{target}: cannot be written: {error.strerror or error}") from None
-        raise
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Give `new` the name of `folder`, which is whole under one name or another at every moment."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _save(values: dict[str, Any], file: Path) -> None:

@@ -196,7 +196,7 @@ def _resumed(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[str, A
     Only those may differ that change no result: a run that bears nothing may go on as one that does, and one of several
     processes as one of another number.
     """
-    from minift.jobs import read_run
+    from minift.run_folder import read_run
 
     found, inputs, config = read_run(out)
     if found != name:

@@ -114,7 +114,7 @@ def _stats(options: dict[str, Any]) -> int:
 
 
 def _format(options: dict[str, Any]) -> int:
-    from minift.checkpoint import write_file
+    from minift.atomic import write_file
     from minift.prompts import TEMPLATES, choose_template, read_all_pairs, template_named, templates_for
     from minift.records import Skipped
 

@@ -37,10 +37,10 @@ def add_explain(commands: Any) -> None:
 
 def _explain(options: dict[str, Any]) -> int:
     from minift.explain import XRay, explain
+    from minift.machine import choose_device
     from minift.pack import encode_pairs
     from minift.pages.xray import xray_page
     from minift.prompts import choose_template, template_named
-    from minift.train import choose_device
 
     colour = _colour(options["colour"])
     if options["against"] == options["model"]:

@@ -77,8 +77,8 @@ def write_texts(texts: Mapping[str, str]) -> None:
 def load(name: str, device: str) -> Any:
     """(model, tokenizer) of a checkpoint."""
     from minift.checkpoint import load_model
+    from minift.machine import choose_device
     from minift.tokenizer import check_fit, load_tokenizer
-    from minift.train import choose_device
 
     path = model_path(name)
     where = choose_device(TrainConfig(device=device))

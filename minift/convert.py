@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minift.checkpoint import save_tokenizer, write_file, write_folder
+from minift.atomic import write_file, write_folder
+from minift.checkpoint import save_tokenizer
 from minift.errors import InputError, RunError
 from minift.formats import FORMATS, Opened, open_model, recognise
 from minift.formats.files import Spec, dtype_name

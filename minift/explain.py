@@ -27,10 +27,10 @@ from torch import Tensor
 from minift.config import TrainConfig
 from minift.errors import InputError
 from minift.loss import batch_hidden, loss_in_detail
+from minift.machine import autocast, choose_dtype
 from minift.model import Llama
 from minift.pack import IGNORE, PADDING, Batch, Example, collate
 from minift.tokenizer import Tokenizer
-from minift.train import autocast, choose_dtype
 
 LARGEST = 5  # entries that are listed of a distribution, and of a gradient
 

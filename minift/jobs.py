@@ -1,28 +1,13 @@
 """The two main jobs, from files to a finished run folder: `finetune` and `pretrain`.
 
 Nothing new happens here: the functions of the other modules are called in the order in which data flows, and the run's
-folder is kept. A run folder holds
-
-    config.json      what was asked: the job, its inputs and the TrainConfig; enough to start the run again
-    metrics.jsonl    one object for each optimizer step
-    step_NNNNNN/     a resumable checkpoint (checkpoint.py)
-    best/            with --patience: the model of the lowest validation loss so far, a minift checkpoint
-    final/           the trained model, a minift checkpoint (or, if asked for, a Hugging Face folder)
-    adapter/         with --lora-rank: the adapters, as the `peft` package has them; final/ is the model with them in it
-    compare.json     for finetuning: both models on the held-out questions
-    report.html      all of this on one page; curves.png, its curves, where the `plot` extra is installed
-
-so `--resume` needs only the folder. Read next: `cli.py`, or back to `train.py`.
+folder (`run_folder.py`) is kept. Read next: `cli.py`, or back to `train.py`.
 """
 
-import dataclasses
 import json
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,21 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.checkpoint import (
-    check_model,
-    check_step,
-    load_model,
-    load_step,
-    load_weights,
-    model_without_memory,
-    remove_leftovers,
-    save_model,
-    step_folders,
-    weights_of,
-    write_file,
-    write_folder,
-)
-from minift.config import LlamaConfig, TrainConfig, bundled, model_path, read_json
+from minift.atomic import remove_leftovers, write_folder
+from minift.checkpoint import load_model, load_step, load_weights, model_without_memory, save_model, weights_of
+from minift.checksums import check_model
+from minift.config import LlamaConfig, TrainConfig, bundled, model_path
 from minift.distributed import World, fill, join, restarted
 from minift.encode import encode_documents
 from minift.errors import InputError, RunError, is_out_of_memory
@@ -52,54 +26,28 @@ from minift.evaluate import compare
 from minift.extras import need
 from minift.flops import training_flops_per_token
 from minift.formats import shape_named
-from minift.links import check_name
-from minift.lock import LOCK, locked
 from minift.lora import LoRAConfig, adapter_weights, add_lora, init_adapters, merge, write_peft
+from minift.machine import check_compiler, choose_compile, choose_device, choose_dtype
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
-from minift.pages.curves import png
-from minift.pages.run import read_metrics, run_page
 from minift.prompts import Pair, choose_template, read_all_pairs, template_named
 from minift.records import STDIN, Skipped, find_files
+from minift.run_folder import (
+    FinetuneJob,
+    PretrainJob,
+    check_free,
+    cut_metrics,
+    newest_whole_step,
+    own_folder,
+    start_folder,
+    write_report,
+)
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
-from minift.train import (
-    Best,
-    Plan,
-    TrainState,
-    check_compiler,
-    choose_compile,
-    choose_device,
-    choose_dtype,
-    start_state,
-    train,
-)
+from minift.train import Best, Plan, TrainState, start_state, train
 
 VALIDATION_ROWS = 64  # rows of held-out pages on which a pretraining run is evaluated
 HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given
-
-
-@dataclass(frozen=True)
-class FinetuneJob:
-    """What to finetune: a model folder, files of pairs, and held-out pairs (none: a tenth of the pairs)."""
-
-    model: str
-    data: tuple[str, ...]
-    test: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PretrainJob:
-    """What to pretrain: a preset or config file, pages, a tokenizer, and held-out pages (none: no evaluation)."""
-
-    config: str
-    data: tuple[str, ...]
-    tokenizer: str
-    validation: tuple[str, ...] = ()
-    text_field: str = "text"
-
-
-JOBS: dict[str, type[FinetuneJob] | type[PretrainJob]] = {"finetune": FinetuneJob, "pretrain": PretrainJob}
 
 
 def finetune_job(model: str, data: Sequence[str] | None = None, test: Sequence[str] | None = None) -> FinetuneJob:
@@ -199,7 +147,7 @@ def _finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool, wo
         raise RunError(f"{out / 'final'} is saved, but {device.type} cannot hold both models: {remedy}") from None
     result = {"template": template_name, **scores}
     _write_json(out / "compare.json", result)
-    _write_report(out)
+    write_report(out)
     return result
 
 
@@ -269,37 +217,8 @@ def _pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool, wo
     if counted.skipped:
         print(counted)
     if done and world.is_main:
-        _write_report(out)
+        write_report(out)
     return done
-
-
-def read_run(out: Path) -> tuple[str, dict[str, Any], TrainConfig]:
-    """The job's name, its inputs and its TrainConfig, from a run's folder.
-
-    Raises:
-        InputError: when there is no run in it.
-    """
-    where = out / "config.json"
-    if not where.is_file():
-        raise InputError(f"{out}: holds no run to resume (no config.json)")
-    run = read_json(where)
-    job, inputs, train = run.get("job"), run.get("inputs"), run.get("train")
-    if not isinstance(job, str) or job not in JOBS or not isinstance(inputs, dict) or not isinstance(train, dict):
-        raise InputError(f"{where}: not the settings of a run (job, inputs, train)")
-    names = {item.name for item in dataclasses.fields(JOBS[job])}
-    if set(inputs) != names:
-        raise InputError(f"{where}: inputs are {sorted(inputs)}; a {job} run has {sorted(names)}")
-    for item in dataclasses.fields(JOBS[job]):
-        value, several = inputs[item.name], item.type is not str
-        texts = value if several and isinstance(value, list) else [None if several else value]
-        missing = item.default is dataclasses.MISSING and not value
-        if missing or not all(isinstance(text, str) and "\0" not in text for text in texts):
-            kind = "a list of texts" if several else "a text"
-            raise InputError(f"{where}: {item.name} is {value!r}; it must be {kind}")
-    config = TrainConfig.from_dict(train, where=f"{where}: train")
-    if config.dtype == "auto":
-        raise InputError(f"{where}: dtype is 'auto'; a run's own settings name it")
-    return job, inputs, config
 
 
 def _run(
@@ -316,20 +235,20 @@ def _run(
     """Start or continue a run in its folder. True when `final/` is there at the end."""
     if config.patience and not (validation and config.eval_every):
         raise InputError("--patience needs held-out data to be evaluated on, and --eval-every")
-    with _own_folder(out, resume, state.world):
+    with own_folder(out, resume, state.world):
         if resume:
             if (out / "final").is_dir():
                 return True
             if state.world.is_main:
                 remove_leftovers(out)
-            folder = _newest_whole_step(out)
+            folder = newest_whole_step(out)
             if folder is not None:
                 load_step(folder, state)
             if state.world.is_main:
-                _cut_metrics(out / "metrics.jsonl", state.step)
+                cut_metrics(out / "metrics.jsonl", state.step)
             print(f"{out}: continues behind step {state.step} of {plan.steps}")
         elif state.world.is_main:
-            _start_folder(name, job, config, out)
+            start_folder(name, job, config, out)
         state.world.wait()  # the folder is as the run needs it
         if state.step == 0 and config.warmup >= plan.steps:
             print(f"note: the run of {plan.steps} steps ends inside its warm-up of {config.warmup}, below --lr")
@@ -365,22 +284,6 @@ def _save_final(
     save_model(out / "final", state.model, tokenizer, format=config.save_format, world=state.world)
 
 
-@contextmanager
-def _own_folder(out: Path, resume: bool, world: World) -> Iterator[None]:
-    """Have the run's folder to ourselves. Raises InputError, on every rank, when the main one cannot have it."""
-    with ExitStack() as stack:
-        failure = None
-        if world.is_main:
-            try:
-                stack.enter_context(locked(out))
-                if not resume:
-                    check_free(out)  # again: another run may have begun meanwhile
-            except InputError as error:
-                failure = error
-        world.agree(failure)
-        yield
-
-
 def _write_peft(adapter: dict[str, Tensor], lora: LoRAConfig, base: str, tokenizer: Tokenizer, folder: Path) -> None:
     write_peft(folder, adapter, lora, str(Path(base).resolve()))
     tokenizer.save(folder)
@@ -407,33 +310,6 @@ def _place(world: World) -> str:
     return world.device.type + (f" ({world.size} processes, {world.parallel})" if world.parallel else "")
 
 
-def _write_report(out: Path) -> None:
-    """The page of a finished run and, where the `plot` extra is installed, its curves as a picture."""
-    page = run_page(out).encode(errors="backslashreplace")  # paths in it need not be UTF-8
-    write_file(out / "report.html", lambda partial: partial.write_bytes(page))
-    if find_spec("matplotlib") is not None:
-        write_file(out / "curves.png", partial(png, read_metrics(out)))
-
-
-def _newest_whole_step(out: Path) -> Path | None:
-    """The newest step folder that is not damaged; None when there is no step folder.
-
-    Raises:
-        InputError: when all of them are damaged: to begin again is not what `--resume` is for.
-    """
-    damaged = None
-    for folder in step_folders(out):
-        try:
-            check_step(folder)
-            return folder
-        except InputError as error:
-            print(f"passed over: {error}")
-            damaged = error
-    if damaged is not None:
-        raise damaged
-    return None
-
-
 def _machine(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     """The device to train on, and the config with its dtype chosen. Raises InputError for what cannot be had."""
     device = choose_device(config)
@@ -442,33 +318,6 @@ def _machine(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
         need("tokenizers", "hf", "--save-format hf")
         need("safetensors", "hf", "--save-format hf")
     return device, config.replace(dtype=choose_dtype(config, device))
-
-
-def _start_folder(name: str, job: FinetuneJob | PretrainJob, config: TrainConfig, out: Path) -> None:
-    text = json.dumps({"job": name, "inputs": vars(job), "train": config.to_dict()}, indent=2, ensure_ascii=False)
-    content = (text + "\n").encode(errors="backslashreplace")  # a path that is not UTF-8 is read back as it was
-    write_file(out / "config.json", lambda partial: partial.write_bytes(content))
-
-
-def check_free(out: Path) -> None:
-    """Raise InputError when `out` already holds a run, or anything else, or is no name for a model's folder."""
-    check_name(out)
-    if out.is_dir() and (out / "config.json").exists():
-        raise InputError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
-    if out.exists() and (not out.is_dir() or any(not _is_leftover(file) for file in out.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder; choose another --out")
-
-
-def _is_leftover(file: Path) -> bool:
-    """Of a run that was killed when it had hardly begun."""
-    return file.name.endswith(".partial") or file.name == LOCK
-
-
-def _cut_metrics(file: Path, step: int) -> None:
-    """Drop the lines of steps that the resumed run takes again."""
-    if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_file(file, lambda partial: partial.write_text("".join(lines[:step]), encoding="utf-8"))
 
 
 def _split(pairs: list[Pair], test: Sequence[str], seed: int) -> tuple[list[Pair], list[Pair]]:

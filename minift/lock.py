@@ -1,7 +1,7 @@
 """One run, one process: a folder that is being written is locked, so that a second run cannot mix its files into it.
 
 The lock is the system's, on a file in the folder: it ends with the process that holds it, however that ends, so a run
-that was killed never has to be unlocked. Read next: `jobs.py`.
+that was killed never has to be unlocked. Read next: `run_folder.py`.
 """
 
 import fcntl

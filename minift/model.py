@@ -17,22 +17,18 @@ Sources: Touvron et al., "Llama 2" (arXiv 2307.09288); "The Llama 3 Herd of Mode
 Every operation has a slow, obvious twin in `reference.py`. Read next: `loss.py`.
 """
 
-import functools
 import math
 from collections.abc import Iterator
-from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from minift.attention import Mask, attend, block_mask
 from minift.config import LlamaConfig, RopeScaling
 from minift.errors import InputError
 
-Mask: TypeAlias = Tensor | BlockMask | None  # where attention may go; None: to every earlier token
-ATTENTION_ROWS = 256  # queries whose weights `_attention_gradients` computes at the same time
 FLEX_LENGTH = 512  # tokens of a row from which FlexAttention pays on a GPU: it has to be compiled first
 
 
@@ -133,144 +129,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-    """softmax(q·kᵀ / √C) v by PyTorch's fused kernels, which never hold the [T, S] weights.
-
-    Args:
-        query: [B, H, T, C]; key, value: [B, K, S, C].
-        mask: bool [B, 1, T, S]; or the same as blocks (see `block_mask`); or None for plain causal attention.
-
-    Returns:
-        [B, H, T, C], in value's dtype.
-    """
-    shared = query.shape[1] // key.shape[1]
-    if isinstance(mask, BlockMask):
-        return _flex_attention(query.device.type)(query, key, value, block_mask=mask, enable_gqa=shared > 1)
-    if query.device.type == "cuda" and shared > 1 and (mask is not None or value.dtype == torch.float32):
-        # No fused CUDA kernel takes shared heads together with a mask, or in float32: give each query head its own.
-        key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
-    if value.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and _HAS_CPU_KERNELS:
-        return _CPUAttention.apply(query, key, value, mask)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None and query.shape[2] > 1,  # a single new token may see everything there is
-        enable_gqa=shared > 1,
-    )
-
-
-class _CPUAttention(torch.autograd.Function):
-    """The CPU's kernels of `attend` for training in bfloat16: forward as they are, backward in a faster way.
-
-    The bfloat16 kernel of the backward pass takes 1.3 (rows of 256 tokens) to 7 times (rows of 64) as long as the
-    float32 one, that of the forward pass half as long. So what is kept between the two is bfloat16, and widened when it
-    is needed. A compiled model does not need that kernel (`_attention_gradients`). These kernels are what
-    `scaled_dot_product_attention` calls; they are not public: where a version of PyTorch lacks them, it is used as it
-    is.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:  # to what is added to q·kᵀ
-            mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
-        mixed, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, mask is None, attn_mask=mask
-        )
-        ctx.save_for_backward(query, key, value, mixed, log_total, mask)
-        return mixed
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        *tensors, log_total, mask = ctx.saved_tensors
-        if torch.compiler.is_compiling():
-            query, key, value, mixed = tensors
-            return *_attention_gradients(grad_mixed, query, key, value, mixed, log_total, mask), None
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_mixed.float(), *(x.float() for x in tensors), log_total, 0.0, mask is None, attn_mask=mask
-        )
-        query, key, value = (grad.to(grad_mixed.dtype) for grad in grads)
-        return query, key, value, None
-
-
-def _attention_gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, log_total: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of attention written out: matrix products, and between them what a compiler makes one loop of.
-
-    With the weights p = exp(q·kᵀ / √C − log_total):
-
-        ∂p = ∂mixed · vᵀ        ∂s = p ∘ (∂p − Σ ∂mixed ∘ mixed)        ∂v = pᵀ · ∂mixed
-        ∂q = ∂s · k / √C        ∂k = ∂sᵀ · q / √C
-
-    ATTENTION_ROWS queries at a time, so that weights of all T² pairs never exist. Source: Dao et al., "FlashAttention"
-    (arXiv 2205.14135), appendix B.
-
-    Args:
-        grad, mixed: [B, H, T, C], the result and the gradient at it.
-        query: [B, H, T, C]; key, value: [B, K, T, C].
-        log_total: float32 [B, H, T], the logarithm of each query's sum of exponentials.
-        mask: what is added to q·kᵀ / √C, [B, 1, T, T]; None for causal attention.
-
-    Returns:
-        Those at query, key and value, in their dtype.
-    """
-    (B, H, T, C), K, dtype = query.shape, key.shape[1], query.dtype
-    R = H // K  # query heads that share a key/value head: their queries are taken together, [B, K, R * n, C]
-    expected = (grad.float() * mixed.float()).sum(-1).view(B, K, R, T, 1)  # of ∂p under p
-    log_total = log_total.view(B, K, R, T, 1)
-    query, grad = query.view(B, K, R, T, C), grad.view(B, K, R, T, C)
-    grad_query = []
-    grad_key = torch.zeros(B, K, T, C)
-    grad_value = torch.zeros(B, K, T, C)
-    for start in range(0, T, ATTENTION_ROWS):
-        end = min(start + ATTENTION_ROWS, T)
-        S = end if mask is None else T  # keys that some of these queries can see
-        q, g = (x[:, :, :, start:end].reshape(B, K, -1, C) for x in (query, grad))
-        k, v = key[:, :, :S], value[:, :, :S]
-        scores = (q @ k.mT).float().view(B, K, R, -1, S) / math.sqrt(C)
-        if mask is None:
-            visible = torch.arange(S) <= torch.arange(start, end)[:, None]
-            scores = scores.masked_fill(~visible, -math.inf)
-        else:
-            scores = scores + mask[:, :, None, start:end]
-        p = (scores - log_total[:, :, :, start:end]).exp()
-        grad_p = (g @ v.mT).float().view(p.shape)
-        grad_scores = p * (grad_p - expected[:, :, :, start:end]) / math.sqrt(C)
-        p, grad_scores = (x.to(dtype).view(B, K, -1, S) for x in (p, grad_scores))
-        grad_query.append((grad_scores @ k).view(B, K, R, -1, C))
-        grad_key[:, :, :S] += grad_scores.mT @ q
-        grad_value[:, :, :S] += p.mT @ g
-    return torch.cat(grad_query, 3).view(B, H, T, C), grad_key.to(dtype), grad_value.to(dtype)
-
-
-_HAS_CPU_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
-
-
-def block_mask(document_ids: Tensor) -> BlockMask:
-    """Causal attention inside documents, for FlexAttention: blocks of the mask that are all False are never computed.
-
-    A row of many short documents then costs little more than the documents do, where a mask of T² booleans costs the
-    whole square. Source: Dong et al., "Flex Attention" (arXiv 2412.05496).
-
-    Args:
-        document_ids: int64 [B, T].
-    """
-
-    def visible(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (document_ids[b, query] == document_ids[b, key])
-
-    B, T = document_ids.shape
-    return create_block_mask(visible, B, None, T, T, device=document_ids.device)
-
-
-@functools.cache
-def _flex_attention(device: str) -> Any:
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # on a CPU: only its plain definition
 
 
 def narrowed(x: Tensor) -> Tensor:

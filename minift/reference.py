@@ -8,7 +8,7 @@ one against it, in value and in gradient (`tests/test_slow_twins.py`).
     rms_norm                 model.RMSNorm
     rope                     model.apply_rope, model.rope_tables
     scaled_frequency         model.rope_frequencies with a RopeScaling
-    attention                model.attend
+    attention                attention.attend
     swiglu                   model.MLP
     cross_entropy            loss.next_token_loss
     adamw_step               torch.optim.AdamW(fused=True)

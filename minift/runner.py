@@ -28,10 +28,10 @@ from minift.checkpoint import load_model, save_model
 from minift.config import FINETUNE, TrainConfig, check_number, model_path
 from minift.errors import InputError, RunError
 from minift.generate import generate
+from minift.machine import choose_device
 from minift.prompts import CARRIED_MARKERS, Pair, Template, template_named
 from minift.records import Skipped, scan
 from minift.tokenizer import check_fit, load_tokenizer
-from minift.train import choose_device
 
 TEMPLATE_FILE = "template.txt"
 

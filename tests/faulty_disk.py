@@ -20,16 +20,8 @@ from typing import Any
 
 import torch
 
-from minift.checkpoint import (
-    check_step,
-    load_model,
-    load_step,
-    remove_leftovers,
-    save_model,
-    save_step,
-    step_folders,
-    write_file,
-)
+from minift.atomic import remove_leftovers, write_file
+from minift.checkpoint import check_step, load_model, load_step, save_model, save_step, step_folders
 from minift.config import bundled
 from minift.errors import InputError, RunError
 from minift.tokenizer import load_tokenizer

@@ -24,21 +24,12 @@ from torch.autograd.graph import saved_tensors_hooks
 import minift.train
 from minift.config import TrainConfig
 from minift.errors import InputError, RunError
+from minift.machine import COMPILING_PAYS, autocast, choose_compile, choose_device, choose_dtype
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, Example, PairBatches
 from minift.tokenizer import Tokenizer
-from minift.train import (
-    Plan,
-    StepResult,
-    TrainState,
-    autocast,
-    choose_device,
-    choose_dtype,
-    start_state,
-    train,
-    train_step,
-)
+from minift.train import Plan, StepResult, TrainState, start_state, train, train_step
 from tests.conftest import small_model
 
 FLOAT32 = TrainConfig(steps=4, dtype="float32", device="cpu", lr=1e-3, warmup=2)
@@ -412,12 +403,12 @@ def test_auto_computes_in_bfloat16_only_where_it_is_in_hardware(
 
 
 def test_only_a_long_run_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, long = torch.device("cpu"), minift.train.COMPILING_PAYS
+    cpu, long = torch.device("cpu"), COMPILING_PAYS
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    assert minift.train.choose_compile(TrainConfig(), cpu, long)
-    assert not minift.train.choose_compile(TrainConfig(), cpu, 0.99 * long)
-    assert not minift.train.choose_compile(TrainConfig(), torch.device("cuda"), long)  # where it pays was not measured
-    assert minift.train.choose_compile(TrainConfig(compile=True), cpu, 0)
-    assert not minift.train.choose_compile(TrainConfig(compile=False), cpu, long)
+    assert choose_compile(TrainConfig(), cpu, long)
+    assert not choose_compile(TrainConfig(), cpu, 0.99 * long)
+    assert not choose_compile(TrainConfig(), torch.device("cuda"), long)  # where it pays was not measured
+    assert choose_compile(TrainConfig(compile=True), cpu, 0)
+    assert not choose_compile(TrainConfig(compile=False), cpu, long)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not minift.train.choose_compile(TrainConfig(), cpu, long)
+    assert not choose_compile(TrainConfig(), cpu, long)

@@ -16,8 +16,9 @@ from typing import IO, Any
 import pytest
 import torch
 
-from minift import checkpoint
-from minift.checkpoint import CHECKSUMS, check_model, load_model, load_step, save_model, save_step, step_folders
+from minift import atomic
+from minift.checkpoint import load_model, load_step, save_model, save_step, step_folders
+from minift.checksums import CHECKSUMS, check_model
 from minift.cli import main
 from minift.config import LlamaConfig, TrainConfig
 from minift.errors import InputError, RunError
@@ -491,7 +492,7 @@ def test_a_killed_save_leaves_the_older_checkpoint(
 
     child = os.fork()
     if child == 0:
-        homes = {"rmtree": shutil, "_sync": checkpoint, "write_pt": native}
+        homes = {"rmtree": shutil, "_sync": atomic, "write_pt": native}
         monkeypatch.setattr(homes[killed_in], killed_in, die)
         save_model(folder, model, tokenizer)
         os._exit(0)

@@ -26,7 +26,8 @@ from minift.checkpoint import check_step, load_model
 from minift.config import FINETUNE
 from minift.formats.opened import is_finite, open_tensors
 from minift.info import info, info_text
-from minift.jobs import finetune_job, pretrain_job, read_run
+from minift.jobs import finetune_job, pretrain_job
+from minift.run_folder import read_run
 from minift.tokenizer import load_tokenizer
 from tests.fuzzing import (
     CHANGES,

@@ -31,11 +31,12 @@ import pytest
 import torch
 
 from minift import encode, jobs, train
-from minift.checkpoint import CHECKSUMS, check_step, step_folders
+from minift.checkpoint import check_step, step_folders
+from minift.checksums import CHECKSUMS
 from minift.cli import main
 from minift.errors import InputError
-from minift.jobs import read_run
 from minift.pack import PageBatches
+from minift.run_folder import read_run
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import ROOT, SMALL

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minift import attention as fused
 from minift import model as llama
 from minift import reference
 from minift.config import LlamaConfig, RopeScaling, TrainConfig
@@ -170,11 +171,11 @@ def test_attention(dtype: torch.dtype, documents: Tensor | None, heads: int, kv_
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_attention_in_bfloat16_on_a_cpu(way: str, masked: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward in bfloat16, backward in float32 or written out, beside the loop in float64; and by PyTorch's choice."""
-    assert llama._HAS_CPU_KERNELS  # in the versions that this is tested with
-    monkeypatch.setattr(llama, "_HAS_CPU_KERNELS", way != "without them")
-    monkeypatch.setattr(llama, "ATTENTION_ROWS", 10)  # of 24, the last 4 together
+    assert fused._HAS_CPU_KERNELS  # in the versions that this is tested with
+    monkeypatch.setattr(fused, "_HAS_CPU_KERNELS", way != "without them")
+    monkeypatch.setattr(fused, "ROWS", 10)  # of 24, the last 4 together
     # Compiled as by default, but without the last stage, the C++ compiler.
-    attend = torch.compile(llama.attend, backend="aot_eager") if way == "compiled" else llama.attend
+    attend = torch.compile(fused.attend, backend="aot_eager") if way == "compiled" else fused.attend
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, 24, 16) for heads in (4, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
@@ -193,9 +194,9 @@ def test_attention_in_bfloat16_on_a_cpu(way: str, masked: bool, kv_heads: int, m
 
 
 def test_the_gradients_of_attention_are_written_out_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "_attention_gradients", lambda grad, *tensors: [2 * x for x in tensors[:3]])
+    monkeypatch.setattr(fused, "_attention_gradients", lambda grad, *tensors: [2 * x for x in tensors[:3]])
     inputs = [torch.randn(1, 2, 8, 16).bfloat16().requires_grad_() for _ in range(3)]
-    for attend, used in ((llama.attend, False), (torch.compile(llama.attend, backend="aot_eager"), True)):
+    for attend, used in ((fused.attend, False), (torch.compile(fused.attend, backend="aot_eager"), True)):
         mixed = attend(*inputs, None)
         gradients = torch.autograd.grad(mixed, inputs, torch.ones_like(mixed))
         assert [torch.equal(a, 2 * b) for a, b in zip(gradients, inputs, strict=True)] == [used] * 3

@@ -9,12 +9,13 @@ from typing import Any
 
 from minift.config import TrainConfig
 from minift.evaluate import answer_questions, make_questions
+from minift.machine import choose_device, choose_dtype
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, PageBatches, PairBatches, encode_pairs
 from minift.prompts import Pair, template_named
 from minift.tokenizer import Tokenizer
-from minift.train import choose_device, choose_dtype, start_state, train_step
+from minift.train import start_state, train_step
 
 
 def settings(defaults: TrainConfig, seed: int, **changes: Any) -> TrainConfig:

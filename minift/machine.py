@@ -1,0 +1,79 @@
+"""What a run computes on: its device, its dtype, and whether its model is compiled.
+
+Each is what was asked for, or else what is fastest and safe on this machine. Read next: `train.py`.
+"""
+
+import os
+import shutil
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from minift.config import TrainConfig
+from minift.errors import InputError
+from minift.model import Llama
+
+# Operations (flops.py) from which a run on a CPU is compiled unasked. Compiling takes 40 s on two cores, but without it
+# the bundled pretraining, 1.5e14 operations in 18 minutes, took 1.35 times as long. So it pays from about 2e13 on. The
+# rest is a margin; `python -m benchmarks ladder` measures where it pays on a machine.
+COMPILING_PAYS = 5e13
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """The device that a run trains on.
+
+    Raises:
+        InputError: for a GPU that is not there, and for float16 on a CPU.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch finds no GPU; use --device cpu")
+    if name == "cpu" and config.dtype == "float16":
+        raise InputError(
+            "float16 arithmetic on a CPU is hundreds of times slower than bfloat16; use --dtype bfloat16 or float32"
+        )
+    return torch.device(name)
+
+
+def choose_dtype(config: TrainConfig, device: torch.device) -> str:
+    """The dtype that a run computes in: the one asked for, or for "auto" the fastest that is safe.
+
+    That is bfloat16 where the machine multiplies it in hardware: GPUs from Ampere on, CPUs with AVX-512-BF16 or AMX.
+    Elsewhere it is emulated, several times slower than float32.
+    """
+    if config.dtype != "auto":
+        return config.dtype
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    in_hardware = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not public: guarded
+    return "bfloat16" if in_hardware is not None and in_hardware() else "float32"
+
+
+def autocast(model: Llama, config: TrainConfig) -> AbstractContextManager[Any]:
+    """The context in which matrix products run in the run's dtype; for float32 it does nothing."""
+    dtype = getattr(torch, choose_dtype(config, model.device))
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def check_compiler(config: TrainConfig, device: torch.device) -> None:
+    """Raise InputError when `compile` is asked for on a CPU and there is no C++ compiler to do it."""
+    if config.compile and not _can_compile(device):
+        raise InputError("--compile on a CPU needs a C++ compiler (g++ or clang++), and none is installed")
+
+
+def choose_compile(config: TrainConfig, device: torch.device, flops: float) -> bool:
+    """Whether a run of so many operations compiles its model: as asked for, or else where it is sure to pay.
+
+    That is known for CPUs (`COMPILING_PAYS`) and rows of one length: for others the compiler would start again.
+    """
+    if config.compile is not None:
+        return config.compile
+    return device.type == "cpu" and flops >= COMPILING_PAYS and _can_compile(device)
+
+
+def _can_compile(device: torch.device) -> bool:
+    names = (os.environ.get("CXX") or "g++", "g++", "clang++")
+    return device.type != "cpu" or any(shutil.which(name) for name in names)
