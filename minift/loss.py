@@ -30,8 +30,8 @@ from torch import Tensor
 from minift.model import Llama, check_ids
 from minift.pack import IGNORE, Batch
 
-# Positions are taken in multiples of it. A CPU's bfloat16 kernels are made for each shape anew and kept as long as the
-# process lives, 0.65 MB each, and the number of targets differs from step to step.
+# On a CPU positions are taken in multiples of it in bfloat16: for each shape a kernel is made, and kept as long as the
+# process lives, 0.65 MB each; and the number of targets differs from step to step.
 ALIGNED = 64
 CACHED = 2**20  # logits that a CPU takes through the softmax at a time: 4 MB in float32, which its caches hold
 COLUMNS = 4_000  # of the head's gradient that a CPU adds to at a time
@@ -172,6 +172,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _aligned(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Both with rows of zeros behind them, up to a multiple of ALIGNED. Zeros move no weight, and are cut off again."""
     spare = -len(hidden) % ALIGNED
+    if not spare or hidden.device.type != "cpu" or _matmul_dtype(hidden) != torch.bfloat16:
+        return hidden, targets
     return F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from minift.cli import _parser, _train_options, main
+from minift.cli import _parser, main
+from minift.cli_train import train_options
 from minift.config import FINETUNE, PRETRAIN, LlamaConfig
 from minift.flops import count_parameters, training_memory
 from minift.jobs import finetune, finetune_job, pretrain, pretrain_job
@@ -91,7 +92,7 @@ def test_the_command_does_the_run_again(run: Path) -> None:
     assert words[0] == "minift"
     options = vars(_parser().parse_args(words[1:]))
     assert (options.pop("run").__name__, options.pop("out")) == ("_finetune", str(run))
-    assert FINETUNE.replace(**_train_options(options)).to_dict() == saved["train"]
+    assert FINETUNE.replace(**train_options(options)).to_dict() == saved["train"]
     assert {"model": options["model"], "data": options["data"], "test": []} == saved["inputs"]
 
 
@@ -110,7 +111,7 @@ def test_a_pretraining_run_has_a_page_too(tmp_path: Path) -> None:
     assert "Before and after" not in words
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     options = vars(_parser().parse_args(shlex.split(run_command(saved, tmp_path / "run"))[1:]))
-    assert PRETRAIN.replace(**_train_options(options)).to_dict() == saved["train"]
+    assert PRETRAIN.replace(**train_options(options)).to_dict() == saved["train"]
 
 
 def test_compare_writes_a_page(run: Path, small_checkpoint: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift import attention as fused
-from minift import model as llama
 from minift import reference
 from minift.config import LlamaConfig, RopeScaling, TrainConfig
 from minift.generate import sample
