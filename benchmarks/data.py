@@ -11,7 +11,10 @@ The same shards of `.json.gz` are read in turns, each time by a fresh process:
 
 "One process" is one core, too: all but the workers' run are pinned to one, and `tokenizers` uses no threads.
 
+The vocabulary is one of 32,000 pieces, as Llama 2's has, trained on some of the text, or a given one.
+
     python -m benchmarks data
+    python -m benchmarks data --tokenizer bundled                                # with its 2,048 pieces
     python -m benchmarks data --tokenizer path/to/tokenizer.model --data 'c4/*.json.gz' --json FILE
 """
 
@@ -23,6 +26,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +38,15 @@ from minift.records import find_files, read_records
 
 SHARDS = 4
 BATCH_SIZE, LENGTH = 16, 1_024
+TRAINED_ON = 8_000_000  # characters
 SHUFFLE_BUFFER = 1_000  # a part of the corpus, as in use: while it is filled, workers have nothing to do
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--data", nargs="+", metavar="GLOB", help="pages, .json.gz (default: docstrings of Python)")
-    parser.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help="with SentencePiece (%(default)s)")
+    parser.add_argument("--tokenizer", metavar="DIR|FILE", help="with SentencePiece (default: trained on the text)")
+    parser.add_argument("--pieces", type=int, default=32_000, metavar="N", help="… of so many pieces (%(default)s)")
     parser.add_argument("--megabytes", type=float, default=24, metavar="N", help="of default text (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
@@ -64,18 +71,22 @@ def run(options: argparse.Namespace) -> None:
             characters = sum(len(page.text("text")) for file in files for page in read_records(file))
         else:
             files, characters = prose.write_shards(Path(scratch), options.megabytes, SHARDS)
-        _write_fast_tokenizer(options.tokenizer, Path(scratch))
+        tokenizer = options.tokenizer or _train_tokenizer(files, options.pieces, Path(scratch))
+        pieces = _write_fast_tokenizer(tokenizer, Path(scratch))
+        print(f"{pieces:,} pieces, {'given' if options.tokenizer else 'trained on some of the text'}")
         print(f"{characters / 1e6:,.1f} million characters in {len(files)} shards; {options.repeats} runs of each")
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for turn in range(options.repeats + 1):
             for name in sides if turn % 2 else reversed(sides):
-                measured = process.fresh("data", name, options.tokenizer, scratch, *files, cores=sides[name])
+                measured = process.fresh("data", name, tokenizer, scratch, *files, cores=sides[name])
                 if turn:  # the first turn warms the page cache
                     runs[name].append(measured)
     result = {
         "benchmark": "data",
         **record.environment(),
         "text": "given" if options.data else "docstrings",
+        "pieces": pieces,
+        "vocabulary": "given" if options.tokenizer else "trained on some of the text",
         "characters": characters,
         "tokens": int(runs["parts alone"][0]["tokens"]),
         "characters_per_second": {
@@ -89,7 +100,24 @@ def run(options: argparse.Namespace) -> None:
     record.write(options.json, result)
 
 
-def _write_fast_tokenizer(name: str, folder: Path) -> None:
+def _train_tokenizer(files: list[Path], pieces: int, folder: Path) -> str:
+    """A vocabulary of the first TRAINED_ON characters of the first shards. Returns its file."""
+    from minift.tokenizer import train_tokenizer
+
+    def texts() -> Iterator[str]:
+        characters = 0
+        for page in chain.from_iterable(map(read_records, files)):
+            yield page.text("text")
+            characters += len(page.text("text"))
+            if characters >= TRAINED_ON:
+                return
+
+    train_tokenizer(texts(), pieces).save(folder)
+    return str(folder / "tokenizer.model")
+
+
+def _write_fast_tokenizer(name: str, folder: Path) -> int:
+    """Write the same vocabulary as a fast tokenizer's file. Returns how many pieces it has."""
     from minift.tokenizer import SentencePieceTokenizer, load_tokenizer
     from minift.tokenizer_json import json_file
 
@@ -97,6 +125,7 @@ def _write_fast_tokenizer(name: str, folder: Path) -> None:
     if not isinstance(tokenizer, SentencePieceTokenizer):
         raise InputError(f"{name}: not a SentencePiece model, which this benchmark compares with")
     (folder / "tokenizer.json").write_text(json_file(tokenizer)["tokenizer.json"], encoding="utf-8")
+    return tokenizer.vocab_size
 
 
 def _measure(name: str, tokenizer: str, scratch: str, *files: str) -> dict[str, float]:

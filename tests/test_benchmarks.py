@@ -89,7 +89,8 @@ def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(os, "environ", dict(os.environ))  # one side switches off the network and threads
     texts = [f"Page {i} is about the number {i}, which comes after {i - 1}." * 8 for i in range(300)]
     file = write_jsonl(tmp_path / "x.json.gz", [{"text": text, "timestamp": "", "url": ""} for text in texts])
-    result = run_here("data", tmp_path, "--data", file, "--repeats", 1)
+    result = run_here("data", tmp_path, "--data", file, "--repeats", 1, "--tokenizer", "bundled")
+    assert (result["pieces"], result["vocabulary"]) == (2_048, "given")
     assert str(tmp_path) not in json.dumps(result)  # a record does not say where the data lay
     assert result["characters"] == sum(map(len, texts))
     tokenizer = load_tokenizer(bundled("base"))
@@ -103,6 +104,9 @@ def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         assert name in printed
         ratio = speed["median"] / sides["parts alone"]["median"]
         assert result["times_as_fast_as"][name]["parts alone"] == pytest.approx(ratio)
+    monkeypatch.setattr(data, "TRAINED_ON", 10)  # one page
+    result = run_here("data", tmp_path, "--data", file, "--repeats", 1, "--pieces", 285)
+    assert (result["pieces"], result["vocabulary"]) == (285, "trained on some of the text")
 
 
 @pytest.mark.slow
