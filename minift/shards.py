@@ -29,13 +29,13 @@ _PLAIN = {
     *((metadata.__name__, name) for name in vars(metadata) if name[0].isupper() or name == "_MEM_FORMAT_ENCODING"),
     (filesystem.__name__, "_StorageInfo"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     ("collections", "defaultdict"),
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
+# The name of the folder is in it, too, as a path; the module is that of Python 3.13.
+_PATHS = {("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath")}
 
 
 def is_sharded(folder: Path) -> bool:
@@ -90,6 +90,8 @@ class _Reader(dcp.FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PATHS:
+            return Path
         if (module, name) not in _PLAIN:
             raise pickle.UnpicklingError(f"{METADATA} asks for {module}.{name}, which is no part of a checkpoint")
         return super().find_class(module, name)

@@ -5,6 +5,7 @@ averaged wrongly somewhere shows: a test does the usual faults on purpose, and s
 """
 
 import functools
+import io
 import os
 import pickle
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, Example, PairBatches
 from minift.scaling import communication
+from minift.shards import _Unpickler
 from minift.train import Plan, TrainState, start_state, train_step, validation_loss
 from tests.conftest import small_model
 from tests.ranks import alone, run_ranks
@@ -402,6 +404,13 @@ def test_a_sharded_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"asks for posix\.system"):
         load_step(folder, make_state(World()))
     assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_path_in_a_sharded_checkpoint_is_read_whatever_python_wrote_it(module: str) -> None:
+    """Python 3.13 pickles its paths by the name of another module than the versions before and behind it."""
+    written = f"c{module}\nPosixPath\n(V/\nVruns\ntR.".encode()  # protocol 0: a class, its arguments, a call
+    assert _Unpickler(io.BytesIO(written)).load() == Path("/runs")
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------

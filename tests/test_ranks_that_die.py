@@ -95,12 +95,13 @@ def test_twenty_kills(parallel: str, tmp_path: Path, small_checkpoint: Path, pai
             ranks = start(parallel, str(small_checkpoint), pairs, out, CONFIG)
             victim = lots.choice(ranks)
             victim.join(lots.uniform(0.1, 0.9) * takes)
-            if victim.is_alive() and kills < KILLS // 2:
+            if killed := victim.is_alive() and kills < KILLS // 2:
                 victim.kill()
                 kills += 1
             for process in ranks:
                 process.join(PROMPTLY + takes)
                 assert not process.is_alive(), "a rank did not notice that another is gone"
+            assert killed or [process.exitcode for process in ranks] == [0] * RANKS
         assert_same(out, tmp_path / "whole")
 
 
