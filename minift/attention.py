@@ -10,6 +10,7 @@ width. Read next: `model.py`, whose `Attention` calls it.
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Mask: TypeAlias = Tensor | BlockMask | None  # where attention may go; None: to every earlier token
-ROWS = 256  # queries whose weights `_attention_gradients` computes at the same time
+ROWS = 128  # queries whose weights a compiled model computes at the same time
 _HAS_CPU_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
@@ -51,22 +52,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 
 
 class _CPUAttention(torch.autograd.Function):
-    """The CPU's kernels of `attend` for training in bfloat16: forward as they are, backward in a faster way.
+    """Attention for training in bfloat16 on a CPU: its kernels, or where the model is compiled, no kernel at all.
 
     The bfloat16 kernel of the backward pass takes 1.3 (rows of 256 tokens) to 7 times (rows of 64) as long as the
     float32 one, that of the forward pass half as long. So what is kept between the two is bfloat16, and widened when it
-    is needed. A compiled model does not need that kernel (`_attention_gradients`). These kernels are what
-    `scaled_dot_product_attention` calls; they are not public: where a version of PyTorch lacks them, it is used as it
-    is.
+    is needed. These kernels are what `scaled_dot_product_attention` calls; they are not public: where a version of
+    PyTorch lacks them, it is used as it is. A compiler makes of matrix products and one loop between them what takes
+    less time than the kernels do (`_attention`, `_attention_gradients`).
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:  # to what is added to q·kᵀ
             mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
-        mixed, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, mask is None, attn_mask=mask
-        )
+        if torch.compiler.is_compiling():
+            mixed, log_total = _attention(query, key, value, mask)
+        else:
+            mixed, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, mask is None, attn_mask=mask
+            )
         ctx.save_for_backward(query, key, value, mixed, log_total, mask)
         return mixed
 
@@ -84,12 +88,38 @@ class _CPUAttention(torch.autograd.Function):
         return query, key, value, None
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention written out, ROWS queries at a time: softmax(s) v, and the logarithm of the softmax's denominator.
+
+    Args:
+        query: [B, H, T, C]; key, value: [B, K, T, C].
+        mask: what is added to the scores, [B, 1, T, T]; None for causal attention.
+
+    Returns:
+        mixed: [B, H, T, C], in their dtype, laid out as [B, T, H, C], as the product behind it reads it.
+        log_total: float32 [B, H, T], of each query's sum of exponentials.
+    """
+    (B, H, T, C), K = query.shape, key.shape[1]
+    query = query.view(B, K, H // K, T, C)
+    mixed, log_total = [], []
+    for here, seen in _blocks(T, mask):
+        scores = _scores(query[:, :, :, here], key[:, :, seen], mask, here)  # [B, K, R, n, S]
+        largest = scores.amax(-1, keepdim=True)
+        exponentials = (scores - largest).exp()
+        total = exponentials.sum(-1, keepdim=True)
+        p = (exponentials / total).to(value.dtype)
+        part = p.flatten(2, 3) @ value[:, :, seen]  # [B, K, R * n, C]
+        mixed.append(part.view(B, K, H // K, -1, C).permute(0, 3, 1, 2, 4))  # [B, n, K, R, C]
+        log_total.append((largest + total.log())[..., 0])
+    return torch.cat(mixed, 1).view(B, T, H, C).transpose(1, 2), torch.cat(log_total, 3).view(B, H, T)
+
+
 def _attention_gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, log_total: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of attention written out: matrix products, and between them what a compiler makes one loop of.
 
-    With the weights p = exp(q·kᵀ / √C − log_total):
+    With the scores s = q·kᵀ / √C and the weights p = exp(s − log_total):
 
         ∂p = ∂mixed · vᵀ        ∂s = p ∘ (∂p − Σ ∂mixed ∘ mixed)        ∂v = pᵀ · ∂mixed
         ∂q = ∂s · k / √C        ∂k = ∂sᵀ · q / √C
@@ -98,10 +128,7 @@ def _attention_gradients(
     (arXiv 2205.14135), appendix B.
 
     Args:
-        grad, mixed: [B, H, T, C], the result and the gradient at it.
-        query: [B, H, T, C]; key, value: [B, K, T, C].
-        log_total: float32 [B, H, T], the logarithm of each query's sum of exponentials.
-        mask: what is added to q·kᵀ / √C, [B, 1, T, T]; None for causal attention.
+        grad: [B, H, T, C], at `mixed`; the others as `_attention` takes and returns them.
 
     Returns:
         Those at query, key and value, in their dtype.
@@ -114,25 +141,43 @@ def _attention_gradients(
     grad_query = []
     grad_key = torch.zeros(B, K, T, C)
     grad_value = torch.zeros(B, K, T, C)
+    for here, seen in _blocks(T, mask):
+        q, g = (x[:, :, :, here].reshape(B, K, -1, C) for x in (query, grad))
+        k, v = key[:, :, seen], value[:, :, seen]
+        p = (_scores(query[:, :, :, here], k, mask, here) - log_total[:, :, :, here]).exp()
+        grad_p = (g @ v.mT).float().view(p.shape)
+        grad_scores = p * (grad_p - expected[:, :, :, here]) / math.sqrt(C)
+        p, grad_scores = (x.to(dtype).flatten(2, 3) for x in (p, grad_scores))
+        grad_query.append((grad_scores @ k).view(B, K, R, -1, C))
+        grad_key[:, :, seen] += grad_scores.mT @ q
+        grad_value[:, :, seen] += p.mT @ g
+    return torch.cat(grad_query, 3).view(B, H, T, C), grad_key.to(dtype), grad_value.to(dtype)
+
+
+def _blocks(T: int, mask: Tensor | None) -> Iterator[tuple[slice, slice]]:
+    """ROWS queries at a time, and the keys that some of them may see: with a mask it may be any, else no later one."""
     for start in range(0, T, ROWS):
         end = min(start + ROWS, T)
-        S = end if mask is None else T  # keys that some of these queries can see
-        q, g = (x[:, :, :, start:end].reshape(B, K, -1, C) for x in (query, grad))
-        k, v = key[:, :, :S], value[:, :, :S]
-        scores = (q @ k.mT).float().view(B, K, R, -1, S) / math.sqrt(C)
-        if mask is None:
-            visible = torch.arange(S) <= torch.arange(start, end)[:, None]
-            scores = scores.masked_fill(~visible, -math.inf)
-        else:
-            scores = scores + mask[:, :, None, start:end]
-        p = (scores - log_total[:, :, :, start:end]).exp()
-        grad_p = (g @ v.mT).float().view(p.shape)
-        grad_scores = p * (grad_p - expected[:, :, :, start:end]) / math.sqrt(C)
-        p, grad_scores = (x.to(dtype).view(B, K, -1, S) for x in (p, grad_scores))
-        grad_query.append((grad_scores @ k).view(B, K, R, -1, C))
-        grad_key[:, :, :S] += grad_scores.mT @ q
-        grad_value[:, :, :S] += p.mT @ g
-    return torch.cat(grad_query, 3).view(B, H, T, C), grad_key.to(dtype), grad_value.to(dtype)
+        yield slice(start, end), slice(end if mask is None else T)
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, here: slice) -> Tensor:
+    """q·kᵀ / √C, float32, −inf where attention may not go.
+
+    Args:
+        query: [B, K, R, n, C], those at the places `here`.
+        key: [B, K, S, C], the first S.
+        mask: as in `_attention`.
+
+    Returns:
+        [B, K, R, n, S].
+    """
+    (B, K, R, n, C), S = query.shape, key.shape[2]
+    scores = (query.reshape(B, K, R * n, C) @ key.mT).float().view(B, K, R, n, S) / math.sqrt(C)
+    if mask is not None:
+        return scores + mask[:, :, None, here]
+    visible = torch.arange(S) <= torch.arange(here.start, here.stop)[:, None]
+    return scores.masked_fill(~visible, -math.inf)
 
 
 def block_mask(document_ids: Tensor) -> BlockMask:

@@ -28,6 +28,7 @@ PARALLEL = ("auto", "ddp", "fsdp")
 SAVE_FORMATS = ("native", "hf")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("cosine", "linear", "constant")
+LOSS_CHUNK = 1_024  # targets whose logits exist at the same time: fewer make a CPU's products slower, more take memory
 MOST_WORKERS = 256  # as many processes as asked for are started: a slip of the finger must not start a million
 
 
@@ -291,7 +292,7 @@ class TrainConfig:
         "auto", "under torchrun: ddp keeps the weights on every rank, fsdp a part; auto is ddp", choices=PARALLEL
     )
     checkpoint_activations: bool = _flag(False, "recompute activations in the backward pass: less memory, more time")
-    loss_chunk: int = _flag(512, "targets whose logits exist at the same time", least=1)
+    loss_chunk: int = _flag(LOSS_CHUNK, "targets whose logits exist at the same time", least=1)
     seed: int = _flag(0, "seed of the data's order, of what is held out, and of random first weights", least=0)
     pack: bool = _flag(True, "put several short pairs into a row, each isolated from the others")
     isolate: bool = _flag(False, "keep the pages of a row apart, in attention and positions")

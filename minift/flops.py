@@ -25,7 +25,7 @@ Read next: `scaling.py`, for what several processes send each other.
 
 from dataclasses import dataclass
 
-from minift.config import LlamaConfig
+from minift.config import LOSS_CHUNK, LlamaConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -83,7 +83,7 @@ def training_memory(
     dtype: str,
     batch_size: int,
     length: int,
-    loss_chunk: int = 512,
+    loss_chunk: int = LOSS_CHUNK,
     device: str = "cpu",
     trained: int | None = None,
     ranks: int | None = None,

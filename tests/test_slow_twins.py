@@ -169,7 +169,7 @@ def test_attention(dtype: torch.dtype, documents: Tensor | None, heads: int, kv_
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_attention_in_bfloat16_on_a_cpu(way: str, masked: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward in bfloat16, backward in float32 or written out, beside the loop in float64; and by PyTorch's choice."""
+    """Its kernels, the backward one in float32; PyTorch's choice; written out: each beside the loop in float64."""
     assert fused._HAS_CPU_KERNELS  # in the versions that this is tested with
     monkeypatch.setattr(fused, "_HAS_CPU_KERNELS", way != "without them")
     monkeypatch.setattr(fused, "ROWS", 10)  # of 24, the last 4 together
@@ -192,11 +192,14 @@ def test_attention_in_bfloat16_on_a_cpu(way: str, masked: bool, kv_heads: int, m
         assert (found.double() - right).norm() < 0.01 * right.norm()
 
 
-def test_the_gradients_of_attention_are_written_out_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_written_out_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes; and neither where nothing is compiled."""
+    monkeypatch.setattr(fused, "_attention", lambda query, key, value, mask: (3 * query, key[..., 0]))
     monkeypatch.setattr(fused, "_attention_gradients", lambda grad, *tensors: [2 * x for x in tensors[:3]])
     inputs = [torch.randn(1, 2, 8, 16).bfloat16().requires_grad_() for _ in range(3)]
     for attend, used in ((fused.attend, False), (torch.compile(fused.attend, backend="aot_eager"), True)):
         mixed = attend(*inputs, None)
+        assert torch.equal(mixed, 3 * inputs[0]) == used
         gradients = torch.autograd.grad(mixed, inputs, torch.ones_like(mixed))
         assert [torch.equal(a, 2 * b) for a, b in zip(gradients, inputs, strict=True)] == [used] * 3
 
