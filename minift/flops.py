@@ -162,8 +162,7 @@ def _activation_bytes(config: LlamaConfig, dtype: str) -> int:
     D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
     low = BYTES[dtype]
-    # The stream is float32: each norm saves it as it came and normalised, and one number a token.
-    norm = 4 * D + 4 * D + 4
+    norm = 4 * D + 4  # the stream is float32: each norm saves it normalised, and by what it was multiplied
     layer = 2 * norm + 2 * low * D  # what each norm gives, as the matrices read it
     layer += low * (2 * H * C + 2 * K * C) + 4 * H  # q, k, v, the result, and the sum of each softmax
     layer += low * 4 * F  # gate, silu(gate), up, and their product

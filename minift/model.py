@@ -19,6 +19,7 @@ Every operation has a slow, obvious twin in `reference.py`. Read next: `loss.py`
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,14 @@ from minift.config import LlamaConfig, RopeScaling
 from minift.errors import InputError
 
 FLEX_LENGTH = 512  # tokens of a row from which FlexAttention pays on a GPU: it has to be compiled first
+
+
+def _backward_is_written_out() -> bool:
+    """Whether RMSNorm and RoPE bring their own backward pass: in training, unless a compiler writes a better one.
+
+    Autograd's would take them one operation at a time, and keep what each of them reads.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class RMSNorm(nn.Module):
@@ -45,9 +54,41 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, D] → […, D], in x's dtype."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        if _backward_is_written_out():
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return self.weight * _normalised(x, self.eps)[0]
+
+
+def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x · scale, in x's dtype, and scale = 1 / sqrt(mean(x²) + eps), float32 […, 1]."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype), scale
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm with its backward pass written out.
+
+    For n = x · scale (see `_normalised`) and the gradient g at n · weight:
+
+        ∂weight = Σ g ∘ n        ∂x = scale · (g ∘ weight − n · mean(g ∘ weight ∘ n))
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normalised, scale = _normalised(x, eps)
+        ctx.save_for_backward(normalised, scale, weight)
+        return weight * normalised
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        normalised, scale, weight = ctx.saved_tensors
+        grad_weight = (grad * normalised).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad = (grad * weight).to(scale.dtype)
+        mean = (grad * normalised).mean(-1, keepdim=True)
+        grad = torch.addcmul(grad, normalised, mean, value=-1).mul_(scale)
+        return grad.to(normalised.dtype), grad_weight, None
 
 
 class Linear(nn.Linear):
@@ -127,8 +168,35 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: [B, H, T, C]; cos, sin: [B, 1, T, C].
     """
+    if _backward_is_written_out():
+        return _RoPE.apply(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+class _RoPE(torch.autograd.Function):
+    """RoPE with its backward pass written out: the gradient is turned by the same angles the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rope` in as few passes over the memory as there can be without a compiler."""
+    half = x.shape[-1] // 2
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    turned = wide * cos
+    turned[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return turned.to(x.dtype)
 
 
 def narrowed(x: Tensor) -> Tensor:

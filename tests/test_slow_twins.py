@@ -72,6 +72,14 @@ def test_rms_norm(dtype: torch.dtype, tol: float, eps: float, scale: float) -> N
     check_twins(lambda: norm(x), lambda: reference.rms_norm(x, norm.weight, eps), [x, norm.weight], tol)
 
 
+def test_rms_norm_without_a_gradient_for_its_weight() -> None:
+    """As beside adapters: the gradient at x is the same."""
+    norm, x = RMSNorm(24, 1e-5), random(3, 7, 24, dtype=torch.float32)
+    weight = norm.weight.data = random(24, seed=1, dtype=torch.float32).detach()
+    norm.weight.requires_grad_(False)
+    check_twins(lambda: norm(x), lambda: reference.rms_norm(x, weight, 1e-5), [x], 1e-6)
+
+
 def exact_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
     """What `rope_tables` makes, in float64 and by the formula."""
     frequency = torch.tensor([theta ** (-2 * k / width) for k in range(width // 2)] * 2, dtype=torch.float64)
@@ -88,6 +96,29 @@ def test_rope(dtype: torch.dtype, width: int, theta: float) -> None:
     make = exact_tables if dtype == torch.float64 else rope_tables
     cos, sin = make(positions, width, theta)
     check_twins(lambda: apply_rope(x, cos, sin), lambda: reference.rope(x, positions, theta), [x], TOLERANCE[dtype])
+
+
+def test_rms_norm_and_rope_where_nothing_is_trained() -> None:
+    """As they are in training, to the last digits."""
+    norm, x = RMSNorm(24, 1e-5), random(2, 3, 9, 24, dtype=torch.float32)
+    cos, sin = rope_tables(torch.arange(9)[None], 24, 10_000.0)
+    trained = norm(x), apply_rope(x, cos, sin)
+    with torch.no_grad():
+        for a, b in zip(trained, (norm(x), apply_rope(x, cos, sin)), strict=True):
+            assert a.requires_grad
+            assert difference(b, a) < 1e-7
+
+
+def test_what_a_compiler_makes_of_rms_norm_and_rope() -> None:
+    """It is given the plain formulas. (Compiled as by default, but without the last stage, the C++ compiler.)"""
+    norm, x = RMSNorm(24, 1e-5), random(2, 3, 9, 24, dtype=torch.float32)
+    norm.weight.data = random(24, seed=1, dtype=torch.float32).detach()
+    positions = torch.arange(9)[None]
+    cos, sin = rope_tables(positions, 24, 10_000.0)
+    rms_norm, rope = (torch.compile(function, backend="aot_eager") for function in (norm, apply_rope))
+    leaves = [x, norm.weight]
+    check_twins(lambda: rms_norm(x), lambda: reference.rms_norm(x, norm.weight, 1e-5), leaves, 1e-6)
+    check_twins(lambda: rope(x, cos, sin), lambda: reference.rope(x, positions, 10_000.0), [x], 1e-5)
 
 
 @pytest.mark.parametrize("width", [2, 6, 64, 128])
