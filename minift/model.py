@@ -33,14 +33,6 @@ from minift.errors import InputError
 FLEX_LENGTH = 512  # tokens of a row from which FlexAttention pays on a GPU: it has to be compiled first
 
 
-def _backward_is_written_out() -> bool:
-    """Whether RMSNorm and RoPE bring their own backward pass: in training, unless a compiler writes a better one.
-
-    Autograd's would take them one operation at a time, and keep what each of them reads.
-    """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight, with the reduction in float32.
 
@@ -54,7 +46,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, D] → […, D], in x's dtype."""
-        if _backward_is_written_out():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _RMSNorm.apply(x, self.weight, self.eps)
         return self.weight * _normalised(x, self.eps)[0]
 
@@ -67,7 +59,9 @@ def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm with its backward pass written out.
+    """RMSNorm with its backward pass written out: autograd's takes one operation at a time and keeps all they read.
+
+    A compiler is given the plain formula instead, and writes both passes better than either.
 
     For n = x · scale (see `_normalised`) and the gradient g at n · weight:
 
@@ -168,10 +162,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: [B, H, T, C]; cos, sin: [B, 1, T, C].
     """
-    if _backward_is_written_out():
-        return _RoPE.apply(x, cos, sin)
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    if torch.compiler.is_compiling():  # it writes both passes better from the formula than from what follows
+        a, b = x.chunk(2, dim=-1)
+        return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    return _RoPE.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
 
 
 class _RoPE(torch.autograd.Function):
@@ -190,12 +184,17 @@ class _RoPE(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rope` in as few passes over the memory as there can be without a compiler."""
-    half = x.shape[-1] // 2
+    """`apply_rope` in as few passes over the memory as there can be without a compiler.
+
+    With and without gradients it is the same arithmetic, so that a loss is the same to the bit.
+    """
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
     turned = wide * cos
-    turned[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    a, b = wide.chunk(2, dim=-1)
+    turned_a, turned_b = turned.chunk(2, dim=-1)
+    sin = sin[..., : a.shape[-1]]
+    turned_a.addcmul_(b, sin, value=-1)
+    turned_b.addcmul_(a, sin)
     return turned.to(x.dtype)
 
 
