@@ -162,10 +162,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: [B, H, T, C]; cos, sin: [B, 1, T, C].
     """
-    if torch.compiler.is_compiling():  # it writes both passes better from the formula than from what follows
-        a, b = x.chunk(2, dim=-1)
-        return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
-    return _RoPE.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _RoPE.apply(x, cos, sin)
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
 class _RoPE(torch.autograd.Function):
@@ -184,17 +184,17 @@ class _RoPE(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rope` in as few passes over the memory as there can be without a compiler.
+    """`apply_rope` of many tokens in half the time, to the bit what its formula gives.
 
-    With and without gradients it is the same arithmetic, so that a loss is the same to the bit.
+    Products and sums are rounded apart, as there. Fused (`addcmul_`), it takes a fifth less and has other last digits.
     """
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
     turned = wide * cos
     a, b = wide.chunk(2, dim=-1)
     turned_a, turned_b = turned.chunk(2, dim=-1)
     sin = sin[..., : a.shape[-1]]
-    turned_a.addcmul_(b, sin, value=-1)
-    turned_b.addcmul_(a, sin)
+    turned_a.sub_(b * sin)
+    turned_b.add_(a * sin)
     return turned.to(x.dtype)
 
 
