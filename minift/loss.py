@@ -114,11 +114,12 @@ def loss_in_detail(
     """
     keep = targets != IGNORE
     states, wanted = _aligned(hidden[keep], targets[keep])
+    n_targets = int(keep.sum())
     columns = _transposed(weight, _matmul_dtype(states))
     for here, _, gradient in _logits_by_chunk(states, columns, chunk):
         logits = gradient.clone()
         nll = _nll_and_gradient_(gradient, wanted[here, None])
-        n = int(keep.sum()) - here.start
+        n = n_targets - here.start
         if n > 0:  # behind it are rows of nobody's
             yield logits[:n], nll[:n], gradient[:n]
 
