@@ -25,7 +25,7 @@ Read next: `scaling.py`, for what several processes send each other.
 
 from dataclasses import dataclass
 
-from minift.config import LOSS_CHUNK, LlamaConfig
+from minift.config import LOSS_CHUNK, WIDE_HEAD, LlamaConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -94,7 +94,7 @@ def training_memory(
         dtype: of the arithmetic: float32, or bfloat16 or float16 by autocast. The weights are float32 in any case.
         batch_size, length: B rows of T tokens in a micro-batch.
         loss_chunk: targets whose logits exist at the same time.
-        device: a CPU copies the head by columns, and takes a few rows at a time through the softmax (`loss.py`).
+        device: a CPU copies a wide head by columns, and takes a few rows at a time through the softmax (`loss.py`).
         trained: numbers of adapters that are trained in place of the weights (`lora.py`); None trains the weights. What
             the adapters themselves leave behind for the backward pass is not counted.
         ranks: among how many processes FSDP shards the model; None keeps it whole.
@@ -102,6 +102,7 @@ def training_memory(
     total = count_parameters(config).total
     head, size = config.vocab_size * config.hidden_size, BYTES[dtype]
     low = dtype != "float32"
+    turned = device == "cpu" and config.vocab_size >= WIDE_HEAD
     adapters = trained or 0
     changed = total if trained is None else trained
     ledger = {"weights": 4 * (total + adapters), "gradients": 4 * changed, "AdamW's two moments": 8 * changed}
@@ -112,12 +113,12 @@ def training_memory(
         ledger["embedding, head and norm, put together"] = 4 * root
         ledger["gradients before they are split"] = 4 * ((root if trained is None else 0) + layer)
     elif low:
-        ledger["autocast's copies of matrices"] = 2 * (_matrices(config) + (head if device == "cuda" else 0))
+        ledger["autocast's copies of matrices"] = 2 * (_matrices(config) + (0 if turned else head))
     tokens = batch_size * length
     ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype)
     own = 4 * head if trained is None else 0
     ledger["the loss's own gradients"] = own + size * tokens * config.hidden_size
-    if device == "cpu":
+    if turned:
         ledger["the head, by columns"] = size * head
     ledger["logits of a chunk"] = min(loss_chunk, tokens) * config.vocab_size * (size + (4 if device == "cuda" else 0))
     return ledger

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.config import LOSS_CHUNK
+from minift.config import LOSS_CHUNK, WIDE_HEAD
 from minift.model import Llama, check_ids
 from minift.pack import IGNORE, Batch
 
@@ -131,29 +131,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         n = len(hidden)
         hidden, targets = _aligned(hidden, targets)
-        (N, D), V = hidden.shape, len(weight)
+        N = len(hidden)
         matmul_dtype = _matmul_dtype(hidden)
         exact = _exact(matmul_dtype)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         nll = hidden.new_empty(N, dtype=exact)
         grad_hidden = torch.empty_like(hidden, dtype=matmul_dtype) if want_hidden else None
-        # The transpose of the weight's. Rows of 49,152 numbers, 48 times 4 KiB, would all begin in the same few lines
-        # of a CPU's caches, and turning it back would take 3 times as long: such rows are taken a line longer.
-        room = 16 if V * exact.itemsize % 4_096 == 0 else 0
-        grad_weight = hidden.new_zeros((D, V + room), dtype=exact)[:, :V] if want_weight else None
-        # A CPU adds to some columns of it at a time, so that what is added is never as large as itself.
-        width = COLUMNS if hidden.device.type == "cpu" else V
-        parts = [slice(start, start + width) for start in range(0, V, width)]
+        grad_weight: Tensor | None = None
+        ctx.turned = _pays_to_turn(weight)
+        add = _add_turned if ctx.turned else _add_product
         with torch.autocast(hidden.device.type, enabled=False):
             columns = _transposed(weight, matmul_dtype)  # [D, V]
             for here, x, logits in _logits_by_chunk(hidden, columns, chunk):
                 nll[here] = _nll_and_gradient_(logits, targets[here, None])
                 if grad_hidden is not None:
                     torch.mm(logits, columns.T, out=grad_hidden[here])
-                if grad_weight is not None:
-                    x = x.T.contiguous()  # [D, n]
-                    for part in parts:
-                        grad_weight[:, part].add_(x @ logits[:, part])
+                if want_weight:
+                    grad_weight = add(grad_weight, x, logits)
         ctx.save_for_backward(None if grad_hidden is None else grad_hidden[:n], grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return nll[:n].sum()
@@ -166,7 +160,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden_dtype) * grad_nll.to(hidden_dtype)
         if grad_weight is not None:
-            grad_weight = _turned(grad_weight, grad_weight.dtype).mul_(grad_nll).to(weight_dtype)
+            if ctx.turned:
+                grad_weight = _turned(grad_weight, grad_weight.dtype).mul_(grad_nll)
+            else:
+                grad_weight = grad_weight * grad_nll
+            grad_weight = grad_weight.to(weight_dtype)
         return grad_hidden, grad_weight, None, None
 
 
@@ -178,13 +176,36 @@ def _aligned(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))
 
 
-def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head as [D, V], in the dtype of its products.
+def _add_product(total: Tensor | None, x: Tensor, logits: Tensor) -> Tensor:
+    """The head's gradient and what some positions, [n, D], with their gradients at the logits, [n, V], add to it."""
+    product = logits.T @ x  # [V, D]
+    return product.to(_exact(x.dtype)) if total is None else total.add_(product)
 
-    A CPU multiplies by rows faster than by columns, by up to 2 times for a head this wide, so there its rows are laid
-    out.
-    """
-    return _turned(weight, dtype) if weight.device.type == "cpu" else weight.to(dtype).T
+
+def _add_turned(total: Tensor | None, x: Tensor, logits: Tensor) -> Tensor:
+    """`_add_product` as [D, V], some columns at a time, so that what is added is never as large as the gradient."""
+    D, V = x.shape[1], logits.shape[1]
+    if total is None:
+        exact = _exact(x.dtype)
+        # Rows of 49,152 numbers, 48 times 4 KiB, would all begin in the same few lines of a CPU's caches, and turning
+        # it back would take 3 times as long: such rows are taken a line longer.
+        room = 16 if V * exact.itemsize % 4_096 == 0 else 0
+        total = x.new_zeros((D, V + room), dtype=exact)[:, :V]
+    x = x.T.contiguous()  # [D, n]
+    for start in range(0, V, COLUMNS):
+        part = slice(start, start + COLUMNS)
+        total[:, part].add_(x @ logits[:, part])
+    return total
+
+
+def _pays_to_turn(weight: Tensor) -> bool:
+    """Whether the head's rows are laid out as columns: up to 2 times as fast on a CPU if it is wide."""
+    return weight.device.type == "cpu" and len(weight) >= WIDE_HEAD
+
+
+def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head as [D, V], in the dtype of its products."""
+    return _turned(weight, dtype) if _pays_to_turn(weight) else weight.to(dtype).T
 
 
 def _turned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,7 +240,7 @@ def _logits_by_chunk(hidden: Tensor, columns: Tensor, chunk: int) -> Iterator[tu
     """
     N = len(hidden)
     memory = hidden.new_empty((min(chunk, N), columns.shape[1]), dtype=columns.dtype)
-    for start in range(0, N, chunk):
+    for start in range(0, max(N, 1), chunk):  # without a position there is one piece of none: its gradients are zeros
         here = slice(start, min(start + chunk, N))
         x = hidden[here].to(columns.dtype)
         yield here, x, torch.mm(x, columns, out=memory[: len(x)])

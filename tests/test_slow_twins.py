@@ -287,10 +287,15 @@ def test_how_each_target_was_foreseen(dtype: torch.dtype, chunk: int) -> None:
     assert float(nll.sum()) == pytest.approx(float(next_token_loss(hidden, weight, targets)[0]), rel=0.02)
 
 
+both_layouts = pytest.mark.parametrize("wide", [0, 2**14], ids=["a wide head", "a narrow head"])
+
+
 @both_dtypes
+@both_layouts
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 16, 17, 18, 2_048])
-def test_loss(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss(dtype: torch.dtype, chunk: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minift.loss.COLUMNS", 10)  # of 31
+    monkeypatch.setattr("minift.loss.WIDE_HEAD", wide)
     hidden, weight, targets = loss_inputs(dtype)
     nll_sum, n_tokens = next_token_loss(hidden, weight, targets, chunk)
     assert nll_sum.dtype == dtype
@@ -309,8 +314,10 @@ def test_loss(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -
     assert slow_sum.item() == pytest.approx(theirs.item(), rel=TOLERANCE[dtype])
 
 
+@both_layouts
 @pytest.mark.parametrize("chunk", [4, 2_048])
-def test_loss_passes_gradcheck(chunk: int) -> None:
+def test_loss_passes_gradcheck(chunk: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minift.loss.WIDE_HEAD", wide)
     hidden, weight, targets = loss_inputs(torch.float64)
     assert torch.autograd.gradcheck(lambda h, w: next_token_loss(h, w, targets, chunk)[0], (hidden, weight))
     assert torch.autograd.gradcheck(lambda h: next_token_loss(h, weight.detach(), targets, chunk)[0], (hidden,))
@@ -318,8 +325,9 @@ def test_loss_passes_gradcheck(chunk: int) -> None:
 
 
 @both_dtypes
-def test_loss_of_a_vocabulary_whose_rows_are_whole_pages(dtype: torch.dtype) -> None:
+def test_loss_of_a_vocabulary_whose_rows_are_whole_pages(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """1,024 numbers of 4 or 8 bytes: the gradient's rows are made longer, and what comes out is not."""
+    monkeypatch.setattr("minift.loss.WIDE_HEAD", 1_024)
     hidden, _, targets = loss_inputs(dtype)
     weight = random(1_024, 12, seed=1, dtype=dtype)
     check_twins(
@@ -342,7 +350,9 @@ def test_loss_of_huge_logits_is_exact() -> None:
     )
 
 
-def test_loss_without_targets_is_zero_and_moves_nothing() -> None:
+@both_layouts
+def test_loss_without_targets_is_zero_and_moves_nothing(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minift.loss.WIDE_HEAD", wide)
     hidden, weight, targets = loss_inputs(torch.float64)
     nll_sum, n_tokens = next_token_loss(hidden, weight, torch.full_like(targets, IGNORE))
     nll_sum.backward()
