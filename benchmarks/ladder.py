@@ -8,6 +8,7 @@ Every rung is `train.train_step` over the same documents, and has all that the r
     + loss        the chunked loss, whose logits never exist all at once
     + AdamW       the optimizer's fused kernel
     + heap        on a CPU: what a step frees stays with the process for the next one
+    + layer       on a CPU in bfloat16: the layers of short rows with both passes written out, in fewer operations
     + packing     several documents in a row, isolated from each other: no position is computed for nothing
     + compile     torch.compile, which fuses what lies between the matrix products
 
@@ -42,7 +43,8 @@ from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
 from minift.train import start_state, train_step
 
-RUNGS = ("naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ heap", "+ packing", "+ compile")
+RUNGS = ("naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ heap", "+ layer", "+ packing", "+ compile")
+CPU_ONLY = ("+ heap", "+ layer")
 SHORTEST = 8  # of the documents, as a part of a row: they are from an eighth of it to all of it long
 
 
@@ -71,7 +73,9 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.repeats < 1:
         raise InputError("--repeats must be at least 1")
-    rungs = [name for name in RUNGS if name in (options.rungs or RUNGS) and (name != "+ heap" or device.type == "cpu")]
+    rungs = [
+        name for name in RUNGS if name in (options.rungs or RUNGS) and (name not in CPU_ONLY or device.type == "cpu")
+    ]
     check_compiler(config.replace(compile=rungs[-1] == "+ compile"), device)
     words = [f"--config={options.config}", f"--batch-size={config.batch_size}", f"--length={config.max_length}"]
     words.append(f"--device={config.device}")
@@ -122,6 +126,8 @@ def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Calla
         minift.loss.next_token_loss = _textbook_loss
     if "+ heap" not in has:
         minift.train.keep_freed_memory = lambda: False
+    if "+ layer" not in has:
+        minift.train.choose_written_out = lambda config, device: False
     config = config.replace(
         dtype=config.dtype if "+ AMP" in has else "float32", compile="+ compile" in has, pack="+ packing" in has
     )

@@ -30,6 +30,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 SCHEDULES = ("cosine", "linear", "constant")
 LOSS_CHUNK = 1_024  # targets whose logits exist at the same time: fewer make a CPU's products slower, more take memory
 WIDE_HEAD = 2**14  # pieces of a vocabulary from which it pays a CPU to turn the head: it multiplies by rows faster
+LONGEST_WRITTEN_OUT = 256  # tokens of a row up to which `layer.py` pays: beyond, attention's weights are most of memory
 MOST_WORKERS = 256  # as many processes as asked for are started: a slip of the finger must not start a million
 
 

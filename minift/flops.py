@@ -25,7 +25,7 @@ Read next: `scaling.py`, for what several processes send each other.
 
 from dataclasses import dataclass
 
-from minift.config import LOSS_CHUNK, WIDE_HEAD, LlamaConfig
+from minift.config import LONGEST_WRITTEN_OUT, LOSS_CHUNK, WIDE_HEAD, LlamaConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -115,7 +115,9 @@ def training_memory(
     elif low:
         ledger["autocast's copies of matrices"] = 2 * (_matrices(config) + (0 if turned else head))
     tokens = batch_size * length
-    ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype)
+    plain = device == "cpu" and dtype == "bfloat16" and trained is None and ranks is None
+    written_out = length if plain and length <= LONGEST_WRITTEN_OUT else None
+    ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype, written_out)
     own = 4 * head if trained is None else 0
     ledger["the loss's own gradients"] = own + size * tokens * config.hidden_size
     if turned:
@@ -158,13 +160,18 @@ def _matrices(config: LlamaConfig) -> int:
     return parameters.without_embedding - norms
 
 
-def _activation_bytes(config: LlamaConfig, dtype: str) -> int:
-    """Bytes that each token leaves behind for the backward pass: what autograd saves, operation by operation."""
+def _activation_bytes(config: LlamaConfig, dtype: str, written_out: int | None) -> int:
+    """Bytes that each token leaves behind for the backward pass: what autograd saves, operation by operation.
+
+    Args:
+        written_out: tokens of a row where the layers go by `layer.py`, which keeps the weights of attention.
+    """
     D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
     low = BYTES[dtype]
     norm = 4 * D + 4  # the stream is float32: each norm saves it normalised, and by what it was multiplied
     layer = 2 * norm + 2 * low * D  # what each norm gives, as the matrices read it
-    layer += low * (2 * H * C + 2 * K * C) + 4 * H  # q, k, v, the result, and the sum of each softmax
+    layer += low * (2 * H * C + 2 * K * C)  # q, k, v and the result
+    layer += 4 * H if written_out is None else low * H * written_out  # the sum of each softmax, or its weights
     layer += low * 4 * F  # gate, silu(gate), up, and their product
     return config.num_hidden_layers * layer + norm

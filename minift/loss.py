@@ -34,6 +34,7 @@ from minift.pack import IGNORE, Batch
 # On a CPU positions are taken in multiples of it in bfloat16: for each shape a kernel is made, and kept as long as the
 # process lives, 0.65 MB each; and the number of targets differs from step to step.
 ALIGNED = 64
+FEW = 0.9  # the share of positions with a target up to which the model is told which they are
 CACHED = 2**20  # logits that a CPU takes through the softmax at a time: 4 MB in float32, which its caches hold
 COLUMNS = 4_000  # of the head's gradient that a CPU adds to at a time
 
@@ -55,23 +56,37 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
         InputError: on a CPU, for a target that is not in the vocabulary.
     """
     keep = targets != IGNORE
-    wanted = targets[keep]  # [N]
+    n_tokens = keep.sum()
+    wanted, states = targets.flatten(), hidden.flatten(0, -2)
+    if int(n_tokens) < len(wanted):
+        wanted, states = targets[keep], hidden[keep]  # [N], [N, D]
     if wanted.device.type == "cpu":
         check_ids(wanted, len(weight))
     if not torch.is_grad_enabled():
         weight = weight.detach()  # an evaluation: a custom function would prepare the parameter's gradient all the same
-    nll_sum = _ChunkedCrossEntropy.apply(hidden[keep], weight, wanted, chunk)
-    return nll_sum, keep.sum()
+    nll_sum = _ChunkedCrossEntropy.apply(states, weight, wanted, chunk)
+    return nll_sum, n_tokens
 
 
 def batch_loss(model: Llama, batch: Batch, chunk: int = LOSS_CHUNK) -> tuple[Tensor, Tensor]:
-    """(nll_sum, n_tokens) of one micro-batch."""
-    return next_token_loss(batch_hidden(model, batch), model.head_weight, batch.targets, chunk)
+    """(nll_sum, n_tokens) of one micro-batch. What only positions without a target would need is not computed."""
+    if batch.n_targets > FEW * batch.targets.numel():
+        return next_token_loss(batch_hidden(model, batch), model.head_weight, batch.targets, chunk)
+    wanted = (batch.targets.flatten() != IGNORE).nonzero()[:, 0]  # [N]
+    targets = batch.targets.flatten()[wanted]
+    # Whatever stands at place 0 fills it up to a shape that has its kernels; what comes of it is cut off again.
+    hidden = batch_hidden(model, batch, F.pad(wanted, (0, -len(wanted) % ALIGNED)))[: len(wanted)]
+    return next_token_loss(hidden[None], model.head_weight, targets[None], chunk)
 
 
-def batch_hidden(model: Llama, batch: Batch) -> Tensor:
-    """The final hidden states of a micro-batch, [B, T, D]: documents are kept apart where it is isolated."""
-    return model.hidden(batch.tokens, batch.positions, batch.document_ids if batch.isolated else None)
+def batch_hidden(model: Llama, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+    """The final hidden states of a micro-batch, [B, T, D]: documents are kept apart where it is isolated.
+
+    Args:
+        wanted: as `Llama.hidden` takes it; it then returns [N, D].
+    """
+    documents = batch.document_ids if batch.isolated else None
+    return model.hidden(batch.tokens, batch.positions, documents, wanted=wanted)
 
 
 @torch.no_grad()

@@ -74,6 +74,15 @@ def choose_compile(config: TrainConfig, device: torch.device, flops: float) -> b
     return device.type == "cpu" and flops >= COMPILING_PAYS and _can_compile(device)
 
 
+def choose_written_out(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the layers of short rows go by `layer.py`: in bfloat16 on a CPU, where a compiler does no better.
+
+    Adapters have a forward pass of their own, which is not written out.
+    """
+    plain = device.type == "cpu" and not config.compile and not config.lora_rank
+    return plain and choose_dtype(config, device) == "bfloat16"
+
+
 def _can_compile(device: torch.device) -> bool:
     names = (os.environ.get("CXX") or "g++", "g++", "clang++")
     return device.type != "cpu" or any(shutil.which(name) for name in names)

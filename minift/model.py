@@ -19,7 +19,7 @@ Every operation has a slow, obvious twin in `reference.py`. Read next: `loss.py`
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.attention import Mask, attend, block_mask
-from minift.config import LlamaConfig, RopeScaling
+from minift.config import LONGEST_WRITTEN_OUT, LlamaConfig, RopeScaling
 from minift.errors import InputError
+from minift.layer import Shared, Weights, share, written_layer
 
 FLEX_LENGTH = 512  # tokens of a row from which FlexAttention pays on a GPU: it has to be compiled first
 
@@ -294,10 +295,30 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
-        """[B, T, D] → [B, T, D]."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, D] → [B, T, D], or [N, D] of the places that are wanted: in the MLP nobody reads others."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        if wanted is not None:
+            x = x.flatten(0, 1).index_select(0, wanted)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def written_out(self, x: Tensor, shared: Shared, wanted: Tensor | None = None) -> Tensor:
+        """`forward` without a cache in fewer operations, for plain matrices on a CPU (`layer.py`)."""
+        attention, mlp = self.self_attn, self.mlp
+        weights = Weights(
+            self.input_layernorm.weight,
+            attention.q_proj.weight,
+            attention.k_proj.weight,
+            attention.v_proj.weight,
+            attention.o_proj.weight,
+            self.post_attention_layernorm.weight,
+            mlp.gate_proj.weight,
+            mlp.up_proj.weight,
+            mlp.down_proj.weight,
+        )
+        return written_layer(x, shared, wanted, weights)
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
@@ -315,12 +336,14 @@ class Llama(nn.Module):
         config: its shape.
         checkpoint_activations: recompute each layer's activations in the backward pass instead of keeping them
             (Chen et al., arXiv 1604.06174): memory of one layer instead of all, for one more forward pass.
+        written_out: go through short rows by `layer.py`, where there is no cache: the same in fewer operations.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self.written_out = False
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -377,8 +400,9 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """The final, normalised hidden states, [B, T, D].
+        """The final, normalised hidden states, [B, T, D], or [N, D] of the places that are wanted.
 
         Args:
             tokens: int64 [B, T].
@@ -386,6 +410,8 @@ class Llama(nn.Module):
             document_ids: int64 [B, T]; attention stays among tokens of the same id. None: every earlier token.
             cache: keys and values of the tokens before; it takes the new ones in. With `document_ids`, they must
                 have been given from the first call on.
+            wanted: int64 [N], places in the flattened batch, b · T + t. What the last layer computes for it alone is
+                not computed for the others.
 
         Raises:
             InputError: when cache and tokens together are longer than the cache, or than the model's positions; on a
@@ -408,11 +434,20 @@ class Llama(nn.Module):
         else:
             mask = self._mask(tokens.shape[1], past, document_ids, cache, tokens.device)
         x = self.embed_tokens(tokens)  # [B, T, D]
+        written_out = self.written_out and cache is None and tokens.shape[1] <= LONGEST_WRITTEN_OUT
+        shared = share(self.config, cos, sin, cast(Tensor | None, mask)) if written_out else None
+
+        def run(layer: DecoderLayer, x: Tensor, places: Tensor | None) -> Tensor:
+            if shared is not None:
+                return layer.written_out(x, shared, places)
+            return cast(Tensor, layer(x, cos, sin, mask, cache, places))
+
         for layer in self.layers:
+            layer, places = cast(DecoderLayer, layer), wanted if layer is self.layers[-1] else None
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(run, layer, x, places, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = run(layer, x, places)
         if cache is not None:
             cache.length += tokens.shape[1]
         return self.norm(x)

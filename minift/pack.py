@@ -140,24 +140,32 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
     rows = _first_fit(examples, T) if pack else [[example] for example in examples]
     rows = rows or [[]]  # no example at all: a rank's share of a small batch
     B = len(rows)
-    tokens = torch.full((B, T), pad_id)
-    targets = torch.full((B, T), IGNORE)
-    positions = torch.zeros((B, T), dtype=torch.int64)
-    document_ids = torch.full((B, T), PADDING)
+    # In numpy, which takes a small piece of a row in a quarter of a tensor's time.
+    tokens = np.full((B, T), pad_id)
+    targets = np.full((B, T), IGNORE)
+    positions = np.zeros((B, T), np.int64)
+    document_ids = np.full((B, T), PADDING)
     for b, row in enumerate(rows):
         start = 0
         for document, example in enumerate(row):
-            ids = torch.tensor(example.prompt + example.answer)
+            ids = np.array(example.prompt + example.answer)
             end = start + len(example)
             tokens[b, start:end] = ids[:-1]
             # The shift: the position that reads the prompt's last id is the first to have a target.
             targets[b, start + len(example.prompt) - 1 : end] = ids[len(example.prompt) :]
-            positions[b, start:end] = torch.arange(len(example))
+            positions[b, start:end] = np.arange(len(example))
             document_ids[b, start:end] = document
             start = end
     isolated = any(len(row) > 1 for row in rows)
     n_targets = sum(len(example.answer) for example in examples)
-    return Batch(tokens, targets, positions, document_ids, isolated, n_targets)
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(targets),
+        torch.from_numpy(positions),
+        torch.from_numpy(document_ids),
+        isolated,
+        n_targets,
+    )
 
 
 def _first_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:

@@ -48,7 +48,7 @@ from minift.distributed import (
 from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from minift.flops import peak_flops, training_flops_per_token
 from minift.heap import keep_freed_memory
-from minift.machine import autocast, choose_dtype
+from minift.machine import autocast, choose_dtype, choose_written_out
 from minift.model import Llama
 from minift.optim import learning_rate, make_optimizer
 from minift.pack import IGNORE, PADDING, Batch, PageBatches, PairBatches
@@ -152,7 +152,7 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
     grad_norm = float(whole(norm))
     stepped = math.isfinite(grad_norm)
     culprit = None if stepped else first_not_finite(model, world)
-    if stepped and config.clip:
+    if stepped and 0 < config.clip < grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
     if scaler.is_enabled() or stepped:
         scale = scaler.get_scale()
@@ -184,6 +184,7 @@ def start_state(
     if model.device.type == "cpu":
         keep_freed_memory()
     model.checkpoint_activations = config.checkpoint_activations
+    model.written_out = choose_written_out(config, world.device) and world.parallel != "fsdp"
     model.train()  # which only the dropout of adapters knows about
     device = model.device.type
     if config.compile:

@@ -24,20 +24,15 @@ TINY = LlamaConfig.preset("stories260k")
 CONFIG = PRETRAIN.replace(device="cpu", dtype="bfloat16", batch_size=6, max_length=32, compile=False)
 
 
-@pytest.fixture(autouse=True)
-def whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a rung replaces comes back after each test."""
-    monkeypatch.setattr(minift.model, "attend", minift.model.attend)
-    monkeypatch.setattr(minift.loss, "next_token_loss", minift.loss.next_token_loss)
-    monkeypatch.setattr(minift.train, "keep_freed_memory", minift.train.keep_freed_memory)
-
-
 def climb(name: str) -> tuple[list[float], Any]:
-    attend, loss, keep = minift.model.attend, minift.loss.next_token_loss, minift.train.keep_freed_memory
-    step, batch = ladder.make_rung(name, TINY, CONFIG)
-    losses = [step() for _ in range(3)]
-    minift.model.attend, minift.loss.next_token_loss, minift.train.keep_freed_memory = attend, loss, keep
-    return losses, batch
+    """Three losses of a rung, and its batch; what the rung replaces is whole again behind them."""
+    with pytest.MonkeyPatch.context() as replaced:
+        replaced.setattr(minift.model, "attend", minift.model.attend)
+        replaced.setattr(minift.loss, "next_token_loss", minift.loss.next_token_loss)
+        for attribute in ("keep_freed_memory", "choose_written_out"):
+            replaced.setattr(minift.train, attribute, getattr(minift.train, attribute))
+        step, batch = ladder.make_rung(name, TINY, CONFIG)
+        return [step() for _ in range(3)], batch
 
 
 def test_all_rungs_train_the_same() -> None:
@@ -64,6 +59,7 @@ def test_a_rung_has_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     spy(torch, "_fused_adamw_")
     spy(F, "scaled_dot_product_attention")
     spy(minift.train, "keep_freed_memory")
+    spy(minift.model, "written_layer")
     climb("naive")
     assert used == {"attention", "loss"}
     used.clear()
@@ -78,6 +74,9 @@ def test_a_rung_has_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "keep_freed_memory" not in used
     climb("+ heap")
     assert "keep_freed_memory" in used
+    assert "written_layer" not in used
+    climb("+ layer")
+    assert "written_layer" in used
 
 
 def test_break_even() -> None:
