@@ -127,7 +127,7 @@ def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Calla
     if "+ heap" not in has:
         minift.train.keep_freed_memory = lambda: False
     if "+ layer" not in has:
-        minift.train.choose_written_out = lambda config, device: False
+        minift.train.choose_written_out = lambda model, config, device: False
     config = config.replace(
         dtype=config.dtype if "+ AMP" in has else "float32", compile="+ compile" in has, pack="+ packing" in has
     )

@@ -118,7 +118,8 @@ def purpose(memory: Memory, job: Job) -> str:
     if memory.label:
         return memory.label
     if memory.copy_of == "weights":
-        return "autocast's copies of matrices" if memory.made_by == CAST else "the head, by columns"
+        turned = memory.part == "loss" and memory.made_by != CAST
+        return "the head, by columns" if turned else "autocast's copies of matrices"
     if memory.part == "forward" and memory.saved:
         return "activations for the backward pass"
     if memory.part == "loss" and memory.saved and memory.dtype.is_floating_point:

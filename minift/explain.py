@@ -18,6 +18,7 @@ Source of the closed form: Goodfellow et al., "Deep Learning" (2016), section 6.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,8 +27,8 @@ from torch import Tensor
 
 from minift.config import TrainConfig
 from minift.errors import InputError
-from minift.loss import batch_hidden, loss_in_detail
-from minift.machine import autocast, choose_dtype
+from minift.loss import batch_hidden, batch_states, loss_in_detail
+from minift.machine import autocast, choose_dtype, choose_written_out
 from minift.model import Llama
 from minift.pack import IGNORE, PADDING, Batch, Example, collate
 from minift.tokenizer import Tokenizer
@@ -124,10 +125,9 @@ def explain(
         raise InputError(f"{longest} tokens are more than the model's {room} positions")
     asked = torch.where(batch.targets == IGNORE, everything.targets, IGNORE)  # the prompts: of weight 0
 
-    with torch.no_grad(), autocast(model, config):
-        hidden = batch_hidden(model, batch)
-        learned = _look(hidden, model.head_weight, batch.targets, config.loss_chunk, gradients=True)
-        given = _look(hidden, model.head_weight, asked, config.loss_chunk, gradients=False)
+    with torch.no_grad(), autocast(model, config), _as_trained(model, config):
+        learned = _look(*batch_states(model, batch), model.head_weight, config.loss_chunk, gradients=True)
+        given = _look(batch_hidden(model, batch), asked, model.head_weight, config.loss_chunk, gradients=False)
     positions = list(_positions(batch, everything.targets, learned, given))
     nll_sum = learned.nll.sum()  # the step's own sum: in its dtype, of the same numbers in the same order
     return XRay(
@@ -149,7 +149,17 @@ class _Found:
     gradients: list[tuple[Entry, ...]]
 
 
-def _look(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, gradients: bool) -> _Found:
+@contextmanager
+def _as_trained(model: Llama, config: TrainConfig) -> Iterator[None]:
+    """The layers as a run of this config goes through them: other operations would have other last digits."""
+    before, model.written_out = model.written_out, choose_written_out(model, config, model.device)
+    try:
+        yield
+    finally:
+        model.written_out = before
+
+
+def _look(hidden: Tensor, targets: Tensor, weight: Tensor, chunk: int, gradients: bool) -> _Found:
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     wanted = targets[targets != IGNORE]
     nll = wanted.new_empty(len(wanted), dtype=exact)

@@ -69,14 +69,25 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
 
 
 def batch_loss(model: Llama, batch: Batch, chunk: int = LOSS_CHUNK) -> tuple[Tensor, Tensor]:
-    """(nll_sum, n_tokens) of one micro-batch. What only positions without a target would need is not computed."""
+    """(nll_sum, n_tokens) of one micro-batch."""
+    hidden, targets = batch_states(model, batch)
+    return next_token_loss(hidden, model.head_weight, targets, chunk)
+
+
+def batch_states(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The final hidden states of a micro-batch, and what should follow them: what its loss is computed from.
+
+    Returns:
+        [B, T, D] and [B, T]; or where many positions have no target, those that have one: [1, N, D] and [1, N]. What
+        only the others would need is then not computed.
+    """
     if batch.n_targets > FEW * batch.targets.numel():
-        return next_token_loss(batch_hidden(model, batch), model.head_weight, batch.targets, chunk)
-    wanted = (batch.targets.flatten() != IGNORE).nonzero()[:, 0]  # [N]
-    targets = batch.targets.flatten()[wanted]
+        return batch_hidden(model, batch), batch.targets
+    targets = batch.targets.flatten()
+    wanted = (targets != IGNORE).nonzero()[:, 0]  # [N]
     # Whatever stands at place 0 fills it up to a shape that has its kernels; what comes of it is cut off again.
     hidden = batch_hidden(model, batch, F.pad(wanted, (0, -len(wanted) % ALIGNED)))[: len(wanted)]
-    return next_token_loss(hidden[None], model.head_weight, targets[None], chunk)
+    return hidden[None], targets[wanted][None]
 
 
 def batch_hidden(model: Llama, batch: Batch, wanted: Tensor | None = None) -> Tensor:

@@ -74,13 +74,14 @@ def choose_compile(config: TrainConfig, device: torch.device, flops: float) -> b
     return device.type == "cpu" and flops >= COMPILING_PAYS and _can_compile(device)
 
 
-def choose_written_out(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the layers of short rows go by `layer.py`: in bfloat16 on a CPU, where a compiler does no better.
+def choose_written_out(model: Llama, config: TrainConfig, device: torch.device) -> bool:
+    """Whether a run takes the layers of short rows by `layer.py`: in bfloat16 on a CPU, where no compiler does better.
 
-    Adapters have a forward pass of their own, which is not written out.
+    Beside adapters the weights are frozen, and what is not trained is not written out.
     """
-    plain = device.type == "cpu" and not config.compile and not config.lora_rank
-    return plain and choose_dtype(config, device) == "bfloat16"
+    if device.type != "cpu" or config.compile or choose_dtype(config, device) != "bfloat16":
+        return False
+    return all(parameter.requires_grad for parameter in model.parameters())
 
 
 def _can_compile(device: torch.device) -> bool:

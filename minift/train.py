@@ -184,7 +184,7 @@ def start_state(
     if model.device.type == "cpu":
         keep_freed_memory()
     model.checkpoint_activations = config.checkpoint_activations
-    model.written_out = choose_written_out(config, world.device) and world.parallel != "fsdp"
+    model.written_out = world.parallel != "fsdp" and choose_written_out(model, config, world.device)
     model.train()  # which only the dropout of adapters knows about
     device = model.device.type
     if config.compile:

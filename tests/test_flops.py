@@ -223,7 +223,7 @@ def test_activations_are_what_autograd_saves(
         monkeypatch.setattr("minift.model.attend", attend_in_its_own_dtype)
     B, T = 3, 41
     model = small_model(**{**WIDER, **shape})
-    model.written_out = choose_written_out(TrainConfig(dtype=dtype), torch.device(device))
+    model.written_out = choose_written_out(model, TrainConfig(dtype=dtype), torch.device(device))
     tokens = tokens_of(model.config, B, T)
     positions = torch.arange(T).expand(B, T)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32"):
