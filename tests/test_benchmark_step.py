@@ -271,7 +271,7 @@ def test_memory(
     monkeypatch.setattr(process, "fresh", lambda name, *words: memory.measure(*map(str, words)))
     monkeypatch.setattr(memory, "_give_back_freed", lambda: None)  # that is for a process of its own
     monkeypatch.setattr("minift.loss.CACHED", 2**16)  # few of the rows, as with a real vocabulary
-    # Logits are most of it, as with a real vocabulary: the ledger is of that moment, and not of a layer's backward pass.
+    # Logits are most of it, as with a real vocabulary: the ledger is of that moment, not of a layer's backward pass.
     shape.write_text(json.dumps({**TINY, "vocab_size": 8_208}))
     result = run_here("memory", tmp_path, "--shapes", f"{shape}:64x64", "--device", device)
     assert {"cpu", "cores", "memory_bytes", "system"} <= set(result["machine"])
