@@ -35,6 +35,7 @@ from minift.pack import IGNORE, Batch
 # process lives, 0.65 MB each; and the number of targets differs from step to step.
 ALIGNED = 64
 FEW = 0.9  # the share of positions with a target up to which the model is told which they are
+SMALLEST = 1e-30  # a probability whose logarithm is exact: far below, float32 loses its digits, and then itself
 CACHED = 2**20  # logits that a CPU takes through the softmax at a time: 4 MB in float32, which its caches hold
 COLUMNS = 4_000  # of the head's gradient that a CPU adds to at a time
 
@@ -211,16 +212,18 @@ def _add_product(total: Tensor | None, x: Tensor, logits: Tensor) -> Tensor:
 def _add_turned(total: Tensor | None, x: Tensor, logits: Tensor) -> Tensor:
     """`_add_product` as [D, V], some columns at a time, so that what is added is never as large as the gradient."""
     D, V = x.shape[1], logits.shape[1]
+    first = total is None
     if total is None:
         exact = _exact(x.dtype)
         # Rows of 49,152 numbers, 48 times 4 KiB, would all begin in the same few lines of a CPU's caches, and turning
         # it back would take 3 times as long: such rows are taken a line longer.
         room = 16 if V * exact.itemsize % 4_096 == 0 else 0
-        total = x.new_zeros((D, V + room), dtype=exact)[:, :V]
+        total = x.new_empty((D, V + room), dtype=exact)[:, :V]
     x = x.T.contiguous()  # [D, n]
     for start in range(0, V, COLUMNS):
         part = slice(start, start + COLUMNS)
-        total[:, part].add_(x @ logits[:, part])
+        product = x @ logits[:, part]
+        total[:, part].copy_(product) if first else total[:, part].add_(product)
     return total
 
 
@@ -287,12 +290,15 @@ def _nll_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     memory = logits.new_empty((min(rows, n), V), dtype=exact)
     for start in range(0, n, rows):
         target = targets[start : start + rows]
-        x = memory[: len(target)].copy_(logits[start : start + rows])
-        wanted, largest = x.gather(1, target), x.amax(-1, keepdim=True)
+        raw = logits[start : start + rows]
+        x = memory[: len(target)].copy_(raw)
         x = torch.softmax(x, -1, out=x)
-        # The largest probability is exp(largest) / total, and never 0, as the target's may be in float32.
-        log_total = largest - x.amax(-1, keepdim=True).log()
-        nll[start : start + rows] = (log_total - wanted)[:, 0]
+        p = x.gather(1, target)
+        if logits.device.type == "cpu" and bool((p > SMALLEST).all()):  # a GPU would wait for the answer
+            nll[start : start + rows] = -p.log()[:, 0]
+        else:  # the largest probability is exp(largest logit) / total, and never 0, as the target's may be in float32
+            log_total = raw.amax(-1, keepdim=True).to(exact) - x.amax(-1, keepdim=True).log()
+            nll[start : start + rows] = (log_total - raw.gather(1, target))[:, 0]
         x.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))  # − one-hot
         logits[start : start + rows] = x
     return nll

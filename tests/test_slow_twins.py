@@ -338,6 +338,17 @@ def test_loss_of_a_vocabulary_whose_rows_are_whole_pages(dtype: torch.dtype, mon
     )
 
 
+@both_dtypes
+def test_loss_from_the_targets_probability_or_from_the_largest_is_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, targets = loss_inputs(dtype)
+    usual, _ = next_token_loss(hidden, weight, targets)
+    monkeypatch.setattr("minift.loss.SMALLEST", 2.0)  # no probability is larger: each is taken for too small
+    careful, _ = next_token_loss(hidden, weight, targets)
+    assert careful.item() == pytest.approx(usual.item(), rel=TOLERANCE[dtype])
+
+
 def test_loss_of_huge_logits_is_exact() -> None:
     """Logits of thousands: without subtracting the largest, the exponentials would overflow."""
     hidden, weight, targets = loss_inputs(torch.float32)
