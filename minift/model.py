@@ -14,7 +14,7 @@ moved to another device or dtype needs no care.
     hidden = model.hidden(tokens)   # [B, T] -> [B, T, D]: what the loss takes (loss.py), so that logits need not exist
 
 Sources: Touvron et al., "Llama 2" (arXiv 2307.09288); "The Llama 3 Herd of Models" (arXiv 2407.21783).
-Every operation has a slow, obvious twin in `reference.py`. Read next: `loss.py`.
+Every operation has a slow, obvious twin in `reference.py`. Read next: `layer.py`, or at once `loss.py`.
 """
 
 import math
