@@ -10,6 +10,8 @@ therefore held to float32's digits, and `apply_rope` is given float64 tables.
 """
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -148,6 +150,18 @@ def test_scaled_rope_frequencies(width: int, theta: float, scaling: RopeScaling)
         assert bool((ours == plain).any())
         assert bool((ours == plain / scaling.factor).any())
         assert bool(((ours < plain) & (ours > plain / scaling.factor)).any())
+
+
+@pytest.mark.slow
+def test_the_first_rope_tables_of_a_process_are_those_of_all_later_ones() -> None:
+    """In some fresh processes: what a library sets up at its first call must not show in the numbers."""
+    code = (
+        "import torch; from minift.model import rope_tables; places = torch.arange(64).repeat(11, 1)\n"
+        "first, second = (torch.stack(rope_tables(places, 32, 1e4)) for _ in range(2))\n"
+        "assert torch.equal(first, second), (first - second).abs().max()"
+    )
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_rope_knows_distances_only_and_keeps_lengths() -> None:
