@@ -14,10 +14,10 @@ from minift.config import TrainConfig
 from minift.errors import InputError
 from minift.model import Llama
 
-# Operations (flops.py) from which a run on a CPU is compiled unasked. Compiling takes 40 s on two cores, but without it
-# the bundled pretraining, 1.5e14 operations in 18 minutes, took 1.35 times as long. So it pays from about 2e13 on. The
-# rest is a margin; `python -m benchmarks ladder` measures where it pays on a machine.
-COMPILING_PAYS = 5e13
+# Operations (flops.py) from which a run on a CPU is compiled unasked. On two cores of an Intel Xeon compiling took 26 s
+# and made a step of bundled pretraining 1.12 times as fast, which pays from 6e13 on; one of stories15m 1.02 times, from
+# 5e14 on. On an AMD EPYC it saved more. `python -m benchmarks ladder` measures where it pays on a machine.
+COMPILING_PAYS = 1e14
 
 
 def choose_device(config: TrainConfig) -> torch.device:
