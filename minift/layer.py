@@ -4,7 +4,7 @@ Autograd takes a layer one operation at a time, keeps what each has read, and ma
 finetuning step of a small model is then thousands of operations of some 30 µs, of which the matrix products take a
 quarter. Written out there are half as many:
 
-* q, k and v are one product, and gate and up are another, so backward there are two products where there were five.
+* q, k and v are one product, and gate and up are another: backward two products each, in place of six and four.
 * Channels that RoPE turns together, i and i + C/2, are put side by side, by the order of the weight's rows. So a pair
   is one complex number, and turning it is one product. Attention adds up over the channels in whatever order.
 * √C divides q·kᵀ: its root, in RoPE's table, divides q and k.
@@ -56,9 +56,7 @@ class Shared(NamedTuple):
     """What all layers of a forward pass read."""
 
     table: Tensor  # complex [b or 1, T, 1, C/2]: by what RoPE multiplies a pair, over the fourth root of C
-    mask: (
-        Tensor  # [b · K or 1, R · T, T], in the dtype of the products: added to the scores, −inf where nobody may look
-    )
+    mask: Tensor  # [b · K or 1, R · T, T], added to the scores: −inf where nobody may look
     dtype: torch.dtype  # of the products
     eps: float  # of the norms
 
