@@ -15,8 +15,8 @@ from minift.errors import InputError
 from minift.model import Llama
 
 # Operations (flops.py) from which a run on a CPU is compiled unasked. On two cores of an Intel Xeon compiling took 26 s
-# and made a step of bundled pretraining 1.12 times as fast, which pays from 6e13 on; one of stories15m 1.02 times, from
-# 5e14 on. On an AMD EPYC it saved more. `python -m benchmarks ladder` measures where it pays on a machine.
+# and made a step of bundled pretraining 1.12 times as fast, which pays from 6e13 on; one of stories15m was hardly any
+# faster (0.99 to 1.03 times). On an AMD EPYC it saved more. `python -m benchmarks ladder` measures it on a machine.
 COMPILING_PAYS = 1e14
 
 
