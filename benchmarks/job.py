@@ -9,6 +9,7 @@ Read next: `step.py`.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 
 from minift.config import DTYPES, PRETRAIN, LlamaConfig, TrainConfig, bundled, check_number, model_path
 from minift.errors import InputError
-from minift.loss import next_token_loss
+from minift.loss import batch_states, next_token_loss
 from minift.machine import autocast, check_compiler, choose_device, choose_dtype
 from minift.model import Llama
 from minift.optim import learning_rate
@@ -164,10 +165,9 @@ def take_step(job: Job, part: Part) -> StepResult:
     for batch in window:
         with autocast(model, config):
             with part("forward"):
-                documents = batch.document_ids if batch.isolated else None
-                hidden = model.hidden(batch.tokens, batch.positions, documents)
+                hidden, targets = batch_states(model, batch)
             with part("loss"):
-                nll_sum, _ = next_token_loss(hidden, model.head_weight, batch.targets, config.loss_chunk)
+                nll_sum, _ = next_token_loss(hidden, model.head_weight, targets, config.loss_chunk)
         del hidden  # as it goes when `loss.batch_loss` returns
         with part("backward"):
             scaler.scale(nll_sum / n_targets).backward()
@@ -177,8 +177,11 @@ def take_step(job: Job, part: Part) -> StepResult:
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
-        stepped = bool(torch.isfinite(grad_norm))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        grad_norm = float(norm)
+        stepped = math.isfinite(grad_norm)
+        if stepped and 0 < config.clip < grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
     with part("optimizer"):
         if scaler.is_enabled() or stepped:
             scale = scaler.get_scale()
@@ -188,6 +191,6 @@ def take_step(job: Job, part: Part) -> StepResult:
     with part("zero_grad"):
         optimizer.zero_grad(set_to_none=True)
     with part("bookkeeping"):
-        result = StepResult(float(total_nll) / n_targets, float(grad_norm), stepped)
+        result = StepResult(float(total_nll) / n_targets, grad_norm, stepped)
         state.step += result.stepped
     return result
