@@ -30,7 +30,7 @@ from minift.config import LlamaConfig
 
 
 class Weights(NamedTuple):
-    """A layer's parameters, or their gradients, in the model's order."""
+    """A layer's parameters, in the model's order."""
 
     input_norm: Tensor  # [D]
     query: Tensor  # [H · C, D]
@@ -40,15 +40,6 @@ class Weights(NamedTuple):
     post_norm: Tensor  # [D]
     gate: Tensor  # [F, D]
     up: Tensor  # [F, D]
-    down: Tensor  # [D, F]
-
-
-class Matrices(NamedTuple):
-    """The matrices as they are multiplied by, or their gradients."""
-
-    qkv: Tensor  # [(H + 2K) · C, D], the rows of queries and keys in pairs (see `_pairs`)
-    output: Tensor  # [D, H · C]
-    gate_up: Tensor  # [2F, D]
     down: Tensor  # [D, F]
 
 
@@ -90,139 +81,97 @@ def written_layer(x: Tensor, shared: Shared, wanted: Tensor | None, weights: Wei
     Returns:
         [b, T, D], or [n, D] of the wanted places.
     """
+    w = weights
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = _WrittenLayer.apply(x, shared, wanted, *weights)
+        # Two functions, so that what the MLP has kept is gone when the gradients of attention are computed.
+        stream: Tensor = _Attention.apply(x, shared, w.input_norm, w.query, w.key, w.value, w.output)
+        if wanted is not None:
+            stream = stream.flatten(0, 1).index_select(0, wanted)
+        out: Tensor = _MLP.apply(stream, shared, w.post_norm, w.gate, w.up, w.down)
     return out
 
 
-class _WrittenLayer(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
+    """x + o(attention(norm(x)))."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        shared: Shared,
-        wanted: Tensor | None,
-        *parameters: Tensor,
+        ctx: Any, x: Tensor, shared: Shared, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor
     ) -> Tensor:
-        weights = Weights(*parameters)
-        matrices = _matrices(weights, 2 * shared.table.shape[-1], shared.dtype)
-        stream, of_attention = _attention(x, shared, weights.input_norm, matrices)
-        if wanted is not None:
-            stream = stream.index_select(0, wanted)
-        out, of_mlp = _mlp(stream, weights.post_norm, matrices, shared.eps)
-        ctx.shape = x.shape
-        ctx.save_for_backward(
-            shared.table, wanted, weights.input_norm, weights.post_norm, *matrices, *of_attention, *of_mlp
-        )
-        return out.view(x.shape) if wanted is None else out
+        (b, T, D), C, dtype = x.shape, 2 * shared.table.shape[-1], shared.dtype
+        H, K = len(q) // C, len(k) // C
+        matrix, output = _qkv(q, k, v, C, dtype), o.to(dtype)
+        x = x.reshape(b * T, D)
+        normalised, scale, read = _norm(x, norm, shared.eps, dtype)
+        qkv = (read @ matrix.T).view(b, T, H + 2 * K, C)
+        turned = _turned(qkv[:, :, : H + K].to(x.dtype), shared.table)
+        query = _heads_first(turned[:, :, :H], K, dtype)  # [b · K, R · T, C]
+        key = _heads_first(turned[:, :, H:], K, dtype)  # [b · K, T, C]
+        value = _heads_first(qkv[:, :, H + K :], K, dtype)  # [b · K, T, C]
+        p = torch.softmax(torch.baddbmm(shared.mask, query, key.mT), -1)  # [b · K, R · T, T]
+        mixed = (p @ value).view(b, H, T, C).transpose(1, 2).reshape(b * T, H * C)
+        kept = normalised, scale, read, query, key, value, p, mixed
+        ctx.save_for_backward(shared.table, norm, matrix, output, *kept)
+        return (mixed @ output.T).add(x).view(b, T, D)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        table, wanted, input_norm, post_norm, *rest = ctx.saved_tensors
-        matrices, of_attention, of_mlp = Matrices(*rest[:4]), rest[4:12], rest[12:]
-        grad, of_post_norm, of_gate_up, of_down = _mlp_gradients(grad, post_norm, matrices, *of_mlp)
-        b, T, D = ctx.shape
-        if wanted is not None:
-            grad = grad.new_zeros(b * T, D).index_add_(0, wanted, grad)
-        of_input_norm, of_qkv, of_output = _attention_gradients(
-            grad.view(b, T, D), table, input_norm, matrices, *of_attention
-        )
-        gradients = Matrices(of_qkv, of_output, of_gate_up, of_down)
-        weights = _gradients(gradients, of_input_norm, of_post_norm, 2 * table.shape[-1])
-        return grad.view(b, T, D), None, None, *weights
+        table, norm, matrix, output, normalised, scale, read, query, key, value, p, mixed = ctx.saved_tensors
+        (b, T, D), C = grad.shape, query.shape[-1]
+        H, K, dtype = output.shape[1] // C, len(key) // b, read.dtype
+        grad = grad.reshape(b * T, D)  # which others may read
+        narrow = grad.to(dtype)
+        of_output = narrow.T @ mixed
+        of_mixed = _heads_first((narrow @ output).view(b, T, H, C), K, dtype)  # [b · K, R · T, C]
+        of_value = p.mT @ of_mixed
+        of_scores = torch._softmax_backward_data(of_mixed @ value.mT, p, -1, dtype)
+        turned = grad.new_empty(b, T, H + K, C)
+        turned[:, :, :H] = (of_scores @ key).view(b, H, T, C).transpose(1, 2)
+        turned[:, :, H:] = (of_scores.mT @ query).view(b, K, T, C).transpose(1, 2)
+        del of_scores  # the largest there is
+        of_qkv = read.new_empty(b, T, H + 2 * K, C)
+        of_qkv[:, :, : H + K] = _turned(turned, table.conj())  # the other way round
+        of_qkv[:, :, H + K :] = of_value.view(b, K, T, C).transpose(1, 2)
+        of_qkv = of_qkv.view(b * T, -1)
+        of_x, of_norm = _norm_gradients(grad, of_qkv @ matrix, normalised, scale, norm)
+        of_weights = _qkv_gradients(of_qkv.T @ read, H * C, C, norm.dtype)
+        return of_x.view(b, T, D), None, of_norm, *of_weights, of_output.to(norm.dtype)
+
+
+class _MLP(torch.autograd.Function):
+    """x + down(silu(gate) · up) of norm(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shared: Shared, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        wide, (ff, D) = x.reshape(-1, x.shape[-1]), gate.shape
+        matrix, down = gate.new_empty(2 * ff, D, dtype=shared.dtype), down.to(shared.dtype)
+        matrix[:ff], matrix[ff:] = gate, up
+        normalised, scale, read = _norm(wide, norm, shared.eps, shared.dtype)
+        both = read @ matrix.T  # [N, 2F]
+        activated = F.silu(both[:, :ff])
+        product = activated * both[:, ff:]
+        ctx.save_for_backward(norm, matrix, down, normalised, scale, read, both, activated, product)
+        return (product @ down.T).add(wide).view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        norm, matrix, down, normalised, scale, read, both, activated, product = ctx.saved_tensors
+        wide = grad.reshape(-1, grad.shape[-1])  # which others may read
+        narrow = wide.to(read.dtype)
+        of_down = narrow.T @ product
+        of_product, of_both = narrow @ down, torch.empty_like(both)
+        (gate, up), (of_gate, of_up) = both.chunk(2, -1), of_both.chunk(2, -1)
+        torch.mul(of_product, activated, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_gate)
+        del narrow, of_product  # before the next ones come
+        of_x, of_norm = _norm_gradients(wide, of_both @ matrix, normalised, scale, norm)
+        of_weights = (of_both.T @ read).to(norm.dtype).chunk(2)
+        return of_x.view(grad.shape), None, of_norm, *of_weights, of_down.to(norm.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def _attention(x: Tensor, shared: Shared, norm: Tensor, matrices: Matrices) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """x + o(attention(norm(x))), [N, D], and what its gradients are computed from."""
-    (b, T, D), C = x.shape, 2 * shared.table.shape[-1]
-    H = matrices.output.shape[1] // C
-    K = (len(matrices.qkv) // C - H) // 2
-    x = x.reshape(b * T, D)
-    normalised, scale, read = _norm(x, norm, shared.eps, shared.dtype)
-    qkv = (read @ matrices.qkv.T).view(b, T, H + 2 * K, C)
-    turned = _turned(qkv[:, :, : H + K].to(x.dtype), shared.table)
-    query = _heads_first(turned[:, :, :H], K, qkv.dtype)  # [b · K, R · T, C]
-    key = _heads_first(turned[:, :, H:], K, qkv.dtype)  # [b · K, T, C]
-    value = _heads_first(qkv[:, :, H + K :], K, qkv.dtype)  # [b · K, T, C]
-    p = torch.softmax(torch.baddbmm(shared.mask, query, key.mT), -1)  # [b · K, R · T, T]
-    mixed = (p @ value).view(b, H, T, C).transpose(1, 2).reshape(b * T, H * C)
-    out = (mixed @ matrices.output.T).add(x)
-    return out, (normalised, scale, read, query, key, value, p, mixed)
-
-
-def _attention_gradients(
-    grad: Tensor,
-    table: Tensor,
-    norm: Tensor,
-    matrices: Matrices,
-    normalised: Tensor,
-    scale: Tensor,
-    read: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    p: Tensor,
-    mixed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients at norm, qkv and output from `grad`, [b, T, D], to which what comes of them is added for x."""
-    (b, T, D), C = grad.shape, query.shape[-1]
-    grad, K = grad.view(b * T, D), len(key) // b
-    narrow = grad.to(read.dtype)
-    of_output = narrow.T @ mixed
-    of_mixed = (narrow @ matrices.output).view(b, T, -1, C)  # [b, T, H, C]
-    H = of_mixed.shape[2]
-    of_mixed = _heads_first(of_mixed, K, read.dtype)  # [b · K, R · T, C]
-    of_value = p.mT @ of_mixed
-    of_scores = torch._softmax_backward_data(of_mixed @ value.mT, p, -1, p.dtype)
-    turned = grad.new_empty(b, T, H + K, C)
-    turned[:, :, :H] = (of_scores @ key).view(b, H, T, C).transpose(1, 2)
-    turned[:, :, H:] = (of_scores.mT @ query).view(b, K, T, C).transpose(1, 2)
-    of_qkv = read.new_empty(b, T, H + 2 * K, C)
-    of_qkv[:, :, : H + K] = _turned(turned, table.conj())  # the other way round
-    of_qkv[:, :, H + K :] = of_value.view(b, K, T, C).transpose(1, 2)
-    of_qkv = of_qkv.view(b * T, -1)
-    of_norm = _add_norm_gradient(grad, of_qkv @ matrices.qkv, normalised, scale, norm, out=grad)
-    return of_norm, of_qkv.T @ read, of_output
-
-
-def _mlp(x: Tensor, norm: Tensor, matrices: Matrices, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """x + down(silu(gate) · up) of norm(x), [N, D], which takes the place of x; and what its gradients come from."""
-    normalised, scale, read = _norm(x, norm, eps, matrices.down.dtype)
-    gate_up = read @ matrices.gate_up.T  # [N, 2F]
-    gate, up = gate_up.chunk(2, -1)
-    activated = F.silu(gate)
-    product = activated * up
-    out = x.add_(product @ matrices.down.T)
-    return out, (normalised, scale, read, gate_up, activated, product)
-
-
-def _mlp_gradients(
-    grad: Tensor,
-    norm: Tensor,
-    matrices: Matrices,
-    normalised: Tensor,
-    scale: Tensor,
-    read: Tensor,
-    gate_up: Tensor,
-    activated: Tensor,
-    product: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients at x, norm, gate_up and down from `grad`, […, D], which is left as it is: others may read it."""
-    grad = grad.reshape(-1, grad.shape[-1])
-    narrow = grad.to(read.dtype)
-    of_down = narrow.T @ product
-    of_product = narrow @ matrices.down
-    of_gate_up = torch.empty_like(gate_up)
-    (gate, up), (of_gate, of_up) = gate_up.chunk(2, -1), of_gate_up.chunk(2, -1)
-    torch.mul(of_product, activated, out=of_up)
-    torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_gate)
-    of_x = torch.empty_like(grad)
-    of_norm = _add_norm_gradient(grad, of_gate_up @ matrices.gate_up, normalised, scale, norm, out=of_x)
-    return of_x, of_norm, of_gate_up.T @ read, of_down
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,21 +182,17 @@ def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Te
     return normalised, scale, (weight * normalised).to(dtype)
 
 
-def _add_norm_gradient(
-    total: Tensor, grad: Tensor, normalised: Tensor, scale: Tensor, weight: Tensor, out: Tensor
-) -> Tensor:
-    """`total` and the gradient at x, from `grad` at n · weight, into `out`; returned is the gradient at the weight.
+def _norm_gradients(
+    total: Tensor, grad: Tensor, normalised: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`total` and the gradient at x, from `grad` at n · weight; and the gradient at the weight.
 
     With g = grad, n = normalised:  ∂weight = Σ g ∘ n        ∂x = scale · (g ∘ weight − n · (g ∘ n)·weight / D)
     """
     grad = grad.to(normalised.dtype)  # of nobody else
     product = grad * normalised
     mean = torch.mv(product, weight).div_(-len(weight))[:, None]
-    torch.addcmul(total, grad.mul_(weight).addcmul_(normalised, mean), scale, out=out)
-    return product.sum(0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+    return torch.addcmul(total, grad.mul_(weight).addcmul_(normalised, mean), scale), product.sum(0)
 
 
 def _turned(x: Tensor, table: Tensor) -> Tensor:
@@ -267,27 +212,20 @@ def _pairs(matrix: Tensor, C: int) -> Tensor:
     return matrix.view(-1, 2, C // 2, matrix.shape[1]).transpose(1, 2)
 
 
-def _matrices(weights: Weights, C: int, dtype: torch.dtype) -> Matrices:
-    """The matrices in the dtype of the products."""
-    (q, D), k, ff = weights.query.shape, len(weights.key), len(weights.gate)
-    qkv = weights.query.new_empty(q + 2 * k, D, dtype=dtype)
-    qkv[:q].view(-1, C // 2, 2, D).copy_(_pairs(weights.query, C))
-    qkv[q : q + k].view(-1, C // 2, 2, D).copy_(_pairs(weights.key, C))
-    qkv[q + k :] = weights.value
-    gate_up = weights.gate.new_empty(2 * ff, D, dtype=dtype)
-    gate_up[:ff], gate_up[ff:] = weights.gate, weights.up
-    return Matrices(qkv, weights.output.to(dtype), gate_up, weights.down.to(dtype))
+def _qkv(query: Tensor, key: Tensor, value: Tensor, C: int, dtype: torch.dtype) -> Tensor:
+    """The three matrices as one, [(H + 2K) · C, D], in the dtype of the products; queries' and keys' rows in pairs."""
+    (q, D), k = query.shape, len(key)
+    matrix = query.new_empty(q + 2 * k, D, dtype=dtype)
+    matrix[:q].view(-1, C // 2, 2, D).copy_(_pairs(query, C))
+    matrix[q : q + k].view(-1, C // 2, 2, D).copy_(_pairs(key, C))
+    matrix[q + k :] = value
+    return matrix
 
 
-def _gradients(matrices: Matrices, input_norm: Tensor, post_norm: Tensor, C: int) -> Weights:
-    """Gradients at the matrices as those at the parameters, in their dtype, that of the norms."""
-    exact, (_, D) = input_norm.dtype, matrices.qkv.shape
-    q = matrices.output.shape[1]
-    k = (len(matrices.qkv) - q) // 2
-    query, key = input_norm.new_empty(q, D), input_norm.new_empty(k, D)
-    _pairs(query, C).copy_(matrices.qkv[:q].view(-1, C // 2, 2, D))
-    _pairs(key, C).copy_(matrices.qkv[q : q + k].view(-1, C // 2, 2, D))
-    value = matrices.qkv[q + k :].to(exact)
-    gate, up = matrices.gate_up.to(exact).chunk(2)
-    output, down = matrices.output.to(exact), matrices.down.to(exact)
-    return Weights(input_norm, query, key, value, output, post_norm, gate, up, down)
+def _qkv_gradients(matrix: Tensor, q: int, C: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient at `_qkv`'s matrix as those at the three that it is made of, of which the first has q rows."""
+    D, k = matrix.shape[1], (len(matrix) - q) // 2
+    query, key = matrix.new_empty(q, D, dtype=dtype), matrix.new_empty(k, D, dtype=dtype)
+    _pairs(query, C).copy_(matrix[:q].view(-1, C // 2, 2, D))
+    _pairs(key, C).copy_(matrix[q : q + k].view(-1, C // 2, 2, D))
+    return query, key, matrix[q + k :].to(dtype)
