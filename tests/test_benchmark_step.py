@@ -294,6 +294,14 @@ def test_memory(
     assert "WARNING" not in printed
 
 
+def test_the_ledger_of_a_small_vocabulary(shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the backward pass of a layer, written out in bfloat16, is the fullest moment: within 10 %, too."""
+    monkeypatch.setattr("minift.loss.CACHED", 2**16)
+    for dtype in ("float32", "bfloat16"):
+        run = memory.measure(memory.KEEP, f"{shape}:16x256", dtype, "cpu", "bundled")
+        assert run["ledger_of_measured"] == pytest.approx(1, abs=memory.TOLERANCE), dtype
+
+
 def test_a_ledger_that_is_off_is_said_loudly(capsys: pytest.CaptureFixture[str]) -> None:
     run = {"shape": "x:1x1", "dtype": "float32", "device": "cpu", "fullest_in": "loss", "outside_bytes": 100}
     lines = {"weights": {"ledger": 89, "measured": 100}}
