@@ -214,15 +214,15 @@ class KVCache:
 
     Attributes:
         length: tokens in the cache.
-        keys, values: a tensor [B, K, S_max, C] for each layer.
+        stored: [L, 2, B, K, S_max, C], keys and values.
+        keys, values: a tensor [B, K, S_max, C] for each layer, parts of `stored`.
         document_ids: [B, S_max], or None where every token may be attended to.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype):
         shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
+        self.stored = torch.empty(config.num_hidden_layers, 2, *shape, device=device, dtype=dtype)
+        self.keys, self.values = list(self.stored[:, 0]), list(self.stored[:, 1])
         self.document_ids: Tensor | None = None
         self.length = 0
         self.max_length = max_length
@@ -233,6 +233,13 @@ class KVCache:
         self.keys[layer][:, :, self.length : end] = key
         self.values[layer][:, :, self.length : end] = value
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def one_more(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Take one token in, whose keys and values the caller stores: for each layer, in its turn, where they belong,
+        [2, B, K, C], and the keys and values of all S tokens with it, [B, K, S, C] each."""
+        self.length += 1
+        rooms, (keys, values) = self.stored[..., self.length - 1, :], self.stored[..., : self.length, :].unbind(1)
+        return zip(rooms.unbind(), keys.unbind(), values.unbind(), strict=True)
 
     def append_documents(self, document_ids: Tensor) -> Tensor:
         """Store the new tokens' document ids, [B, T]; return those of all S tokens so far."""

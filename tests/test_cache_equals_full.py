@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minift import reference
 from minift.config import RopeScaling
-from minift.decode import NARROW, Decoder, _Product
+from minift.decode import NARROW, Decoder, _Products, _width
 from minift.errors import InputError
 from minift.generate import generate
 from minift.model import KVCache, Llama
@@ -125,26 +125,48 @@ def test_the_decoder_is_the_models_forward_pass(
 @pytest.mark.parametrize("columns", [1, 24, 576])
 @torch.inference_mode()
 def test_a_product_from_a_transposed_copy(rows: tuple[int, ...], columns: int) -> None:
-    """Against float64, from wherever in memory the vector is, again and again; and as `torch.mv` rounds it."""
+    """Of each of two layers, in any order: against float64, and as `torch.mv` rounds it."""
     generator = torch.Generator().manual_seed(0)
-    matrices = [torch.randn(n, columns, generator=generator).bfloat16() for n in rows]
-    y = torch.zeros(sum(rows), dtype=torch.bfloat16)
-    product = _Product(y, matrices, transpose=True)
-    plain = _Product(torch.zeros_like(y), matrices, transpose=False)
-    assert product.transposed == (rows not in ((1,), (2 * 3 * 5, 7 * 11)))  # not in parts of one row
+    layers = [[torch.randn(n, columns, generator=generator).bfloat16() for n in rows] for _ in range(2)]
+    products, plain = _Products(layers, transpose=True), _Products(layers, transpose=False)
+    assert products.transposed == (rows not in ((1,), (2 * 3 * 5, 7 * 11)))  # not in parts of one row
     assert not plain.transposed
-    for _ in range(2):
+    for i in (0, 1, 1, 0):
         x = torch.randn(columns, generator=generator).bfloat16()
-        wanted = torch.cat([matrix.double() @ x.double() for matrix in matrices])
-        assert product(x) is y
-        for found in (y, plain(x)):
-            assert float((found.double() - wanted).norm()) <= 2**-8 * float(wanted.norm())
+        wanted = torch.cat([matrix.double() @ x.double() for matrix in layers[i]])
+        for these in (products, plain):
+            these.x.copy_(x)
+            found = these(i)
+            assert found.shape == these.shape
+            assert float((found.flatten().double() - wanted).norm()) <= 2**-8 * float(wanted.norm())
 
 
 def test_which_products_are_transposed() -> None:
     """Those of narrow bfloat16 matrices: wide ones PyTorch reads as fast as memory gives them."""
     for dtype, columns in ((torch.float32, 64), (torch.bfloat16, NARROW)):
-        assert not _Product(torch.zeros(8, dtype=dtype), [torch.zeros(8, columns, dtype=dtype)], True).transposed
+        assert not _Products([[torch.zeros(8, columns, dtype=dtype)]], True).transposed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "threads", "width"),
+    [
+        ((576, 192, 192), 2, 96),  # 5 + 5 parts; of 192 it would be 3 + 2, and one thread would wait
+        ((1536, 1536), 2, 384),
+        ((576,), 2, 288),
+        ((576,), 1, 288),  # 576 sums do not stay in registers
+        ((576,), 16, 36),
+        ((49152,), 16, 384),
+        ((769,), 2, 769),  # a prime
+        ((30, 77), 2, None),
+    ],
+    ids=str,
+)
+def test_how_wide_a_part_is(
+    sizes: tuple[int, ...], threads: int, width: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The busiest thread has as little as it can, in parts as wide as they can be."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert _width(sizes) == width
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
