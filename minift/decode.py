@@ -75,10 +75,11 @@ def _width(sizes: Sequence[int]) -> int | None:
     The thread with the most parts decides how long a product takes; for as little of that, the widest part whose sums
     stay in registers.
     """
-    threads = torch.get_num_threads()
-    divisors = [width for width in range(32, math.gcd(*sizes) + 1) if math.gcd(width, *sizes) == width]
-    few = [width for width in divisors if width <= 384] or divisors[:1]
-    return min(few, key=lambda width: (math.ceil(sum(sizes) / width / threads) * width, -width), default=None)
+    whole, threads = math.gcd(*sizes), torch.get_num_threads()
+    few = [width for width in range(32, min(whole, 384) + 1) if whole % width == 0]
+    if not few:
+        return next((width for width in range(385, whole + 1) if whole % width == 0), None)
+    return min(few, key=lambda width: (math.ceil(sum(sizes) / width / threads) * width, -width))
 
 
 def _transposed(matrices: Sequence[Tensor], width: int) -> Tensor:
@@ -154,6 +155,7 @@ class Decoder:
         for i, (room, keys, values) in enumerate(self.cache.one_more()):
             self._attention(i, turns, room, keys, values)
             self._mlp(i)
+        self.cache.length += 1
         self._normalise(self.norm, self.head.x)
         return self.head(0).flatten().clone()
 

@@ -235,10 +235,9 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def one_more(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Take one token in, whose keys and values the caller stores: for each layer, in its turn, where they belong,
-        [2, B, K, C], and the keys and values of all S tokens with it, [B, K, S, C] each."""
-        self.length += 1
-        rooms, (keys, values) = self.stored[..., self.length - 1, :], self.stored[..., : self.length, :].unbind(1)
+        """For each layer, where one new token's key and value belong, [2, B, K, C], and the keys and values of all S
+        tokens, it included, [B, K, S, C] each: `append` for a caller who stores by itself."""
+        rooms, (keys, values) = self.stored[..., self.length, :], self.stored[..., : self.length + 1, :].unbind(1)
         return zip(rooms.unbind(), keys.unbind(), values.unbind(), strict=True)
 
     def append_documents(self, document_ids: Tensor) -> Tensor:
