@@ -122,7 +122,7 @@ def test_the_decoder_is_the_models_forward_pass(
 @pytest.mark.parametrize(
     "rows", [(1,), (37,), (64,), (96, 32, 32), (768, 768), (2 * 3 * 5, 7 * 11), (2 * 3 * 5 * 7 * 11,)], ids=str
 )
-@pytest.mark.parametrize("columns", [1, 24, 576])
+@pytest.mark.parametrize("columns", [1, 6, 24, 576])
 @torch.inference_mode()
 def test_a_product_from_a_transposed_copy(rows: tuple[int, ...], columns: int) -> None:
     """Of each of two layers, in any order: against float64, and as `torch.mv` rounds it."""
