@@ -4,6 +4,9 @@ For each: the time, its floating-point operations and the least traffic that it 
 that this machine reached in the same run (`roof.py`), the share of what was possible. The operations and the
 formulas are in `operations.py`, the textbook's versions in `textbook.py`.
 
+The last lines add up a step: from the operations one by one, and with each layer taken as a whole. Only the second is
+what a step does, where training has something for the whole (`minift/layer.py`).
+
 The forward pass is timed as in training, keeping what the backward pass will need. The backward pass cannot be timed
 without a forward pass before it, unless its graph is kept, which compiled code does not allow; so both are timed
 together, right after the forward pass alone, and the backward pass is the difference within each turn.
@@ -22,7 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks import record, roof, roofline
-from benchmarks.operations import OPERATIONS, Operation, Setting, Work, make_step
+from benchmarks.operation import Operation, Setting, Work, make_step
+from benchmarks.operations import OPERATIONS
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig
 from minift.errors import InputError
@@ -77,8 +81,11 @@ def run(options: argparse.Namespace) -> None:
     }
     if not options.only:
         result["step_seconds"] = step_seconds(operations)
-        together = ", ".join(f"{name} {_milliseconds(s)}" for name, s in result["step_seconds"].items())
-        print(f"All, each as often as a step does it (ms): {together}")
+        result["step_seconds_of_whole_layers"] = step_seconds(operations, whole_layers=True)
+        print("All, each as often as a step does it (ms)")
+        for name, key in (("one by one", "step_seconds"), ("layers as a whole", "step_seconds_of_whole_layers")):
+            together = ", ".join(f"{variant} {_milliseconds(s)}" for variant, s in result[key].items())
+            print(f"  {name + ':':<19}{together}")
     record.write(options.json, result)
     if options.plot:
         roofline.draw(result, options.plot)
@@ -123,7 +130,7 @@ def summary(operation: Operation, times: Times, measured: roof.Roof) -> dict[str
     for phase, seconds in times.items():
         unlike = operation.early if phase in ("forward", "backward") else ()
         phases[phase] = _phase(work[phase], seconds, measured, unlike)
-    return {"calls": operation.calls, "roof": measured.to_dict(), "phases": phases}
+    return {"calls": operation.calls, "inside": operation.inside, "roof": measured.to_dict(), "phases": phases}
 
 
 def _phase(
@@ -146,15 +153,22 @@ def _phase(
     }
 
 
-def step_seconds(operations: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of all the operations, each as often as a step does it. What is not compiled counts as used."""
+def step_seconds(operations: Mapping[str, Any], whole_layers: bool = False) -> dict[str, float]:
+    """Seconds of all the operations, each as often as a step does it. What is not compiled counts as used.
+
+    Args:
+        whole_layers: of what is inside a layer, count nothing but `layer`; otherwise, count all but that.
+    """
     total = {"at the roof": 0.0, **dict.fromkeys(VARIANTS, 0.0)}
-    for operation in operations.values():
+    for label, operation in operations.items():
+        calls = operation["calls"] - operation["inside"] * whole_layers
+        if label == "layer" and not whole_layers:
+            continue
         whole = operation["phases"].get("both") or operation["phases"]["step"]
-        total["at the roof"] += operation["calls"] * whole["roof_seconds"]
+        total["at the roof"] += calls * whole["roof_seconds"]
         for name in VARIANTS:
             variant = whole["variants"].get(name) or whole["variants"]["used"]
-            total[name] += operation["calls"] * variant["seconds"]["median"]
+            total[name] += calls * variant["seconds"]["median"]
     if not any("compiled" in phase["variants"] for op in operations.values() for phase in op["phases"].values()):
         del total["compiled"]
     return total

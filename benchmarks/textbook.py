@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minift.model import DecoderLayer
 from minift.pack import IGNORE
 
 
@@ -44,6 +45,21 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """silu by its formula; see `reference.swiglu`. x: […, D]."""
     z = x @ gate.T
     return (z / (1 + torch.exp(-z)) * (x @ up.T)) @ down.T
+
+
+def layer(weights: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """All of the above, and the additions to the stream. x: [B, T, D]; cos, sin: [B, 1, T, C]."""
+    one, two, (B, T, _) = weights.self_attn, weights.mlp, x.shape
+    first, second = weights.input_layernorm, weights.post_attention_layernorm
+    read = norm(x, first.weight, first.eps)
+    query, key, value = (
+        (read @ matrix.T).view(B, T, -1, cos.shape[-1]).transpose(1, 2)
+        for matrix in (one.q_proj.weight, one.k_proj.weight, one.v_proj.weight)
+    )
+    mixed = attention(rope(query, cos, sin), rope(key, cos, sin), value).transpose(1, 2).reshape(B, T, -1)
+    x = x + mixed @ one.o_proj.weight.T
+    read = norm(x, second.weight, second.eps)
+    return x + swiglu(read, two.gate_proj.weight, two.up_proj.weight, two.down_proj.weight)
 
 
 def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ the textbook twins against what trains, in value and in gradient.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -18,10 +19,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ops, record, roof, roofline, timing
-from benchmarks.operations import OPERATIONS, Operation, Setting, Work, make_step
-from minift.config import LlamaConfig
+from benchmarks.operation import Operation, Setting, Work, make_step
+from benchmarks.operations import OPERATIONS
+from minift.config import LONGEST_WRITTEN_OUT, LlamaConfig, TrainConfig
 from minift.errors import InputError
 from minift.flops import forward_flops_per_token
+from minift.pack import Example, PairBatches
+from minift.train import start_state
 from tests.conftest import SMALL
 from tests.test_benchmarks import run_here
 
@@ -115,6 +119,45 @@ def test_products_are_the_models_flops() -> None:
     assert total == pytest.approx(N * forward_flops_per_token(SHAPE, T))
 
 
+def test_a_whole_layer_is_its_parts() -> None:
+    """Its FLOPs are its four products', as torch counts them (the textbook takes attention in full)."""
+    operations = {name: make(name) for name in OPERATIONS}
+    whole, inside = operations.pop("layer"), [name for name, one in operations.items() if one.inside]
+    assert inside == ["norm", "rope", "qkv", "attention", "output", "swiglu"]
+    assert all(operations[name].inside == L * (2 if name == "norm" else 1) for name in inside)
+    assert (whole.calls, whole.inside) == (L, 0)
+    parts = [operations[name] for name in inside if name in PRODUCTS]
+    forward, backward = (sum(part.work[phase].flops for part in parts) for phase in ("forward", "backward"))
+    assert (whole.work["forward"].flops, whole.work["backward"].flops) == (forward, backward)
+    masked = operations["attention"].work["forward"].flops * (2 * T / (T + 1) - 1)
+    assert counted(whole.variants["naive"]) == pytest.approx(forward + masked)
+    assert counted(lambda: whole.both("naive")) == pytest.approx(forward + backward + 3 * masked)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "written_out"),
+    [(torch.bfloat16, T, True), (torch.float32, T, False), (torch.bfloat16, LONGEST_WRITTEN_OUT + 1, False)],
+    ids=str,
+)
+def test_the_layer_that_is_timed_is_the_one_that_trains(
+    dtype: torch.dtype, length: int, written_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which way `start_state` and `Llama.hidden` take it, `ops` does."""
+    config = TrainConfig(dtype=str(dtype).removeprefix("torch."), device="cpu", compile=False)
+    shape = dataclasses.replace(SHAPE, max_position_embeddings=length)
+    step = make_step(Setting(shape, B, length, dtype, "cpu"))
+    example = Example(step.tokens[0].tolist(), [1])
+    model = start_state(step.model, PairBatches([example], 1, 0, 0), config).model
+    ways: list[str] = []
+    for name in ("written_out", "forward"):
+        way = getattr(step.layer, name)
+        monkeypatch.setattr(step.layer, name, lambda *words, name=name, way=way: (ways.append(name), way(*words))[1])
+    with step.setting.autocast():
+        model.hidden(step.tokens)
+    OPERATIONS["layer"](step).variants["used"]()
+    assert set(ways) == {"written_out" if written_out else "forward"}
+
+
 def test_flops_element_by_element() -> None:
     flops = {
         name: [work.flops for work in make(name).work.values()]
@@ -141,6 +184,7 @@ def test_bytes_by_their_formulas(dtype: torch.dtype, size: int) -> None:
     rows, ids, stream, heads, queries = len(step.tokens.unique()), 8 * N, 4 * N * D, size * N * C, size * N * H * C
     tables, projections, network = 2 * 4 * N * C, 4 * D * (H + 2 * K) * C, 4 * 3 * D * F
     projected, down = heads * (H + 2 * K), size * N * D
+    all_weights = projections + 4 * D * H * C + network + 2 * 4 * D
     assert nbytes == {
         "embedding": [ids + 4 * rows * D + stream, ids + stream + 4 * V * D],
         "norm": [2 * stream + 4 * D, 3 * stream + 2 * 4 * D],
@@ -149,6 +193,7 @@ def test_bytes_by_their_formulas(dtype: torch.dtype, size: int) -> None:
         "attention": [projected + queries, 2 * projected + queries],
         "output": [queries + 4 * H * C * D + down, 2 * queries + 2 * 4 * H * C * D + down],
         "swiglu": [stream + network + down, 2 * stream + 2 * network + down],
+        "layer": [2 * stream + all_weights + tables, 3 * stream + 2 * all_weights + tables],
         "loss": [stream + 4 * V * D + ids + 4, 2 * stream + 2 * 4 * V * D + ids + 4],
         "clip": [8 * P],
         "adamw": [28 * P],
@@ -192,7 +237,8 @@ def test_a_run(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture
                     assert measured["share_of_roof"] is None
                 elif phase != "backward":  # a difference of two short times may be anything
                     assert measured["share_of_roof"] == pytest.approx(least / measured["seconds"]["median"])
-    assert set(result["step_seconds"]) == {"at the roof", "naive", "used"}
+    for key in ("step_seconds", "step_seconds_of_whole_layers"):
+        assert set(result[key]) == {"at the roof", "naive", "used"}
     assert (tmp_path / "plots" / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -235,9 +281,21 @@ def test_the_backward_pass_is_what_a_turn_has_left(monkeypatch: pytest.MonkeyPat
     assert total == {"at the roof": 5 * machine.seconds(work.flops, work.nbytes), "naive": 5 * 6.0, "used": 5 * 3.0}
 
 
+def test_a_step_is_counted_by_operations_or_by_layers() -> None:
+    """Three layers with two norms each, and one norm behind them."""
+
+    def operation(calls: int, inside: int, seconds: float) -> dict[str, object]:
+        both = {"roof_seconds": seconds, "variants": {name: {"seconds": {"median": seconds}} for name in ops.VARIANTS}}
+        return {"calls": calls, "inside": inside, "phases": {"both": both}}
+
+    operations = {"norm": operation(7, 6, 1.0), "qkv": operation(3, 3, 10.0), "layer": operation(3, 0, 100.0)}
+    assert set(ops.step_seconds(operations).values()) == {7 * 1.0 + 3 * 10.0}
+    assert set(ops.step_seconds(operations, whole_layers=True).values()) == {1.0 + 3 * 100.0}
+
+
 def test_a_share_is_withheld_where_phases_do_not_compare() -> None:
     work = {"forward": Work(10.0, 10.0), "backward": Work(20.0, 10.0)}
-    operation = Operation(1, work, {}, leaves=(torch.ones(1),), early=("used",))
+    operation = Operation(1, 0, work, {}, leaves=(torch.ones(1),), early=("used",))
     times = {phase: {"naive": [2.0], "used": [1.0]} for phase in ("forward", "both")}
     times["backward"] = {"naive": [-0.5], "used": [1.0]}  # by chance
     phases = ops.summary(operation, times, roof.Roof("float32", 10.0, 10.0, 10.0))["phases"]

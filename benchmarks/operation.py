@@ -1,0 +1,202 @@
+"""One operation of a training step, ready to be timed: its inputs, its variants, the least that it costs.
+
+*Variants.* `naive` is the operation as a textbook has it (`textbook.py`), in the same dtype; `used` is what minift
+trains with; `compiled` is what `--compile` makes of it, if it is inside a layer.
+
+*Inputs* have the shape, dtype and layout that they have in a step, because the operations before them make them. Under
+autocast the stream of hidden states and the weights are float32, and q, k, v and what attention gives are not.
+
+Legend: B batch, T tokens of a row, D model width, H query heads, K key/value heads, C head width. Read next:
+`operations.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from minift.attention import attend
+from minift.config import LlamaConfig
+from minift.model import DecoderLayer, Llama, apply_rope, rope_tables
+
+Call: TypeAlias = Callable[[], tuple[Tensor, ...]]
+Function: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all the operations share.
+
+    Attributes:
+        shape: of the model.
+        batch_size, length: B rows of T tokens.
+        dtype: what the products run in, by autocast.
+        device: "cpu" or "cuda".
+        compile: whether there are compiled variants.
+    """
+
+    shape: LlamaConfig
+    batch_size: int
+    length: int
+    dtype: torch.dtype
+    device: str
+    compile: bool = False
+
+    def autocast(self) -> torch.autocast:
+        """As in a training step."""
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What something costs at least: floating-point operations, and bytes of traffic."""
+
+    flops: float
+    nbytes: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.nbytes + other.nbytes)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation, ready to be called.
+
+    Attributes:
+        calls: how often a training step does it.
+        inside: how many of these calls belong to a layer. The operation `layer` is all of them, and belongs to none.
+        work: by phase: "forward" and "backward", or "step" for what has no backward pass.
+        variants: by name, a call that does it once. Those of a "step" work in place, each on tensors of its own.
+        leaves: the inputs and weights that get a gradient.
+        gradients: of the outputs, given to the backward pass.
+        early: variants that compute gradients in the forward pass already, so that their two phases are not the two
+            phases of `work`.
+    """
+
+    calls: int
+    inside: int
+    work: dict[str, Work]
+    variants: dict[str, Call]
+    leaves: tuple[Tensor, ...] = ()
+    gradients: tuple[Tensor, ...] = ()
+    early: tuple[str, ...] = ()
+
+    def both(self, variant: str) -> tuple[Tensor, ...]:
+        """Forward, and then backward."""
+        return torch.autograd.grad(self.variants[variant](), self.leaves, self.gradients)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The operations' inputs: what a model of one layer makes on its way from random tokens to the loss."""
+
+    setting: Setting
+    generator: torch.Generator
+    model: Llama
+    layer: DecoderLayer
+    tokens: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T]
+    stream: Tensor  # [B, T, D]
+    normed: Tensor  # [B, T, D]
+    query: Tensor  # [B, H, T, C], as are those that follow, with K heads for H
+    key: Tensor
+    value: Tensor
+    cos: Tensor  # [B, 1, T, C]
+    sin: Tensor
+    turned: tuple[Tensor, Tensor]  # query and key after RoPE
+    mixed: Tensor  # [B, T, H·C]
+
+
+@torch.no_grad()
+def make_step(setting: Setting) -> Step:
+    """Random weights and tokens, always the same, and what becomes of them in the first layer."""
+    generator = torch.Generator(setting.device).manual_seed(0)
+    model = _model(dataclasses.replace(setting.shape, num_hidden_layers=1), setting, generator)
+    shape, layer = setting.shape, model.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    B, T, C = setting.batch_size, setting.length, shape.head_dim
+    ids = torch.randint(shape.vocab_size, (B, T + 1), generator=generator, device=setting.device)
+    tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    positions = torch.arange(T, device=setting.device).expand(B, T)
+    cos, sin = rope_tables(positions, C, shape.rope_theta, shape.rope_scaling)
+    with setting.autocast():
+        stream = model.embed_tokens(tokens)
+        normed = layer.input_layernorm(stream)
+        attention = layer.self_attn
+        query, key, value = (
+            projection(normed).view(B, T, -1, C).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        turned = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        mixed = attend(*turned, value, None).transpose(1, 2).reshape(B, T, -1)
+    heads = query, key, value, cos, sin, turned, mixed
+    return Step(setting, generator, model, layer, tokens, targets, stream, normed, *heads)
+
+
+def two_passes(
+    step: Step,
+    *,
+    calls: int,
+    naive: Function,
+    used: Function,
+    inputs: tuple[Tensor, ...],
+    flops: tuple[float, float],
+    weights: tuple[Tensor, ...] = (),
+    reads: tuple[Iterable[Tensor], Iterable[Tensor]] | None = None,
+    inside: int = 0,
+    compiled: Function | None = None,
+) -> Operation:
+    """An operation with a backward pass.
+
+    Args:
+        naive, used: functions of `inputs` that know `weights` themselves.
+        flops: forward, backward.
+        reads: what is read, forward and backward, besides the outputs' gradients; by default inputs and weights.
+        calls, inside: see `Operation`.
+        compiled: what `--compile` compiles; by default the used one, of what is inside a layer.
+    """
+
+    def under_autocast(function: Function) -> Call:
+        def call() -> tuple[Tensor, ...]:
+            with step.setting.autocast():
+                result = function(*inputs)
+            return result if isinstance(result, tuple) else (result,)
+
+        return call
+
+    functions = {"naive": naive, "used": used}
+    if step.setting.compile and (inside or compiled):
+        functions["compiled"] = torch.compile(compiled or used, dynamic=False)
+    variants = {name: under_autocast(function) for name, function in functions.items()}
+    outputs = [output.detach() for output in variants["used"]()]
+    gradients = tuple(torch.empty_like(output).normal_(generator=step.generator) for output in outputs)
+    leaves = tuple(tensor for tensor in (*inputs, *weights) if tensor.requires_grad)
+    read_forward, read_backward = reads or ((*inputs, *weights), (*inputs, *weights))
+    work = {
+        "forward": Work(flops[0], nbytes_of(read_forward) + nbytes_of(outputs)),
+        "backward": Work(flops[1], nbytes_of(read_backward) + nbytes_of(gradients) + nbytes_of(leaves)),
+    }
+    return Operation(calls, inside, work, variants, leaves, gradients)
+
+
+def _model(shape: LlamaConfig, setting: Setting, generator: torch.Generator) -> Llama:
+    with torch.device(setting.device):
+        model = Llama(shape)
+    model.init_weights(generator)
+    return model
+
+
+def whole_model(step: Step) -> Llama:
+    return _model(step.setting.shape, step.setting, step.generator)
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """The same numbers in the same layout, as an input that gets a gradient."""
+    return tensor.detach().requires_grad_()
+
+
+def nbytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
