@@ -25,7 +25,7 @@ from minift.model import DecoderLayer, KVCache, Llama, rope_tables
 
 NARROW = 2_048  # columns: for fewer, PyTorch's product of a bfloat16 matrix and a vector is far from what memory gives
 STREAMS = 4  # places at which a product reads a table at once; from memory that is up to 1.6 x as fast as from one
-TRANSPOSING_PAYS = 32  # tokens: copying the weights takes as long as what it saves on about twenty
+TRANSPOSING_PAYS = 12  # tokens: copying the weights takes as long as what it saves on 3 to 12 of them
 
 
 class _Products:
