@@ -21,7 +21,6 @@ Read next: `memory.py`.
 
 import argparse
 import importlib.util
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -194,12 +193,11 @@ def _bare_loop(theirs: Any, prompt: list[int], n: int, compiled: Any = None) -> 
 
     config = theirs.config
     cache = StaticCache(config=config, max_cache_len=len(prompt) + n) if compiled else DynamicCache(config=config)
-    known = inspect.signature(type(theirs).forward).parameters
-    given = {"cache" if "cache" in known else "past_key_values": cache}  # the name from 5.24 on, and the one before
     ids = torch.tensor([prompt], device=theirs.device)
     for i in range(n):
         forward = compiled if compiled and i > 0 else theirs
-        logits = forward(ids, **given, use_cache=True, logits_to_keep=1).logits
+        # The cache by its place, after masks and positions: its name is another from 5.24 on.
+        logits = forward(ids, None, None, cache, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         yield int(ids)
 

@@ -28,6 +28,7 @@ from benchmarks import textbook
 from benchmarks.operation import Call, Operation, Step, Work, leaf, nbytes_of, two_passes, whole_model
 from minift.attention import attend
 from minift.config import LONGEST_WRITTEN_OUT, PRETRAIN
+from minift.flops import forward_flops_per_token
 from minift.layer import share
 from minift.loss import next_token_loss
 from minift.machine import choose_written_out
@@ -167,13 +168,14 @@ def swiglu(step: Step) -> Operation:
 
 
 def layer(step: Step) -> Operation:
-    """A whole layer, and of what it computes the products: their FLOPs are those of the four operations above.
+    """A whole layer. FLOPs: of its products, which are those of the four operations above, by `minift/flops.py`.
 
     Bytes: the stream, the weights and RoPE's tables. Forward the stream is written again, backward its gradient and the
     weights' are. The used one is `minift/layer.py` where training takes it; `--compile` compiles the modules.
     """
     module, tables, setting = step.layer, (step.cos, step.sin), step.setting
-    products = sum(one(step).work["forward"].flops for one in (qkv, attention, output, swiglu))
+    head = 2 * step.model.head_weight.numel()
+    products = step.tokens.numel() * (forward_flops_per_token(step.model.config, setting.length) - head)
 
     def modules(x: Tensor) -> Tensor:
         result: Tensor = module(x, *tables, None, None)

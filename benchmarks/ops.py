@@ -161,9 +161,9 @@ def step_seconds(operations: Mapping[str, Any], whole_layers: bool = False) -> d
     """
     total = {"at the roof": 0.0, **dict.fromkeys(VARIANTS, 0.0)}
     for label, operation in operations.items():
-        calls = operation["calls"] - operation["inside"] * whole_layers
         if label == "layer" and not whole_layers:
             continue
+        calls = operation["calls"] - (operation["inside"] if whole_layers else 0)
         whole = operation["phases"].get("both") or operation["phases"]["step"]
         total["at the roof"] += calls * whole["roof_seconds"]
         for name in VARIANTS:
