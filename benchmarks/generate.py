@@ -115,16 +115,16 @@ def _measure(
 ) -> tuple[dict[str, list[int]], dict[str, list[tuple[float, float]]], list[roof.Roof]]:
     """What each side says, the seconds of prefill and decode for each of its texts, and the roofs of each turn."""
     prompt_length, new_tokens = options.prompt_length, options.new_tokens
-    generator = torch.Generator().manual_seed(0)
-    model = Llama(config)
-    model.init_weights(generator)
+    generator = torch.Generator(device).manual_seed(0)
+    with device:
+        model = Llama(config)
+        model.init_weights(generator)
     with torch.no_grad():  # the logit of an end is 0, never the largest: so no text ends before it is long enough
         model.head_weight[list(config.eos_token_ids)] = 0
-    prompt = torch.randint(config.vocab_size, (prompt_length,), generator=generator).tolist()
-    model.to(device)
+    prompt = torch.randint(config.vocab_size, (prompt_length,), generator=generator, device=device).tolist()
     theirs = None
     if any(side.startswith("transformers") for side in sides):
-        theirs = to_transformers(model).to(device).eval()
+        theirs = to_transformers(model).eval()
     exact = {side: _speaker(side, model, theirs)(prompt, new_tokens)[0] for side in sides if "compiled" not in side}
     if len({tuple(ids) for ids in exact.values()}) > 1:
         raise InputError(f"in float32 the sides choose different ids: {exact}")

@@ -119,9 +119,10 @@ def pages(shape: LlamaConfig, config: TrainConfig, data: str | None, tokenizer: 
 
 def begin(shape: LlamaConfig, config: TrainConfig, batches: PageBatches, micro_batches: Iterator[Batch]) -> Job:
     """A run from random weights, before its first step."""
-    model = Llama(shape)
-    model.init_weights(torch.Generator().manual_seed(config.seed))
-    return Job(shape, config, start_state(model.to(config.device), batches, config), micro_batches)
+    with torch.device(config.device):
+        model = Llama(shape)
+        model.init_weights(torch.Generator(config.device).manual_seed(config.seed))
+    return Job(shape, config, start_state(model, batches, config), micro_batches)
 
 
 def prepare(options: argparse.Namespace) -> Job:

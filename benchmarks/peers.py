@@ -6,10 +6,16 @@ kernel, clipping by the global norm. `transformers` attends by SDPA, as minift d
 step, or the times compare nothing.
 
 * *minift, compiled* and *minift*: `train_step`, with and without `--compile`;
-* *transformers, compiled* and *transformers*: the loop of its documentation around `LlamaForCausalLM`.
+* *transformers, compiled* and *transformers*: the loop of its documentation around `LlamaForCausalLM`;
+* *transformers, checkpointed*: the same, each layer's activations computed again; only when it is named in `--sides`,
+  for models that fit a GPU in no other way.
 
     python -m benchmarks peers
     python -m benchmarks peers --config smollm2-135m --batch-size 4 --length 512
+    python -m benchmarks peers --config llama2-7b --batch-size 2 --length 4096 --device cuda --apart
+
+Where a GPU has room for one model only, `--apart` lets each side take all its turns before the next one begins; a side
+that does not fit is left out by name. What the sides share is then the machine, but not the minute.
 
 Read next: `ladder.py`.
 """
@@ -19,8 +25,9 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,14 +36,13 @@ from benchmarks import process, record, roof
 from benchmarks.timing import in_turn_order, paired_ratio, wait_for
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
-from minift.flops import training_flops_per_token
+from minift.flops import peak_flops, training_flops_per_token
 from minift.machine import choose_device, choose_dtype
 from minift.model import Llama
 from minift.pack import IGNORE, Batch
 from minift.train import start_state, train_step
 
 BATCHES = 4  # different ones, which all sides go through again and again
-LEARNING_RATE = 1e-4
 AGREE = 0.01  # how far the losses of a step may be apart, of the smaller one
 
 
@@ -47,9 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
     parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument(
+        "--loss-chunk", type=int, default=PRETRAIN.loss_chunk, metavar="N", help="minift's (%(default)s)"
+    )
+    parser.add_argument("--lr", type=float, default=1e-4, metavar="X", help="learning rate (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="of each side in a turn (%(default)s)")
     parser.add_argument("--repeats", type=int, default=8, metavar="N", help="turns (%(default)s)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="NAME", help="only these: " + ", ".join(SIDES))
+    parser.add_argument("--apart", action="store_true", help="one side after another, for models that fill a GPU")
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is asked to do
 
@@ -63,27 +74,65 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.repeats < 1 or options.steps < 1:
         raise InputError("--repeats and --steps must be at least 1")
-    sides = [name for name in SIDES if name in (options.sides or SIDES)]
+    sides = [name for name in SIDES if name in (options.sides or UNASKED)]
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: skipped")
         sides = [name for name in sides if not name.startswith("transformers")]
     words = [f"--config={options.config}", f"--batch-size={config.batch_size}", f"--length={config.max_length}"]
     words += [f"--dtype={config.dtype}", f"--device={config.device}", f"--steps={options.steps}"]
-    with ExitStack() as stack:
-        workers = {}
-        for name in sides:
-            workers[name] = stack.enter_context(process.Worker("peers", name, *words))
-            print(f"{name}: ready; its first step took {workers[name].ready['first_step_seconds']:.1f} s")
-        answers: dict[str, list[Any]] = {name: [] for name in sides}
-        roofs, rates = roof.meter(config.device, getattr(torch, config.dtype)), []
-        for turn in range(options.repeats):
-            rates.append(roofs(roof.REPEATS_A_TURN).flops)
-            for name in in_turn_order(sides, turn):
-                answers[name].append(workers[name].ask("steps"))
-    peaks = {name: answers[name][-1]["peak_bytes"] for name in sides}
-    result = _result(options, config, shape, rates, {name: workers[name].ready for name in sides}, answers, peaks)
+    words += [f"--loss-chunk={config.loss_chunk}", f"--lr={config.lr}"]
+    turns = Turns()
+    for together in [[name] for name in sides] if options.apart else [sides]:
+        try:
+            turns.take(together, words, config, options.repeats)
+        except InputError as error:
+            if not (options.apart and "out of memory" in str(error)):
+                raise
+            print(f"{together[0]}: skipped, it does not fit")
+            turns.skipped.append(together[0])
+    result = _result(options, config, shape, turns)
     print(_table(result))
     record.write(options.json, result)
+
+
+@dataclass
+class Turns:
+    """What the sides' processes say, by side.
+
+    Attributes:
+        ready: when they are.
+        answers: in each turn.
+        rates: operations a second of a large matrix product: in each turn or, of sides that are apart, before them.
+        skipped: sides that do not fit.
+    """
+
+    ready: dict[str, Any] = field(default_factory=dict)
+    answers: dict[str, list[Any]] = field(default_factory=dict)
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+    def take(self, sides: Sequence[str], words: Sequence[str], config: TrainConfig, repeats: int) -> None:
+        """Let sides take turns. Raises InputError when one fails."""
+        dtype = getattr(torch, config.dtype)
+        alone = [roof.measure(config.device, dtype).flops] * repeats if len(sides) == 1 else None
+        if config.device == "cuda":
+            torch.cuda.empty_cache()  # a side that is alone may need it
+        with ExitStack() as stack:
+            workers = {}
+            for name in sides:
+                workers[name] = stack.enter_context(process.Worker("peers", name, *words))
+                ready = workers[name].ready
+                print(f"{name}: ready; its first step took {ready['first_step_seconds']:.1f} s")
+            answers: dict[str, list[Any]] = {name: [] for name in sides}
+            roofs, rates = None if alone else roof.meter(config.device, dtype), list(alone or ())
+            for turn in range(repeats):
+                if roofs is not None:
+                    rates.append(roofs(roof.REPEATS_A_TURN).flops)
+                for name in in_turn_order(sides, turn):
+                    answers[name].append(workers[name].ask("steps"))
+        self.ready |= {name: worker.ready for name, worker in workers.items()}
+        self.answers |= answers
+        self.rates |= dict.fromkeys(sides, rates)
 
 
 def _train_config(options: argparse.Namespace) -> TrainConfig:
@@ -92,8 +141,9 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
         dtype=options.dtype,
         batch_size=options.batch_size,
         max_length=options.length,
+        loss_chunk=options.loss_chunk,
         weight_decay=0.0,
-        lr=LEARNING_RATE,
+        lr=options.lr,
     )
     device = choose_device(config)
     return config.replace(device=device.type, dtype=choose_dtype(config, device))
@@ -104,13 +154,17 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
 
 def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> None:
     """Make a side's model, take a first pair of steps, and then some whenever a line comes in."""
-    generator = torch.Generator().manual_seed(0)
-    model = Llama(shape)
-    model.init_weights(generator)
-    ids = torch.randint(shape.vocab_size, (BATCHES, config.batch_size, config.max_length), generator=generator)
+    generator = torch.Generator(config.device).manual_seed(0)
+    with torch.device(config.device):
+        model = Llama(shape)
+        model.init_weights(generator)
+        ids = torch.randint(shape.vocab_size, (BATCHES, config.batch_size, config.max_length), generator=generator)
     make = _minift_step if name.startswith("minift") else _transformers_step
-    step = make(model, ids.to(config.device), config.replace(compile=name.endswith("compiled")))
+    how = {"compile": name.endswith("compiled"), "checkpoint_activations": name.endswith("checkpointed")}
+    step = make(model, ids, config.replace(**how))
     del model
+    if config.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # for a moment there were two models
     start = time.perf_counter()
     losses = [step(0)]
     first = time.perf_counter() - start
@@ -133,21 +187,23 @@ def _minift_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callab
     _, B, T = ids.shape
     targets = torch.cat((ids[:, :, 1:], torch.full_like(ids[:, :, :1], IGNORE)), dim=-1)
     places, rows = torch.arange(T, device=ids.device).expand(B, T), torch.zeros_like(ids[0])
-    state = start_state(model.to(ids.device), None, config)  # type: ignore[arg-type]  # no data to keep the place of
+    state = start_state(model, None, config)  # type: ignore[arg-type]  # no data to keep the place of
 
     def step(number: int) -> float:
         i = number % BATCHES
         batch = Batch(ids[i], targets[i], places, rows, False, B * (T - 1))
-        return train_step(state, [batch], LEARNING_RATE, config).loss
+        return train_step(state, [batch], config.lr, config).loss
 
     return step
 
 
 def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[int], float]:
     theirs = to_transformers(model, use_cache=False)
-    theirs.to(ids.device).train()
+    theirs.train()
+    if config.checkpoint_activations:
+        theirs.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
-        theirs.parameters(), LEARNING_RATE, (config.beta1, config.beta2), 1e-8, config.weight_decay, fused=True
+        theirs.parameters(), config.lr, (config.beta1, config.beta2), 1e-8, config.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(ids.device.type, enabled=config.dtype == "float16")
     forward = torch.compile(theirs) if config.compile else theirs
@@ -169,42 +225,39 @@ def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> 
 
 
 def to_transformers(model: Llama, use_cache: bool = True) -> Any:
-    """`LlamaForCausalLM` with the weights of a model, on the CPU, attending by SDPA."""
+    """`LlamaForCausalLM` with the weights of a model, on its device, attending by SDPA."""
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
 
     values = {**model.config.to_dict(), "use_cache": use_cache, "attn_implementation": "sdpa"}
-    theirs = LlamaForCausalLM(TheirConfig(**values))
+    with torch.device(model.device):
+        theirs = LlamaForCausalLM(TheirConfig(**values))
     weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
     theirs.load_state_dict(weights, strict=not model.config.tie_word_embeddings)  # tied, the head has no entry here
     return theirs
 
 
-SIDES = ("minift, compiled", "minift", "transformers, compiled", "transformers")
+UNASKED = ("minift, compiled", "minift", "transformers, compiled", "transformers")
+SIDES = (*UNASKED, "transformers, checkpointed")
 
 
 # The result -----------------------------------------------------------------------------------------------------------
 
 
-def _result(
-    options: argparse.Namespace,
-    config: TrainConfig,
-    shape: LlamaConfig,
-    rates: list[float],
-    ready: dict[str, Any],
-    answers: dict[str, list[Any]],
-    peaks: dict[str, int],
-) -> dict[str, Any]:
-    tokens = config.batch_size * config.max_length
-    seconds = {name: [answer["seconds"] for answer in given] for name, given in answers.items()}
-    at_roof = [rate / training_flops_per_token(shape, config.max_length) for rate in rates]  # tokens/s in each turn
+def _result(options: argparse.Namespace, config: TrainConfig, shape: LlamaConfig, turns: Turns) -> dict[str, Any]:
+    tokens, flops = config.batch_size * config.max_length, training_flops_per_token(shape, config.max_length)
+    seconds = {name: [answer["seconds"] for answer in given] for name, given in turns.answers.items()}
+    at_roof = {name: [rate / flops for rate in rates] for name, rates in turns.rates.items()}  # tokens/s in each turn
     losses = {
-        name: ready[name]["losses"] + [loss for answer in given for loss in answer["losses"]]
-        for name, given in answers.items()
+        name: turns.ready[name]["losses"] + [loss for answer in given for loss in answer["losses"]]
+        for name, given in turns.answers.items()
     }
     apart = max(max(step) / min(step) - 1 for step in zip(*losses.values(), strict=True))
     if apart > AGREE:
         raise InputError(f"the sides' losses are up to {apart:.1%} apart: they do not train the same")
+    speeds = {name: record.spread([tokens / s for s in times]) for name, times in seconds.items()}
+    peak = peak_flops(torch.cuda.get_device_name(), config.dtype) if config.device == "cuda" else None
+    rates = [rate for of_side in turns.rates.values() for rate in of_side]
     return {
         "benchmark": "peers",
         **record.environment(),
@@ -213,18 +266,24 @@ def _result(
         "device": config.device,
         "batch_size": config.batch_size,
         "length": config.max_length,
+        "loss_chunk": config.loss_chunk,
+        "lr": config.lr,
+        "apart": options.apart,
+        "skipped": turns.skipped,
         "roof_flops": record.spread(rates),
-        "roof_tokens_per_second": record.spread(at_roof),
-        "tokens_per_second": {name: record.spread([tokens / s for s in times]) for name, times in seconds.items()},
+        "roof_tokens_per_second": record.spread([rate / flops for rate in rates]),
+        "tokens_per_second": speeds,
         "share_of_roof": {
-            name: record.spread([tokens / s / most for s, most in zip(times, at_roof, strict=True)])
+            name: record.spread([tokens / s / most for s, most in zip(times, at_roof[name], strict=True)])
             for name, times in seconds.items()
         },
+        "mfu_of_data_sheet": {name: speed["median"] * flops / peak for name, speed in speeds.items()} if peak else None,
+        "mfu_factor_if_attention_were_whole": training_flops_per_token(shape, 2 * config.max_length - 1) / flops,
         "times_as_fast_as": {
             name: {other: paired_ratio(seconds[other], times) for other in seconds} for name, times in seconds.items()
         },
-        "first_step_seconds": {name: answer["first_step_seconds"] for name, answer in ready.items()},
-        "peak_bytes": peaks,
+        "first_step_seconds": {name: answer["first_step_seconds"] for name, answer in turns.ready.items()},
+        "peak_bytes": {name: given[-1]["peak_bytes"] for name, given in turns.answers.items()},
         "losses": {name: [round(loss, 4) for loss in values] for name, values in losses.items()},
         "losses_apart_at_most": apart,
     }
@@ -232,18 +291,26 @@ def _result(
 
 def _table(result: dict[str, Any]) -> str:
     speeds, peaks = result["tokens_per_second"], result["peak_bytes"]
-    short = {name: name.replace("transformers", "HF").replace(", compiled", " c.") for name in speeds}
+    short = {name: name.replace("transformers", "HF").replace(", c", " c")[:9].rstrip() for name in speeds}
+    mfu = result["mfu_of_data_sheet"]
     allowed = "{median:,.0f} ({min:,.0f}-{max:,.0f})".format(**result["roof_tokens_per_second"])
     lines = [
         f"{result['batch_size']} x {result['length']} tokens, {result['dtype']} on {result['device']}; "
         f"matrix products allow {allowed} tokens/s",
-        f"{'':<24}{'tokens/s':>24}{'of the roof':>13}{'peak':>10}" + "".join(f"{'x ' + s:>14}" for s in short.values()),
+        f"{'':<24}{'tokens/s':>24}{'of the roof':>13}{'MFU' if mfu else '':>7}{'peak':>11}"
+        + "".join(f"{'x ' + s:>14}" for s in short.values()),
     ]
     for name, speed in speeds.items():
         cell = "{:,.0f} ({:,.0f}-{:,.0f})".format(*(speed[key] for key in ("median", "min", "max")))
         ratios = "".join(f"{ratio:>14.2f}" for ratio in result["times_as_fast_as"][name].values())
         share, peak = result["share_of_roof"][name]["median"], peaks[name] / 1e6
-        lines.append(f"{name:<24}{cell:>24}{share:>13.2f}{peak:>7,.0f} MB{ratios}")
+        promised = f"{mfu[name]:.3f}" if mfu else ""
+        lines.append(f"{name:<24}{cell:>24}{share:>13.2f}{promised:>7}{peak:>8,.0f} MB{ratios}")
+    if mfu:
+        factor = result["mfu_factor_if_attention_were_whole"]
+        lines.append(
+            f"MFU: of the data sheet's peak; where attention is counted without causality, {factor:.3f} x that"
+        )
     steps = len(next(iter(result["losses"].values())))
     lines.append(f"losses at most {result['losses_apart_at_most']:.2%} apart at any of {steps} steps")
     return "\n".join(lines)

@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PACKAGES = ("minift", "torch", "numpy", "sentencepiece", "safetensors", "tokenizers", "transformers", "datasets")
 
 
@@ -30,6 +32,7 @@ def environment() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": platform.platform(),
+            **({"gpu": _gpu()} if torch.cuda.is_available() else {}),
         },
         "versions": {"python": platform.python_version(), **_versions()},
     }
@@ -77,6 +80,17 @@ def _commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _gpu() -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "name": device.name,
+        "memory_bytes": device.total_memory,
+        "multiprocessors": device.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
 
 
 def _cpu() -> str:

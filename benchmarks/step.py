@@ -29,7 +29,7 @@ from benchmarks.job import PARTS, STEPS, Job, check_output, prepare, take_step
 from benchmarks.job import add_arguments as add_job_arguments
 from benchmarks.timing import paired_ratio, wait_for
 from minift.config import check_number
-from minift.flops import training_flops_per_token
+from minift.flops import peak_flops, training_flops_per_token
 from minift.optim import learning_rate
 from minift.train import train_step
 
@@ -131,6 +131,8 @@ def summary(job: Job, whole: list[float], around: list[float], parts: list[dict[
     measured = roof.measure(job.config.device, getattr(torch, job.config.dtype))
     tokens_per_second = job.tokens / statistics.median(whole)
     flops = training_flops_per_token(job.shape, job.config.max_length) * tokens_per_second
+    gpu = torch.cuda.get_device_name() if job.config.device == "cuda" else ""
+    peak = peak_flops(gpu, job.config.dtype)
     return {
         "tokens": job.tokens,
         "parts_seconds": {name: record.spread([step[name] for step in parts]) for name in PARTS},
@@ -144,6 +146,7 @@ def summary(job: Job, whole: list[float], around: list[float], parts: list[dict[
         "roof": measured.to_dict(),
         "model_flops_per_second": flops,
         "mfu": flops / measured.flops,
+        "mfu_of_data_sheet": flops / peak if peak else None,
     }
 
 
@@ -168,6 +171,7 @@ def show(result: dict[str, Any]) -> None:
     print(
         f"{result['tokens_per_second']:,.0f} tokens/s, {result['model_flops_per_second'] / 1e9:,.1f} GFLOP/s: "
         f"MFU {result['mfu']:.1%} of {result['roof']['flops'] / 1e9:,.1f} measured"
+        + (f", {result['mfu_of_data_sheet']:.1%} of the data sheet's peak" if result["mfu_of_data_sheet"] else "")
     )
 
 

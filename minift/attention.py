@@ -28,7 +28,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 
     Args:
         query: [B, H, T, C]; key, value: [B, K, S, C].
-        mask: bool [B, 1, T, S]; or the same as blocks (see `block_mask`); or None for plain causal attention.
+        mask: bool [B, 1, T, S]; or what is added to the scores; or the same as blocks (see `block_mask`); or None for
+            plain causal attention.
 
     Returns:
         [B, H, T, C], in value's dtype.
@@ -36,6 +37,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     shared = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockMask):
         return _flex_attention(query.device.type)(query, key, value, block_mask=mask, enable_gqa=shared > 1)
+    if (
+        shared > 1 and query.shape[2] == 1
+    ):  # one new token: the heads that share a key go as its queries, and read it once
+        grouped = query.reshape(query.shape[0], key.shape[1], shared, -1)  # [B, K, H / K, C]
+        return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).reshape(query.shape)
     if query.device.type == "cuda" and shared > 1 and (mask is not None or value.dtype == torch.float32):
         # No fused CUDA kernel takes shared heads together with a mask, or in float32: give each query head its own.
         key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1

@@ -117,7 +117,7 @@ def training_memory(
     tokens = batch_size * length
     plain = device == "cpu" and dtype == "bfloat16" and trained is None and ranks is None
     written_out = length if plain and length <= LONGEST_WRITTEN_OUT else None
-    ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype, written_out)
+    ledger["activations for the backward pass"] = tokens * _activation_bytes(config, dtype, device, written_out)
     own = 4 * head if trained is None else 0
     ledger["the loss's own gradients"] = own + size * tokens * config.hidden_size
     if turned:
@@ -160,7 +160,7 @@ def _matrices(config: LlamaConfig) -> int:
     return parameters.without_embedding - norms
 
 
-def _activation_bytes(config: LlamaConfig, dtype: str, written_out: int | None) -> int:
+def _activation_bytes(config: LlamaConfig, dtype: str, device: str, written_out: int | None) -> int:
     """Bytes that each token leaves behind for the backward pass: what autograd saves, operation by operation.
 
     Args:
@@ -168,6 +168,8 @@ def _activation_bytes(config: LlamaConfig, dtype: str, written_out: int | None) 
     """
     D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
+    if device == "cuda" and dtype == "float32":
+        K = H  # no kernel lets heads share keys and values then: they are copied (`attention.py`)
     low = BYTES[dtype]
     norm = 4 * D + 4  # the stream is float32: each norm saves it normalised, and by what it was multiplied
     layer = 2 * norm + 2 * low * D  # what each norm gives, as the matrices read it

@@ -11,7 +11,7 @@ prompt's continuation is the same alone and in company.
 
     minift generate --model runs/finetune/final --prompt "What is the capital of Mexico?"
 
-Read next: `decode.py`.
+Read next: `decode.py`, and `graph.py` for a GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,11 @@ from torch import Tensor
 from minift.config import check_number
 from minift.decode import Decoder
 from minift.errors import InputError, RunError
+from minift.graph import GraphDecoder
 from minift.model import KVCache, Llama
 from minift.pack import PADDING
+
+EIGHT = 8  # places of a cache are taken in multiples of it: a GPU's kernels read a mask in such pieces
 
 
 def generate(
@@ -95,14 +98,19 @@ def _steps(
     padded = bool((document_ids == PADDING).any())
     # Each text has its own end, so that a long prompt takes nothing from its neighbours.
     rooms = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in prompts]
-    cache = KVCache(model.config, B, T + max(rooms), device, dtype)
+    length = T + max(rooms)
+    cache = KVCache(model.config, B, length + -length % EIGHT, device, dtype)
     decoder: Decoder | None = None  # for one text, on a CPU, after its first token
+    recorded: GraphDecoder | None = None  # on a GPU, likewise
     finished = [False] * B
     ids: list[int] = []
     for n in range(1, max(rooms) + 1):
         if n > 1 and B == 1 and device.type == "cpu":
             decoder = decoder or Decoder(model, cache, max(rooms) - 1)
             logits = decoder.logits(ids[0])[None]  # [1, V]
+        elif n > 1 and device.type == "cuda":
+            recorded = recorded or GraphDecoder(model, cache, positions, document_ids)
+            logits = recorded.logits(tokens)  # [B, V]
         else:
             hidden = model.hidden(tokens, positions, document_ids if padded else None, cache)
             logits = hidden[:, -1] @ model.head_weight.T  # [B, V]: only the last position's are needed

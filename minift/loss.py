@@ -278,14 +278,29 @@ def _logits_by_chunk(hidden: Tensor, columns: Tensor, chunk: int) -> Iterator[tu
 def _nll_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """The nll of some positions, [n], whose logits are replaced by the gradient at them: softmax − one-hot.
 
-    A CPU takes a few rows at a time through all of it, while they are in its caches.
-
     Args:
         logits: [n, V].
         targets: int64 [n, 1].
     """
+    return (_a_few_rows_at_a_time_ if logits.device.type == "cpu" else _all_rows_at_once_)(logits, targets)
+
+
+def _all_rows_at_once_(logits: Tensor, targets: Tensor) -> Tensor:
+    """`_nll_and_gradient_` in the fewest passes over memory, which are what a GPU's time goes into."""
+    log_p = torch.log_softmax(logits, -1, dtype=_exact(logits.dtype))
+    nll = -log_p.gather(1, targets)  # [n, 1]
+    torch.exp(log_p, out=logits)
+    logits.scatter_(1, targets, torch.expm1(-nll).to(logits.dtype))  # p − 1, rounded once
+    return nll[:, 0]
+
+
+def _a_few_rows_at_a_time_(logits: Tensor, targets: Tensor) -> Tensor:
+    """`_nll_and_gradient_` with one exponential for each logit, which are what a CPU's time goes into.
+
+    A few rows go through all of it while its caches hold them.
+    """
     (n, V), exact = logits.shape, _exact(logits.dtype)
-    rows = max(1, CACHED // V) if logits.device.type == "cpu" else n
+    rows = max(1, CACHED // V)
     nll = logits.new_empty(n, dtype=exact)
     memory = logits.new_empty((min(rows, n), V), dtype=exact)
     for start in range(0, n, rows):
@@ -294,7 +309,7 @@ def _nll_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
         x = memory[: len(target)].copy_(raw)
         x = torch.softmax(x, -1, out=x)
         p = x.gather(1, target)
-        if logits.device.type == "cpu" and bool((p > SMALLEST).all()):  # a GPU would wait for the answer
+        if bool((p > SMALLEST).all()):
             nll[start : start + rows] = -p.log()[:, 0]
         else:  # the largest probability is exp(largest logit) / total, and never 0, as the target's may be in float32
             log_total = raw.amax(-1, keepdim=True).to(exact) - x.amax(-1, keepdim=True).log()

@@ -3,6 +3,7 @@
 Each is what was asked for, or else what is fastest and safe on this machine. Read next: `train.py`.
 """
 
+import importlib.util
 import os
 import shutil
 from contextlib import AbstractContextManager
@@ -14,10 +15,11 @@ from minift.config import TrainConfig
 from minift.errors import InputError
 from minift.model import Llama
 
-# Operations (flops.py) from which a run on a CPU is compiled unasked. On two cores of an Intel Xeon compiling took 26 s
-# and made a step of bundled pretraining 1.12 times as fast, which pays from 6e13 on; one of stories15m was hardly any
-# faster (0.99 to 1.03 times). On an AMD EPYC it saved more. `python -m benchmarks ladder` measures it on a machine.
-COMPILING_PAYS = 1e14
+# Operations (flops.py) from which a run is compiled unasked. On two cores of an Intel Xeon compiling took 26 s and made
+# a step of bundled pretraining 1.12 times as fast, which pays from 6e13 on; one of stories15m was hardly any faster
+# (0.99 to 1.03 times). On an AMD EPYC it saved more. On an H200 it took 10 s, and a step of TinyLlama's shape (4 x
+# 4,096 tokens) 0.27 s in place of 0.34 s, which pays from 2e16 on. `python -m benchmarks ladder` measures it anywhere.
+COMPILING_PAYS = {"cpu": 1e14, "cuda": 5e16}
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -59,19 +61,21 @@ def autocast(model: Llama, config: TrainConfig) -> AbstractContextManager[Any]:
 
 
 def check_compiler(config: TrainConfig, device: torch.device) -> None:
-    """Raise InputError when `compile` is asked for on a CPU and there is no C++ compiler to do it."""
+    """Raise InputError when `compile` is asked for and what it needs on this device is not installed."""
     if config.compile and not _can_compile(device):
-        raise InputError("--compile on a CPU needs a C++ compiler (g++ or clang++), and none is installed")
+        if device.type == "cpu":
+            raise InputError("--compile on a CPU needs a C++ compiler (g++ or clang++), and none is installed")
+        raise InputError("--compile on a GPU needs Triton and a C compiler (gcc or clang), and one is not installed")
 
 
 def choose_compile(config: TrainConfig, device: torch.device, flops: float) -> bool:
     """Whether a run of so many operations compiles its model: as asked for, or else where it is sure to pay.
 
-    That is known for CPUs (`COMPILING_PAYS`) and rows of one length: for others the compiler would start again.
+    That is known for rows of one length: for others the compiler would start again.
     """
     if config.compile is not None:
         return config.compile
-    return device.type == "cpu" and flops >= COMPILING_PAYS and _can_compile(device)
+    return flops >= COMPILING_PAYS[device.type] and _can_compile(device)
 
 
 def choose_written_out(model: Llama, config: TrainConfig, device: torch.device) -> bool:
@@ -85,5 +89,7 @@ def choose_written_out(model: Llama, config: TrainConfig, device: torch.device) 
 
 
 def _can_compile(device: torch.device) -> bool:
-    names = (os.environ.get("CXX") or "g++", "g++", "clang++")
-    return device.type != "cpu" or any(shutil.which(name) for name in names)
+    if device.type == "cpu":
+        return any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++")))
+    c_compilers = (os.environ.get("CC") or "gcc", "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, c_compilers))

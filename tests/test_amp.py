@@ -10,6 +10,7 @@ Held here:
 * recomputing activations gives the same gradients, and so does `torch.compile`.
 """
 
+import importlib.util
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import minift.train
 from minift.config import TrainConfig
 from minift.errors import InputError, RunError
-from minift.machine import COMPILING_PAYS, autocast, choose_compile, choose_device, choose_dtype
+from minift.machine import COMPILING_PAYS, autocast, check_compiler, choose_compile, choose_device, choose_dtype
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, Example, PairBatches
@@ -402,13 +403,25 @@ def test_auto_computes_in_bfloat16_only_where_it_is_in_hardware(
     assert choose_dtype(TrainConfig(dtype="bfloat16"), torch.device("cpu")) == "bfloat16"
 
 
-def test_only_a_long_run_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, long = torch.device("cpu"), COMPILING_PAYS
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_only_a_long_run_is_compiled_unasked(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, long = torch.device(kind), COMPILING_PAYS[kind]
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    assert choose_compile(TrainConfig(), cpu, long)
-    assert not choose_compile(TrainConfig(), cpu, 0.99 * long)
-    assert not choose_compile(TrainConfig(), torch.device("cuda"), long)  # where it pays was not measured
-    assert choose_compile(TrainConfig(compile=True), cpu, 0)
-    assert not choose_compile(TrainConfig(compile=False), cpu, long)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert choose_compile(TrainConfig(), device, long)
+    assert not choose_compile(TrainConfig(), device, 0.99 * long)
+    assert choose_compile(TrainConfig(compile=True), device, 0)
+    assert not choose_compile(TrainConfig(compile=False), device, long)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not choose_compile(TrainConfig(), cpu, long)
+    assert not choose_compile(TrainConfig(), device, long)
+    with pytest.raises(InputError, match=r"--compile on a .* needs .* compiler"):
+        check_compiler(TrainConfig(compile=True), device)
+    check_compiler(TrainConfig(), device)
+
+
+def test_compiling_for_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not choose_compile(TrainConfig(), torch.device("cuda"), COMPILING_PAYS["cuda"])
+    with pytest.raises(InputError, match="Triton"):
+        check_compiler(TrainConfig(compile=True), torch.device("cuda"))

@@ -121,20 +121,37 @@ def test_peers_train_the_same(
     assert "losses at most" in capsys.readouterr().out
 
 
-def made_up(losses: float) -> dict[str, list[Any]]:
-    return {"minift": [{"seconds": 1.0, "losses": [2.0]}], "transformers": [{"seconds": 2.0, "losses": [losses]}]}
+def made_up(losses: float) -> peers.Turns:
+    turn: dict[str, Any] = {"peak_bytes": 10}
+    return peers.Turns(
+        ready={name: {"first_step_seconds": 1.0, "losses": [3.0]} for name in ("minift", "transformers")},
+        answers={
+            "minift": [{"seconds": 1.0, "losses": [2.0], **turn}],
+            "transformers": [{"seconds": 2.0, "losses": [losses], **turn}],
+        },
+        rates={"minift": [1e12], "transformers": [1e12]},
+    )
 
 
-def test_sides_that_train_differently_are_no_result() -> None:
-    options = argparse.Namespace(config="stories260k")
-    ready = {name: {"first_step_seconds": 1.0, "losses": [3.0]} for name in ("minift", "transformers")}
-    peaks = dict.fromkeys(ready, 10)
-    result = peers._result(options, CONFIG, TINY, [1e12], ready, made_up(2.019), peaks)
+def test_sides_that_train_differently_are_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = argparse.Namespace(config="stories260k", apart=False)
+    result = peers._result(options, CONFIG, TINY, made_up(2.019))
     assert result["times_as_fast_as"]["minift"]["transformers"] == 2
     flops = CONFIG.batch_size * CONFIG.max_length * training_flops_per_token(TINY, CONFIG.max_length)
     assert result["share_of_roof"]["minift"]["median"] == pytest.approx(flops / 1.0 / 1e12)
+    assert result["mfu_of_data_sheet"] is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    of_a_gpu = peers._result(options, CONFIG.replace(device="cuda", dtype="bfloat16"), TINY, made_up(2.019))
+    assert of_a_gpu["mfu_of_data_sheet"] == pytest.approx(
+        {"minift": flops / 989e12, "transformers": flops / 2 / 989e12}
+    )
+    # With all pairs of tokens, seen or not, as many projects count: 4·H·C for each, three times, in each layer.
+    per_token = training_flops_per_token(TINY, CONFIG.max_length)
+    unseen = (CONFIG.max_length - 1) / 2
+    more = 3 * TINY.num_hidden_layers * 4 * TINY.num_attention_heads * TINY.head_dim * unseen
+    assert of_a_gpu["mfu_factor_if_attention_were_whole"] == pytest.approx(1 + more / per_token)
     with pytest.raises(InputError, match="do not train the same"):
-        peers._result(options, CONFIG, TINY, [1e12], ready, made_up(2.021), peaks)
+        peers._result(options, CONFIG, TINY, made_up(2.021))
 
 
 def test_the_roof_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,31 +170,58 @@ def test_the_roof_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [((16, 16), 3), ((16, 16), 2)]
 
 
-def test_peers_without_transformers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is skipped by name."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    started: list[str] = []
+@pytest.fixture
+def fake_workers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Workers that start no process, and what they do, in order. One side does not fit."""
+    done: list[str] = []
 
     class Worker:
         def __init__(self, benchmark: str, name: str, *words: str):
+            if name == "transformers":
+                raise InputError(f"{name} failed: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.")
+            self.name = name
             self.ready = {"first_step_seconds": 1.0, "losses": [3.0]}
-            started.append(name)
+            done.append(f"{name} starts")
 
         def __enter__(self) -> "Worker":
             return self
 
-        def __exit__(self, *error: object) -> None: ...
+        def __exit__(self, *error: object) -> None:
+            done.append(f"{self.name} ends")
 
         def ask(self, words: str) -> dict[str, Any]:
+            done.append(f"{self.name} steps")
             return {"seconds": 1.0, "losses": [2.0], "peak_bytes": 2**30}
 
     monkeypatch.setattr(process, "Worker", Worker)
     monkeypatch.setattr(roof, "meter", lambda device, dtype: lambda repeats: roof.Roof("bfloat16", 1e12, 1e10, 1e10))
+    return done
+
+
+def test_peers_without_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fake_workers: list[str]
+) -> None:
+    """It is skipped by name."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     run_here("peers", tmp_path, "--repeats", 1)
-    assert started == ["minift, compiled", "minift"]
+    names = ("minift, compiled", "minift")
+    assert fake_workers == [f"{name} {verb}" for verb in ("starts", "steps") for name in names] + [
+        f"{name} ends" for name in reversed(names)
+    ]
     assert "transformers is not installed: skipped" in capsys.readouterr().out
+
+
+def test_peers_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str], fake_workers: list[str]) -> None:
+    """Each side ends before the next one begins, and one that does not fit is left out by name."""
+    pytest.importorskip("transformers")
+    sides = ["minift", "transformers", "transformers, checkpointed"]
+    result = run_here("peers", tmp_path, "--repeats", 2, "--apart", "--sides", *sides)
+    assert fake_workers == [f"{name} {v}" for name in sides[::2] for v in ("starts", "steps", "steps", "ends")]
+    assert result["skipped"] == ["transformers"]
+    assert list(result["tokens_per_second"]) == sides[::2]
+    assert "transformers: skipped, it does not fit" in capsys.readouterr().out
+    with pytest.raises(InputError, match="out of memory"):  # together, nobody is left out quietly
+        run_here("peers", tmp_path, "--repeats", 2, "--sides", *sides)
 
 
 def test_a_worker_says_why_it_failed() -> None:

@@ -18,7 +18,9 @@ from minift.config import RopeScaling
 from minift.decode import NARROW, Decoder, _Products, _width
 from minift.errors import InputError
 from minift.generate import generate
+from minift.graph import GraphDecoder
 from minift.model import KVCache, Llama
+from minift.pack import PADDING
 from tests.conftest import random_model, random_tokens, to_transformers
 
 LIMIT = 64  # conftest.SMALL's positions
@@ -117,6 +119,52 @@ def test_the_decoder_is_the_models_forward_pass(
         assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
     with pytest.raises(InputError, match="31 tokens do not fit a cache of 30"):
         decoder.logits(1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("padded", [False, True], ids=["alike", "padded"])
+@torch.inference_mode()
+def test_the_graph_decoder_is_the_models_forward_pass(
+    padded: bool, shape: str, dtype: torch.dtype, tolerance: float, device: str
+) -> None:
+    """Three texts token by token, one of them behind padding; and what that leaves in the cache, whose rest was NaN."""
+    model = random_model(dtype, **{"std": 0.2, "tie_word_embeddings": False, **SHAPES[shape]}).to(device)
+    tokens, padding = random_tokens(3, 30).to(device), torch.tensor([0, 4, 0], device=device)[:, None] * padded
+    positions = torch.arange(30, device=device)[None] - padding
+    documents = torch.where(positions < 0, PADDING, 0)
+    positions = positions.clamp(min=0)
+    ours, theirs = (KVCache(model.config, 3, 30, torch.device(device), dtype) for _ in range(2))
+    for cache in (ours, theirs):
+        cache.stored.fill_(math.nan)
+        model(tokens[:, :7], positions[:, :7], documents[:, :7] if padded else None, cache)
+    decoder = GraphDecoder(model, ours, positions[:, 7:8], documents[:, 7:8])
+    for place in range(7, 30):
+        here = slice(place, place + 1)
+        found = decoder.logits(tokens[:, here])
+        wanted = model(tokens[:, here], positions[:, here], documents[:, here] if padded else None, theirs)[:, 0]
+        assert found.dtype == dtype
+        assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
+        assert ours.length == theirs.length == place + 1
+    assert (decoder.graph is not None) == (device == "cuda")
+    for found, wanted in zip(ours.keys + ours.values, theirs.keys + theirs.values, strict=True):
+        assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
+    with pytest.raises(InputError, match="31 tokens do not fit a cache of 30"):
+        decoder.logits(tokens[:, :1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [1, 2, 3, 20])
+def test_generating_on_a_gpu_says_what_is_said_without_a_cache(tokens: int) -> None:
+    """The first token by reading the prompt, the second one as it comes, the third one recorded, the rest played."""
+    model = talker()
+    wanted = [reference.greedy(model, prompt, tokens) for prompt in PROMPTS]
+    model.cuda()
+    assert generate(model, PROMPTS, tokens) == wanted
+    assert [generate(model, [prompt], tokens)[0] for prompt in PROMPTS] == wanted
 
 
 @pytest.mark.parametrize(

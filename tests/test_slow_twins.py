@@ -24,7 +24,7 @@ from minift import attention as fused
 from minift import reference
 from minift.config import LlamaConfig, RopeScaling, TrainConfig
 from minift.generate import sample
-from minift.loss import next_token_loss, target_scores
+from minift.loss import _a_few_rows_at_a_time_, _all_rows_at_once_, next_token_loss, target_scores
 from minift.model import MLP, Attention, Llama, RMSNorm, apply_rope, rope_frequencies, rope_tables
 from minift.optim import learning_rate, make_optimizer
 from minift.pack import IGNORE
@@ -109,6 +109,24 @@ def test_rms_norm_and_rope_where_nothing_is_trained() -> None:
         for a, b in zip(trained, (norm(x), apply_rope(x, cos, sin)), strict=True):
             assert a.requires_grad
             assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_on_a_gpu_is_one_kernel_and_the_same(dtype: torch.dtype) -> None:
+    """Against the plain formula in float64, and with and without gradients to the bit."""
+    norm, x = RMSNorm(64, 1e-5).cuda(), random(5, 64, dtype=dtype).cuda().detach().requires_grad_()
+    norm.weight.data = random(64, seed=1, dtype=torch.float32).cuda().detach()
+    grad = random(5, 64, seed=2, dtype=torch.float32).cuda()
+    found = norm(x)
+    with torch.no_grad():
+        assert torch.equal(norm(x), found)
+    wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    exact = reference.rms_norm(wide, weight, 1e-5)
+    ours = found, *torch.autograd.grad(found, (x, norm.weight), grad.to(found.dtype))
+    theirs = exact, *torch.autograd.grad(exact, (wide, weight), grad.to(found.dtype).double())
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one.double() - other).norm() / other.norm()) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_what_a_compiler_makes_of_rms_norm_and_rope() -> None:
@@ -304,10 +322,15 @@ def test_how_each_target_was_foreseen(dtype: torch.dtype, chunk: int) -> None:
 both_layouts = pytest.mark.parametrize("wide", [0, 2**14], ids=["a wide head", "a narrow head"])
 
 
+both_ways = pytest.mark.parametrize("way", [_a_few_rows_at_a_time_, _all_rows_at_once_], ids=["CPU's way", "GPU's way"])
+
+
 @both_dtypes
 @both_layouts
+@both_ways
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 16, 17, 18, 2_048])
-def test_loss(dtype: torch.dtype, chunk: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss(dtype: torch.dtype, chunk: int, way: object, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minift.loss._nll_and_gradient_", way)
     monkeypatch.setattr("minift.loss.COLUMNS", 10)  # of 31
     monkeypatch.setattr("minift.loss.WIDE_HEAD", wide)
     hidden, weight, targets = loss_inputs(dtype)
@@ -363,8 +386,10 @@ def test_loss_from_the_targets_probability_or_from_the_largest_is_the_same(
     assert careful.item() == pytest.approx(usual.item(), rel=TOLERANCE[dtype])
 
 
-def test_loss_of_huge_logits_is_exact() -> None:
+@both_ways
+def test_loss_of_huge_logits_is_exact(way: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of thousands: without subtracting the largest, the exponentials would overflow."""
+    monkeypatch.setattr("minift.loss._nll_and_gradient_", way)
     hidden, weight, targets = loss_inputs(torch.float32)
     hidden = (1e4 * hidden).detach().requires_grad_()
     check_twins(
