@@ -90,6 +90,10 @@ def run(options: argparse.Namespace) -> None:
                 raise
             print(f"{together[0]}: skipped, it does not fit")
             turns.skipped.append(together[0])
+            continue
+        for name in together:  # what takes minutes may be cut off before its table
+            seconds = record.spread([answer["seconds"] for answer in turns.answers[name]])["median"]
+            print(f"{name}: {config.batch_size * config.max_length / seconds:,.0f} tokens/s", flush=True)
     result = _result(options, config, shape, turns)
     print(_table(result))
     record.write(options.json, result)
@@ -122,7 +126,7 @@ class Turns:
             for name in sides:
                 workers[name] = stack.enter_context(process.Worker("peers", name, *words))
                 ready = workers[name].ready
-                print(f"{name}: ready; its first step took {ready['first_step_seconds']:.1f} s")
+                print(f"{name}: ready; its first step took {ready['first_step_seconds']:.1f} s", flush=True)
             answers: dict[str, list[Any]] = {name: [] for name in sides}
             roofs, rates = None if alone else roof.meter(config.device, dtype), list(alone or ())
             for turn in range(repeats):

@@ -122,7 +122,8 @@ def training_memory(
     ledger["the loss's own gradients"] = own + size * tokens * config.hidden_size
     if turned:
         ledger["the head, by columns"] = size * head
-    ledger["logits of a chunk"] = min(loss_chunk, tokens) * config.vocab_size * (size + (4 if device == "cuda" else 0))
+    exact = 4 if device == "cuda" and low else 0  # a GPU takes all rows at once through the softmax, in float32
+    ledger["logits of a chunk"] = min(loss_chunk, tokens) * config.vocab_size * (size + exact)
     return ledger
 
 

@@ -287,7 +287,8 @@ def _nll_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _all_rows_at_once_(logits: Tensor, targets: Tensor) -> Tensor:
     """`_nll_and_gradient_` in the fewest passes over memory, which are what a GPU's time goes into."""
-    log_p = torch.log_softmax(logits, -1, dtype=_exact(logits.dtype))
+    log_p = logits.to(_exact(logits.dtype))  # of logits that are exact already, no copy
+    torch.log_softmax(log_p, -1, out=log_p)
     nll = -log_p.gather(1, targets)  # [n, 1]
     torch.exp(log_p, out=logits)
     logits.scatter_(1, targets, torch.expm1(-nll).to(logits.dtype))  # p − 1, rounded once
