@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from benchmarks import (
+    attention,
     data,
     generate,
     ladder,
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "stream": stream,
     "packing": packing,
     "ops": ops,
+    "attention": attention,
     "ladder": ladder,
     "peers": peers,
     "step": step,

@@ -11,7 +11,7 @@ width. Read next: `model.py`, whose `Attention` calls it.
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Mask: TypeAlias = Tensor | BlockMask | None  # where attention may go; None: to every earlier token
+# Training in bfloat16 on a CPU. `python -m benchmarks attention` measures it; these are two cores of an Intel Xeon.
+NARROW_ROW = 2**14  # T · C: beyond, the backward pass is faster in bfloat16 (C = 64: 0.9 x at T = 512, 0.7 x at 1,024)
+COMPILED_ROW = 640  # T: up to here a compiler needs no kernel (0.8 of its time at 640, 1.2 to 1.6 times it at 1,024)
 ROWS = 128  # queries whose weights a compiled model computes at the same time
 _HAS_CPU_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
@@ -37,16 +40,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     shared = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockMask):
         return _flex_attention(query.device.type)(query, key, value, block_mask=mask, enable_gqa=shared > 1)
-    if (
-        shared > 1 and query.shape[2] == 1
-    ):  # one new token: the heads that share a key go as its queries, and read it once
+    if query.shape[2] == 1 and shared > 1:
+        # Of one new token, the heads that share a key go as its queries: it is read once, not once for each.
         grouped = query.reshape(query.shape[0], key.shape[1], shared, -1)  # [B, K, H / K, C]
         return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).reshape(query.shape)
     if query.device.type == "cuda" and shared > 1 and (mask is not None or value.dtype == torch.float32):
         # No fused CUDA kernel takes shared heads together with a mask, or in float32: give each query head its own.
         key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
-    if value.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and _HAS_CPU_KERNELS:
-        return _CPUAttention.apply(query, key, value, mask)
+    if value.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
+        T, C = query.shape[2:]
+        if torch.compiler.is_compiling() and mask is None and T <= COMPILED_ROW:
+            return _WrittenOut.apply(query, key, value)
+        if T * C <= NARROW_ROW and _HAS_CPU_KERNELS:
+            return _Widened.apply(query, key, value, mask)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -57,36 +63,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     )
 
 
-class _CPUAttention(torch.autograd.Function):
-    """Attention for training in bfloat16 on a CPU: its kernels, or where the model is compiled, no kernel at all.
+class _Widened(torch.autograd.Function):
+    """Attention to short rows in bfloat16 on a CPU: by its kernels, the one of the backward pass in float32.
 
-    The bfloat16 kernel of the backward pass takes 1.3 (rows of 256 tokens) to 7 times (rows of 64) as long as the
-    float32 one, that of the forward pass half as long. So what is kept between the two is bfloat16, and widened when it
-    is needed. These kernels are what `scaled_dot_product_attention` calls; they are not public: where a version of
-    PyTorch lacks them, it is used as it is. A compiler makes of matrix products and one loop between them what takes
-    less time than the kernels do (`_attention`, `_attention_gradients`).
+    The bfloat16 one takes up to 7 times as long (rows of 64 tokens), that of the forward pass half as long as its twin.
+    So what is kept between the two is bfloat16, and widened when it is needed. The kernels are those that
+    `scaled_dot_product_attention` calls. They are not public: where a version of PyTorch lacks them, that is used.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:  # to what is added to q·kᵀ
             mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
-        if torch.compiler.is_compiling():
-            mixed, log_total = _attention(query, key, value, mask)
-        else:
-            mixed, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, mask is None, attn_mask=mask
-            )
+        mixed, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, mask is None, attn_mask=mask
+        )
         ctx.save_for_backward(query, key, value, mixed, log_total, mask)
-        return mixed
+        return cast(Tensor, mixed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         *tensors, log_total, mask = ctx.saved_tensors
-        if torch.compiler.is_compiling():
-            query, key, value, mixed = tensors
-            return *_attention_gradients(grad_mixed, query, key, value, mixed, log_total, mask), None
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_mixed.float(), *(x.float() for x in tensors), log_total, 0.0, mask is None, attn_mask=mask
         )
@@ -94,12 +92,26 @@ class _CPUAttention(torch.autograd.Function):
         return query, key, value, None
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention written out, ROWS queries at a time: softmax(s) v, and the logarithm of the softmax's denominator.
+class _WrittenOut(torch.autograd.Function):
+    """Causal attention without a kernel: of matrix products a compiler makes what is faster, one loop between them."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed, log_total = _attention(query, key, value)
+        ctx.save_for_backward(query, key, value, mixed, log_total)
+        return mixed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _attention_gradients(grad_mixed, *ctx.saved_tensors)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention, ROWS queries at a time: softmax(s) v, and the logarithm of the softmax's denominator.
 
     Args:
         query: [B, H, T, C]; key, value: [B, K, T, C].
-        mask: what is added to the scores, [B, 1, T, T]; None for causal attention.
 
     Returns:
         mixed: [B, H, T, C], in their dtype, laid out as [B, T, H, C], as the product behind it reads it.
@@ -108,22 +120,22 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     (B, H, T, C), K = query.shape, key.shape[1]
     query = query.view(B, K, H // K, T, C)
     mixed, log_total = [], []
-    for here, seen in _blocks(T, mask):
-        scores = _scores(query[:, :, :, here], key[:, :, seen], mask, here)  # [B, K, R, n, S]
+    for here in _blocks(T):
+        scores = _scores(query[:, :, :, here], key[:, :, : here.stop], here)  # [B, K, R, n, S]
         largest = scores.amax(-1, keepdim=True)
         exponentials = (scores - largest).exp()
         total = exponentials.sum(-1, keepdim=True)
         p = (exponentials / total).to(value.dtype)
-        part = p.flatten(2, 3) @ value[:, :, seen]  # [B, K, R * n, C]
+        part = p.flatten(2, 3) @ value[:, :, : here.stop]  # [B, K, R * n, C]
         mixed.append(part.view(B, K, H // K, -1, C).permute(0, 3, 1, 2, 4))  # [B, n, K, R, C]
         log_total.append((largest + total.log())[..., 0])
     return torch.cat(mixed, 1).view(B, T, H, C).transpose(1, 2), torch.cat(log_total, 3).view(B, H, T)
 
 
 def _attention_gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, log_total: Tensor, mask: Tensor | None
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, log_total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of attention written out: matrix products, and between them what a compiler makes one loop of.
+    """The gradients of causal attention: matrix products, and between them what a compiler makes one loop of.
 
     With the scores s = q·kᵀ / √C and the weights p = exp(s − log_total):
 
@@ -147,10 +159,11 @@ def _attention_gradients(
     grad_query = []
     grad_key = torch.zeros(B, K, T, C)
     grad_value = torch.zeros(B, K, T, C)
-    for here, seen in _blocks(T, mask):
+    for here in _blocks(T):
+        seen = slice(here.stop)
         q, g = (x[:, :, :, here].reshape(B, K, -1, C) for x in (query, grad))
         k, v = key[:, :, seen], value[:, :, seen]
-        p = (_scores(query[:, :, :, here], k, mask, here) - log_total[:, :, :, here]).exp()
+        p = (_scores(query[:, :, :, here], k, here) - log_total[:, :, :, here]).exp()
         grad_p = (g @ v.mT).float().view(p.shape)
         grad_scores = p * (grad_p - expected[:, :, :, here]) / math.sqrt(C)
         p, grad_scores = (x.to(dtype).flatten(2, 3) for x in (p, grad_scores))
@@ -160,28 +173,24 @@ def _attention_gradients(
     return torch.cat(grad_query, 3).view(B, H, T, C), grad_key.to(dtype), grad_value.to(dtype)
 
 
-def _blocks(T: int, mask: Tensor | None) -> Iterator[tuple[slice, slice]]:
-    """ROWS queries at a time, and the keys that some of them may see: with a mask it may be any, else no later one."""
+def _blocks(T: int) -> Iterator[slice]:
+    """ROWS queries at a time. They see no key behind the last of them."""
     for start in range(0, T, ROWS):
-        end = min(start + ROWS, T)
-        yield slice(start, end), slice(end if mask is None else T)
+        yield slice(start, min(start + ROWS, T))
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, here: slice) -> Tensor:
+def _scores(query: Tensor, key: Tensor, here: slice) -> Tensor:
     """q·kᵀ / √C, float32, −inf where attention may not go.
 
     Args:
         query: [B, K, R, n, C], those at the places `here`.
         key: [B, K, S, C], the first S.
-        mask: as in `_attention`.
 
     Returns:
         [B, K, R, n, S].
     """
     (B, K, R, n, C), S = query.shape, key.shape[2]
     scores = (query.reshape(B, K, R * n, C) @ key.mT).float().view(B, K, R, n, S) / math.sqrt(C)
-    if mask is not None:
-        return scores + mask[:, :, None, here]
     visible = torch.arange(S) <= torch.arange(here.start, here.stop)[:, None]
     return scores.masked_fill(~visible, -math.inf)
 

@@ -27,7 +27,7 @@ from minift.graph import GraphDecoder
 from minift.model import KVCache, Llama
 from minift.pack import PADDING
 
-EIGHT = 8  # places of a cache are taken in multiples of it: a GPU's kernels read a mask in such pieces
+CACHE_MULTIPLE = 8  # of the places in a cache: a GPU's kernels read a mask in such pieces
 
 
 def generate(
@@ -99,7 +99,7 @@ def _steps(
     # Each text has its own end, so that a long prompt takes nothing from its neighbours.
     rooms = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in prompts]
     length = T + max(rooms)
-    cache = KVCache(model.config, B, length + -length % EIGHT, device, dtype)
+    cache = KVCache(model.config, B, length + -length % CACHE_MULTIPLE, device, dtype)
     decoder: Decoder | None = None  # for one text, on a CPU, after its first token
     recorded: GraphDecoder | None = None  # on a GPU, likewise
     finished = [False] * B

@@ -228,7 +228,7 @@ def test_attention(dtype: torch.dtype, documents: Tensor | None, heads: int, kv_
     check_twins(lambda: attention(x, cos, sin, mask, None), slow, leaves, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("way", ["its kernels", "without them", "compiled"])
+@pytest.mark.parametrize("way", ["its kernels", "without them", "a long row", "compiled", "a long row, compiled"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_attention_in_bfloat16_on_a_cpu(way: str, masked: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +236,12 @@ def test_attention_in_bfloat16_on_a_cpu(way: str, masked: bool, kv_heads: int, m
     assert fused._HAS_CPU_KERNELS  # in the versions that this is tested with
     monkeypatch.setattr(fused, "_HAS_CPU_KERNELS", way != "without them")
     monkeypatch.setattr(fused, "ROWS", 10)  # of 24, the last 4 together
-    # Compiled as by default, but without the last stage, the C++ compiler.
-    attend = torch.compile(fused.attend, backend="aot_eager") if way == "compiled" else fused.attend
+    if way.startswith("a long row"):
+        monkeypatch.setattr(fused, "NARROW_ROW", 24 * 16 - 1)
+        monkeypatch.setattr(fused, "COMPILED_ROW", 23)
+    # Compiled as by default, but without the last stage, the C++ compiler. (It compiles a function 8 times, no more.)
+    torch.compiler.reset()
+    attend = torch.compile(fused.attend, backend="aot_eager") if way.endswith("compiled") else fused.attend
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, 24, 16) for heads in (4, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
@@ -255,16 +259,45 @@ def test_attention_in_bfloat16_on_a_cpu(way: str, masked: bool, kv_heads: int, m
         assert (found.double() - right).norm() < 0.01 * right.norm()
 
 
-def test_attention_is_written_out_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both passes; and neither where nothing is compiled."""
-    monkeypatch.setattr(fused, "_attention", lambda query, key, value, mask: (3 * query, key[..., 0]))
-    monkeypatch.setattr(fused, "_attention_gradients", lambda grad, *tensors: [2 * x for x in tensors[:3]])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("long", [False, True])
+def test_attention_is_written_out_for_a_compiler(long: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes, of a short row in which nothing is masked; and neither where nothing is compiled."""
+    monkeypatch.setattr(fused, "_attention", lambda query, key, value: (3 * query, key[..., 0]))
+    monkeypatch.setattr(fused, "_attention_gradients", lambda grad, *tensors: tuple(2 * x for x in tensors[:3]))
+    monkeypatch.setattr(fused, "COMPILED_ROW", 7 if long else 8)
+    torch.compiler.reset()
     inputs = [torch.randn(1, 2, 8, 16).bfloat16().requires_grad_() for _ in range(3)]
-    for attend, used in ((fused.attend, False), (torch.compile(fused.attend, backend="aot_eager"), True)):
-        mixed = attend(*inputs, None)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril() if masked else None
+    for attend, compiled in ((fused.attend, False), (torch.compile(fused.attend, backend="aot_eager"), True)):
+        used = compiled and not long and not masked
+        mixed = attend(*inputs, mask)
         assert torch.equal(mixed, 3 * inputs[0]) == used
         gradients = torch.autograd.grad(mixed, inputs, torch.ones_like(mixed))
         assert [torch.equal(a, 2 * b) for a, b in zip(gradients, inputs, strict=True)] == [used] * 3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_to_a_short_row_is_widened(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, for a backward pass, and where there are kernels for it."""
+    T, C = 8, 16
+    mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril() if masked else None
+
+    def widened(dtype: torch.dtype = torch.bfloat16) -> bool:
+        inputs = [torch.randn(1, 2, T, C).to(dtype).requires_grad_() for _ in range(3)]
+        mixed = fused.attend(*inputs, mask)
+        return mixed.grad_fn is not None and "_Widened" in mixed.grad_fn.name()
+
+    monkeypatch.setattr(fused, "NARROW_ROW", T * C)
+    assert widened()
+    assert not widened(torch.float32)
+    with torch.no_grad():
+        assert not widened()
+    monkeypatch.setattr(fused, "NARROW_ROW", T * C - 1)
+    assert not widened()
+    monkeypatch.setattr(fused, "NARROW_ROW", T * C)
+    monkeypatch.setattr(fused, "_HAS_CPU_KERNELS", False)
+    assert not widened()
 
 
 def counted(documents: Tensor) -> Tensor:

@@ -1,0 +1,251 @@
+"""Attention by every kernel that there is: rows of one document, and rows of several that may not see each other.
+
+The same queries, keys and values, laid out as the projections leave them, in turns; forward, and forward and backward.
+Which of them there are depends on the machine, the dtype and the heads; a kernel that refuses is left out, with its
+reason. What each gives, and its gradients, must agree with the formula, or there is no result.
+
+* *used*: `attend` (`minift/attention.py`) with the mask that `Llama.hidden` makes, and what a compiler makes of it;
+* *SDPA*: PyTorch's `scaled_dot_product_attention` as it chooses, and by each of its kernels, of which *math* is matrix
+  products and a softmax; for several documents with a mask of all pairs;
+* *FlexAttention*: compiled for the mask, whose empty blocks it leaves out;
+* *varlen*: all documents of a batch one behind the other, each as long as it is.
+
+    python -m benchmarks attention                                        # smollm2-135m's heads
+    python -m benchmarks attention --config llama2-7b --batch-size 2 --length 4096 --device cuda
+
+FLOPs are those of the pairs of tokens that may see each other (`minift/flops.py`). Legend: B rows, T tokens of a row, H
+query heads, K key/value heads, C head width. Read next: `ladder.py`.
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from benchmarks import record, roof, textbook
+from benchmarks.timing import in_turns, paired_ratio
+from minift.attention import Mask, attend, block_mask
+from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig, check_number
+from minift.errors import InputError, one_line
+from minift.machine import choose_device, choose_dtype
+from minift.model import FLEX_LENGTH
+
+KERNELS = {
+    "SDPA, flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA, math": SDPBackend.MATH,
+}
+AGREE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # how far a result may be off, as a share of its norm
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--config", default="smollm2-135m", metavar="NAME|FILE", help="whose heads (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="rows (%(default)s)")
+    parser.add_argument("--length", type=int, default=1_024, metavar="N", help="tokens of a row (%(default)s)")
+    parser.add_argument("--document", type=int, default=256, metavar="N", help="tokens of a document (%(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(%(default)s)")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print two tables and write the JSON."""
+    for name in ("batch_size", "length", "document", "repeats"):
+        check_number(name, getattr(options, name), least=1)
+    config = PRETRAIN.replace(device=options.device, dtype=options.dtype)
+    device = choose_device(config)
+    dtype, shape = choose_dtype(config, device), LlamaConfig.named(options.config)
+    result = {
+        "benchmark": "attention",
+        **record.environment(),
+        "config": shape.to_dict() if options.config.endswith(".json") else options.config,
+        "heads": [shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim],
+        "dtype": dtype,
+        "device": device.type,
+        "batch_size": options.batch_size,
+        "length": options.length,
+        "roof_flops": roof.measure(device.type, getattr(torch, dtype)).flops,
+        "cases": {},
+    }
+    inputs = make_inputs(shape, options.batch_size, options.length, getattr(torch, dtype), device)
+    cases = {"one document a row": options.length}
+    if options.document < options.length:
+        cases["several documents a row"] = options.document
+    for name, document in cases.items():
+        documents = (torch.arange(options.length, device=device) // document).expand(options.batch_size, -1)
+        case = measure(inputs, documents, document, dtype, options.repeats)
+        result["cases"][name] = {"document": document, **case}
+        print(_table(name, result), flush=True)
+    record.write(options.json, result)
+
+
+def make_inputs(
+    shape: LlamaConfig, batch_size: int, length: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Query, key and value, [B, heads, T, C] as a layer makes them, and a gradient of the result."""
+    generator = torch.Generator(device).manual_seed(0)
+    B, T, C = batch_size, length, shape.head_dim
+    H, K = shape.num_attention_heads, shape.num_key_value_heads
+
+    def random(heads: int) -> Tensor:
+        return torch.randn(B, T, heads, C, generator=generator, device=device).to(dtype).transpose(1, 2)
+
+    query, key, value = (random(heads).requires_grad_() for heads in (H, K, K))
+    return [query, key, value, random(H)]
+
+
+def visible_flops(shape: tuple[int, ...], document: int) -> float:
+    """Operations forward: 4·C for each pair of a query and a key that it may see, in each head.
+
+    Args:
+        shape: of the queries, (B, H, T, C).
+        document: tokens of each document but the last one of a row, which may be shorter.
+    """
+    B, H, T, C = shape
+    lengths = [document] * (T // document) + [T % document]
+    return B * H * 4 * C * sum(length * (length + 1) / 2 for length in lengths)
+
+
+def kernels(documents: Tensor, document: int, heads: tuple[int, int, int]) -> dict[str, Kernel]:
+    """The ways to attend, by name. Whether a machine has one is seen when it is called.
+
+    Args:
+        documents: int64 [B, T], the document of each token.
+        document: tokens of each.
+        heads: H, K and C.
+    """
+    (_, T), device = documents.shape, documents.device.type
+    shared, whole = heads[0] > heads[1], document == T
+    mask = None
+    if not whole:
+        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        mask = (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]  # [B, 1, T, T]
+    blocks = block_mask(documents)
+    by_blocks = device == "cuda" and T >= FLEX_LENGTH and heads[2] >= 16  # as `Llama.hidden` decides
+    of_model: Mask = blocks if by_blocks and not whole else mask
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=shared
+        )
+
+    def by(backend: SDPBackend) -> Kernel:
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(query, key, value)
+
+        return call
+
+    def used(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, of_model)
+
+    flex = torch.compile(flex_attention, dynamic=False)
+    return {
+        "used": used,
+        "used, compiled": torch.compile(used, dynamic=False),
+        "SDPA": sdpa,
+        **{name: by(backend) for name, backend in KERNELS.items()},
+        "FlexAttention": lambda query, key, value: flex(query, key, value, block_mask=blocks, enable_gqa=shared),
+        "varlen": lambda query, key, value: _varlen(query, key, value, document),
+    }
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, document: int) -> Tensor:
+    """All documents as one row, with the places where they begin; query heads do not share keys there."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, H, T, C = query.shape
+    starts = [row + start for row in range(0, B * T, T) for start in range(0, T, document)]
+    places = torch.tensor([*starts, B * T], dtype=torch.int32, device=query.device)
+    key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
+    query, key, value = (x.transpose(1, 2).reshape(B * T, H, C) for x in (query, key, value))
+    mixed = varlen_attn(query, key, value, places, places, document, document, window_size=(-1, 0))
+    assert isinstance(mixed, Tensor)
+    return mixed.view(B, T, H, C).transpose(1, 2)
+
+
+def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: str, repeats: int) -> dict[str, Any]:
+    """Seconds of every kernel that works, and why the others do not. Raises InputError when one is wrong."""
+    *tensors, grad = inputs
+    query, key, _ = tensors
+    heads = (query.shape[1], key.shape[1], query.shape[3])
+    right = _formula(inputs, document)
+    skipped, sides = {}, {}
+
+    def both(kernel: Kernel) -> tuple[Tensor, ...]:
+        mixed = kernel(*tensors)
+        return mixed, *torch.autograd.grad(mixed, tensors, grad)
+
+    for name, kernel in kernels(documents, document, heads).items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of why a kernel is not to be had, at length
+                found = both(kernel)
+        except (RuntimeError, NotImplementedError, ImportError, ValueError, AssertionError) as error:
+            skipped[name] = one_line(str(error).split(". ")[0])
+            continue
+        for part, one, other in zip(("result", "gradient of q", "of k", "of v"), found, right, strict=True):
+            off = float((one.detach().double() - other).norm() / other.norm())
+            if not off <= AGREE[dtype]:
+                raise InputError(f"{name}: its {part} is {off:.1e} off the formula's; times would compare nothing")
+        sides[f"{name} forward"] = lambda kernel=kernel: kernel(*tensors)
+        sides[f"{name} both"] = lambda kernel=kernel: both(kernel)
+    seconds = in_turns(sides, repeats, device=query.device.type)
+    flops = visible_flops(tuple(query.shape), document)
+    names = [name.removesuffix(" both") for name in sides if name.endswith(" both")]
+    return {
+        "forward_flops": flops,
+        "skipped": skipped,
+        "kernels": {
+            name: {
+                "forward_seconds": record.spread(seconds[f"{name} forward"]),
+                "both_seconds": record.spread(seconds[f"{name} both"]),
+                "forward_flops_per_second": flops / record.spread(seconds[f"{name} forward"])["median"],
+                "both_flops_per_second": 3 * flops / record.spread(seconds[f"{name} both"])["median"],
+                "used_is_times_as_fast": paired_ratio(seconds[f"{name} both"], seconds["used both"]),
+            }
+            for name in names
+        },
+    }
+
+
+def _formula(inputs: Sequence[Tensor], document: int) -> tuple[Tensor, ...]:
+    """The result and the three gradients, in float64, one document at a time."""
+    rows = []
+    for b in range(len(inputs[0])):
+        of_row = [x[b : b + 1].detach().double().split(document, 2) for x in inputs]
+        parts = []
+        for *tensors, grad in zip(*of_row, strict=True):
+            leaves = [x.requires_grad_() for x in tensors]
+            mixed = textbook.attention(*leaves)
+            parts.append((mixed.detach(), *torch.autograd.grad(mixed, leaves, grad)))
+        rows.append([torch.cat(part, 2) for part in zip(*parts, strict=True)])
+    return tuple(torch.cat(part) for part in zip(*rows, strict=True))
+
+
+def _table(name: str, result: dict[str, Any]) -> str:
+    case, (H, K, C) = result["cases"][name], result["heads"]
+    lines = [
+        f"{name}: {result['batch_size']} x {result['length']} tokens in documents of {case['document']}, {H} heads of "
+        f"{C} ({K} of keys), {result['dtype']} on {result['device']}",
+        f"{'':<24}{'forward':>12}{'GFLOP/s':>10}{'both':>12}{'GFLOP/s':>10}{'of roof':>9}{'used is x':>11}",
+    ]
+    for kernel, times in case["kernels"].items():
+        speed = times["both_flops_per_second"]
+        lines.append(
+            f"{kernel:<24}{times['forward_seconds']['median'] * 1e3:>9.2f} ms"
+            f"{times['forward_flops_per_second'] / 1e9:>10,.0f}{times['both_seconds']['median'] * 1e3:>9.2f} ms"
+            f"{speed / 1e9:>10,.0f}{speed / result['roof_flops']:>9.2f}{times['used_is_times_as_fast']:>11.2f}"
+        )
+    lines += [f"{kernel}: skipped, {reason}" for kernel, reason in case["skipped"].items()]
+    return "\n".join(lines)
