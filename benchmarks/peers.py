@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"{together[0]}: skipped, it does not fit")
             turns.skipped.append(together[0])
             continue
-        for name in together:  # what takes minutes may be cut off before its table
+        for name in together if options.apart else ():  # what takes minutes may be cut off before its table
             seconds = record.spread([answer["seconds"] for answer in turns.answers[name]])["median"]
             print(f"{name}: {config.batch_size * config.max_length / seconds:,.0f} tokens/s", flush=True)
     result = _result(options, config, shape, turns)
