@@ -34,7 +34,7 @@ from minift.attention import Mask, attend, block_mask
 from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig, check_number
 from minift.errors import InputError, one_line
 from minift.machine import choose_device, choose_dtype
-from minift.model import FLEX_LENGTH
+from minift.model import Llama, flex_pays
 
 KERNELS = {
     "SDPA, flash": SDPBackend.FLASH_ATTENTION,
@@ -126,13 +126,9 @@ def kernels(documents: Tensor, document: int, heads: tuple[int, int, int]) -> di
     """
     (_, T), device = documents.shape, documents.device.type
     shared, whole = heads[0] > heads[1], document == T
-    mask = None
-    if not whole:
-        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        mask = (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]  # [B, 1, T, T]
+    mask = Llama._mask(T, 0, None if whole else documents, None, documents.device)
     blocks = block_mask(documents)
-    by_blocks = device == "cuda" and T >= FLEX_LENGTH and heads[2] >= 16  # as `Llama.hidden` decides
-    of_model: Mask = blocks if by_blocks and not whole else mask
+    of_model: Mask = blocks if not whole and flex_pays(device, T, heads[2], torch.float32) else mask
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -180,7 +176,7 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
     query, key, _ = tensors
     heads = (query.shape[1], key.shape[1], query.shape[3])
     right = _formula(inputs, document)
-    skipped, sides = {}, {}
+    skipped, sides, working = {}, {}, []
 
     def both(kernel: Kernel) -> tuple[Tensor, ...]:
         mixed = kernel(*tensors)
@@ -200,23 +196,20 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
                 raise InputError(f"{name}: its {part} is {off:.1e} off the formula's; times would compare nothing")
         sides[f"{name} forward"] = lambda kernel=kernel: kernel(*tensors)
         sides[f"{name} both"] = lambda kernel=kernel: both(kernel)
+        working.append(name)
     seconds = in_turns(sides, repeats, device=query.device.type)
     flops = visible_flops(tuple(query.shape), document)
-    names = [name.removesuffix(" both") for name in sides if name.endswith(" both")]
-    return {
-        "forward_flops": flops,
-        "skipped": skipped,
-        "kernels": {
-            name: {
-                "forward_seconds": record.spread(seconds[f"{name} forward"]),
-                "both_seconds": record.spread(seconds[f"{name} both"]),
-                "forward_flops_per_second": flops / record.spread(seconds[f"{name} forward"])["median"],
-                "both_flops_per_second": 3 * flops / record.spread(seconds[f"{name} both"])["median"],
-                "used_is_times_as_fast": paired_ratio(seconds[f"{name} both"], seconds["used both"]),
-            }
-            for name in names
-        },
-    }
+    found_of = {}
+    for name in working:
+        forward, both_ways = record.spread(seconds[f"{name} forward"]), record.spread(seconds[f"{name} both"])
+        found_of[name] = {
+            "forward_seconds": forward,
+            "both_seconds": both_ways,
+            "forward_flops_per_second": flops / forward["median"],
+            "both_flops_per_second": 3 * flops / both_ways["median"],
+            "used_is_times_as_fast": paired_ratio(seconds[f"{name} both"], seconds["used both"]),
+        }
+    return {"forward_flops": flops, "skipped": skipped, "kernels": found_of}
 
 
 def _formula(inputs: Sequence[Tensor], document: int) -> tuple[Tensor, ...]:

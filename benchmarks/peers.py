@@ -36,8 +36,8 @@ from benchmarks import process, record, roof
 from benchmarks.timing import in_turn_order, paired_ratio, wait_for
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
-from minift.flops import peak_flops, training_flops_per_token
-from minift.machine import choose_device, choose_dtype
+from minift.flops import training_flops_per_token
+from minift.machine import choose_device, choose_dtype, data_sheet_flops
 from minift.model import Llama
 from minift.pack import IGNORE, Batch
 from minift.train import start_state, train_step
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     turns = Turns()
     for together in [[name] for name in sides] if options.apart else [sides]:
         try:
-            turns.take(together, words, config, options.repeats)
+            turns.take(together, words, config, options.repeats, options.apart)
         except InputError as error:
             if not (options.apart and "out of memory" in str(error)):
                 raise
@@ -115,10 +115,10 @@ class Turns:
     rates: dict[str, list[float]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
-    def take(self, sides: Sequence[str], words: Sequence[str], config: TrainConfig, repeats: int) -> None:
+    def take(self, sides: Sequence[str], words: Sequence[str], config: TrainConfig, repeats: int, apart: bool) -> None:
         """Let sides take turns. Raises InputError when one fails."""
         dtype = getattr(torch, config.dtype)
-        alone = [roof.measure(config.device, dtype).flops] * repeats if len(sides) == 1 else None
+        alone = [roof.measure(config.device, dtype).flops] * repeats if apart else None
         if config.device == "cuda":
             torch.cuda.empty_cache()  # a side that is alone may need it
         with ExitStack() as stack:
@@ -260,7 +260,7 @@ def _result(options: argparse.Namespace, config: TrainConfig, shape: LlamaConfig
     if apart > AGREE:
         raise InputError(f"the sides' losses are up to {apart:.1%} apart: they do not train the same")
     speeds = {name: record.spread([tokens / s for s in times]) for name, times in seconds.items()}
-    peak = peak_flops(torch.cuda.get_device_name(), config.dtype) if config.device == "cuda" else None
+    peak = data_sheet_flops(torch.device(config.device), config.dtype)
     rates = [rate for of_side in turns.rates.values() for rate in of_side]
     return {
         "benchmark": "peers",

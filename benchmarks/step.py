@@ -29,7 +29,8 @@ from benchmarks.job import PARTS, STEPS, Job, check_output, prepare, take_step
 from benchmarks.job import add_arguments as add_job_arguments
 from benchmarks.timing import paired_ratio, wait_for
 from minift.config import check_number
-from minift.flops import peak_flops, training_flops_per_token
+from minift.flops import training_flops_per_token
+from minift.machine import data_sheet_flops
 from minift.optim import learning_rate
 from minift.train import train_step
 
@@ -131,8 +132,7 @@ def summary(job: Job, whole: list[float], around: list[float], parts: list[dict[
     measured = roof.measure(job.config.device, getattr(torch, job.config.dtype))
     tokens_per_second = job.tokens / statistics.median(whole)
     flops = training_flops_per_token(job.shape, job.config.max_length) * tokens_per_second
-    gpu = torch.cuda.get_device_name() if job.config.device == "cuda" else ""
-    peak = peak_flops(gpu, job.config.dtype)
+    peak = data_sheet_flops(job.state.model.device, job.config.dtype)
     return {
         "tokens": job.tokens,
         "parts_seconds": {name: record.spread([step[name] for step in parts]) for name in PARTS},

@@ -31,8 +31,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 
     Args:
         query: [B, H, T, C]; key, value: [B, K, S, C].
-        mask: bool [B, 1, T, S]; or what is added to the scores; or the same as blocks (see `block_mask`); or None for
-            plain causal attention.
+        mask: bool [B, 1, T, S]; or, where nothing is trained, what is added to the scores; or the same as blocks (see
+            `block_mask`); or None for plain causal attention.
 
     Returns:
         [B, H, T, C], in value's dtype.

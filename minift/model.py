@@ -343,6 +343,11 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
                 raise InputError(f"token id {int(id)} is outside the model's vocabulary of {vocab_size}")
 
 
+def flex_pays(device: str, length: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether FlexAttention has kernels for this (on a GPU, no narrow heads), and rows are long enough for it."""
+    return device == "cuda" and head_dim >= 16 and dtype != torch.float64 and length >= FLEX_LENGTH
+
+
 class Llama(nn.Module):
     """A Llama with its head.
 
@@ -481,6 +486,4 @@ class Llama(nn.Module):
         return (causal & (document_ids[:, :, None] == keys[:, None, :]))[:, None]  # [B, 1, T, S]
 
     def _flex_pays(self, tokens: Tensor) -> bool:
-        """Whether FlexAttention has kernels for this (on a GPU, no narrow heads), and rows are long enough for it."""
-        can = tokens.device.type == "cuda" and self.config.head_dim >= 16 and self.norm.weight.dtype != torch.float64
-        return can and tokens.shape[1] >= FLEX_LENGTH
+        return flex_pays(tokens.device.type, tokens.shape[1], self.config.head_dim, self.norm.weight.dtype)

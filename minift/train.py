@@ -46,9 +46,9 @@ from minift.distributed import (
     whole,
 )
 from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
-from minift.flops import peak_flops, training_flops_per_token
+from minift.flops import training_flops_per_token
 from minift.heap import keep_freed_memory
-from minift.machine import autocast, choose_dtype, choose_written_out
+from minift.machine import autocast, choose_dtype, choose_written_out, data_sheet_flops
 from minift.model import Llama
 from minift.optim import learning_rate, make_optimizer
 from minift.pack import IGNORE, PADDING, Batch, PageBatches, PairBatches
@@ -425,8 +425,7 @@ def _record(
     }
     if state.scaler.is_enabled():
         record["loss_scale"] = state.scaler.get_scale()
-    device = state.model.device
-    peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    peak = data_sheet_flops(state.model.device, dtype)
     if peak is not None:
         length = window[0].tokens.shape[1]
         record["mfu"] = training_flops_per_token(state.model.config, length) * tokens / seconds / peak / world.size

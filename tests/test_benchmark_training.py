@@ -140,7 +140,7 @@ def test_sides_that_train_differently_are_no_result(monkeypatch: pytest.MonkeyPa
     flops = CONFIG.batch_size * CONFIG.max_length * training_flops_per_token(TINY, CONFIG.max_length)
     assert result["share_of_roof"]["minift"]["median"] == pytest.approx(flops / 1.0 / 1e12)
     assert result["mfu_of_data_sheet"] is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     of_a_gpu = peers._result(options, CONFIG.replace(device="cuda", dtype="bfloat16"), TINY, made_up(2.019))
     assert of_a_gpu["mfu_of_data_sheet"] == pytest.approx(
         {"minift": flops / 989e12, "transformers": flops / 2 / 989e12}
