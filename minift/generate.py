@@ -14,8 +14,9 @@ prompt's continuation is the same alone and in company.
 Read next: `decode.py`, and `graph.py` for a GPU.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, takewhile
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from minift.graph import GraphDecoder
 from minift.model import KVCache, Llama
 from minift.pack import PADDING
 
+OneMore: TypeAlias = Callable[[Tensor], Tensor]  # each text's last id, [B, 1] → the logits of what follows, [B, V]
 CACHE_MULTIPLE = 8  # of the places in a cache: a GPU's kernels read a mask in such pieces
 
 
@@ -100,21 +102,15 @@ def _steps(
     rooms = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in prompts]
     length = T + max(rooms)
     cache = KVCache(model.config, B, length + -length % CACHE_MULTIPLE, device, dtype)
-    decoder: Decoder | None = None  # for one text, on a CPU, after its first token
-    recorded: GraphDecoder | None = None  # on a GPU, likewise
+    hidden = model.hidden(tokens, positions, document_ids if padded else None, cache)
+    logits = hidden[:, -1] @ model.head_weight.T  # [B, V]: only the last position's are needed
+    del hidden
+    one_more: OneMore | None = None  # made for the second new token, if there is to be one
     finished = [False] * B
-    ids: list[int] = []
     for n in range(1, max(rooms) + 1):
-        if n > 1 and B == 1 and device.type == "cpu":
-            decoder = decoder or Decoder(model, cache, max(rooms) - 1)
-            logits = decoder.logits(ids[0])[None]  # [1, V]
-        elif n > 1 and device.type == "cuda":
-            recorded = recorded or GraphDecoder(model, cache, positions, document_ids)
-            logits = recorded.logits(tokens)  # [B, V]
-        else:
-            hidden = model.hidden(tokens, positions, document_ids if padded else None, cache)
-            logits = hidden[:, -1] @ model.head_weight.T  # [B, V]: only the last position's are needed
-            positions, document_ids = positions[:, -1:] + 1, document_ids[:, -1:]
+        if n > 1:
+            one_more = one_more or _decoder(model, cache, positions[:, -1:] + 1, document_ids[:, -1:], max(rooms) - 1)
+            logits = one_more(tokens)
         tokens = sample(logits, temperature, top_k, top_p, generator)[:, None]
         ids = tokens[:, 0].tolist()
         yield [id if n <= room else None for id, room in zip(ids, rooms, strict=True)]
@@ -122,6 +118,28 @@ def _steps(
         finished = [before or now for before, now in zip(finished, ends, strict=True)]
         if all(finished):
             return
+
+
+def _decoder(model: Llama, cache: KVCache, positions: Tensor, document_ids: Tensor, most: int) -> OneMore:
+    """The fastest way to one more token of each text, whose earlier ones are in the cache.
+
+    Args:
+        positions, document_ids: int64 [B, 1], those of each text's next token.
+        most: so many tokens will be asked for, or fewer.
+    """
+    if model.device.type == "cuda":
+        return GraphDecoder(model, cache, positions, document_ids).logits
+    if model.device.type == "cpu" and len(positions) == 1:
+        decoder = Decoder(model, cache, most)
+        return lambda tokens: decoder.logits(int(tokens))[None]
+    documents = None if cache.document_ids is None else document_ids
+    past = cache.length
+
+    def plain(tokens: Tensor) -> Tensor:
+        last = model.hidden(tokens, positions + (cache.length - past), documents, cache)[:, 0]
+        return last @ model.head_weight.T
+
+    return plain
 
 
 def _until_end(ids: Sequence[int | None], ends: tuple[int, ...]) -> list[int]:
