@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from benchmarks import (
+    arguments,
     attention,
     data,
     generate,
@@ -64,6 +65,7 @@ def main() -> int:
             if not options.name:
                 print(f"\npython -m benchmarks {shlex.join(words)}", flush=True)
             options_of = parser.parse_args(words)
+            arguments.check_files(options_of)
             BENCHMARKS[options_of.name].run(options_of)
     except InputError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)

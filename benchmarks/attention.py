@@ -28,12 +28,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import record, roof, textbook
+from benchmarks import arguments, record, roof, textbook
 from benchmarks.timing import in_turns, paired_ratio
 from minift.attention import Mask, attend, block_mask
-from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig, check_number
+from minift.config import LlamaConfig
 from minift.errors import InputError, one_line
-from minift.machine import choose_device, choose_dtype
 from minift.model import Llama, flex_pays
 
 KERNELS = {
@@ -48,27 +47,21 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--config", default="smollm2-135m", metavar="NAME|FILE", help="whose heads (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="rows (%(default)s)")
-    parser.add_argument("--length", type=int, default=1_024, metavar="N", help="tokens of a row (%(default)s)")
+    arguments.add_shape(parser, "smollm2-135m", batch_size=4, length=1_024)
     parser.add_argument("--document", type=int, default=256, metavar="N", help="tokens of a document (%(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(%(default)s)")
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    arguments.add_machine(parser)
+    arguments.add_repeats(parser, 5)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print two tables and write the JSON."""
-    for name in ("batch_size", "length", "document", "repeats"):
-        check_number(name, getattr(options, name), least=1)
-    config = PRETRAIN.replace(device=options.device, dtype=options.dtype)
-    device = choose_device(config)
-    dtype, shape = choose_dtype(config, device), LlamaConfig.named(options.config)
+    arguments.check_counts(options, "document", "repeats")
+    config, shape = arguments.train_config(options), LlamaConfig.named(options.config)
+    device, dtype = torch.device(config.device), config.dtype
     result = {
         "benchmark": "attention",
         **record.environment(),
-        "config": shape.to_dict() if options.config.endswith(".json") else options.config,
+        "config": arguments.recorded_shape(options.config),
         "heads": [shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim],
         "dtype": dtype,
         "device": device.type,

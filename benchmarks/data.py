@@ -31,7 +31,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks import process, prose, record
+from benchmarks import arguments, process, prose, record
 from minift.config import model_path
 from minift.errors import InputError
 from minift.records import find_files, read_records
@@ -48,9 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="DIR|FILE", help="with SentencePiece (default: trained on the text)")
     parser.add_argument("--pieces", type=int, default=32_000, metavar="N", help="… of so many pieces (%(default)s)")
     parser.add_argument("--megabytes", type=float, default=24, metavar="N", help="of default text (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a fresh process is asked to do
+    arguments.add_repeats(parser, 5, "runs of each")
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,8 +57,7 @@ def run(options: argparse.Namespace) -> None:
     if options.measure:
         print(json.dumps(_measure(*options.measure)))
         return
-    if options.repeats < 1:
-        raise InputError("--repeats must be at least 1")
+    arguments.check_counts(options, "repeats")
     sides = {"parts alone": 1, "minift": 1, "minift, 2 workers": None}  # the cores of each; None: all
     if importlib.util.find_spec("datasets") and importlib.util.find_spec("transformers"):
         sides |= {"datasets, loop": 1, "datasets, map": 1}

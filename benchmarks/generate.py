@@ -28,10 +28,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks import record, roof
+from benchmarks import arguments, record, roof
 from benchmarks.peers import to_transformers
 from benchmarks.timing import paired_ratio, wait_for
-from minift.config import LlamaConfig, TrainConfig
+from minift.config import LlamaConfig, TrainConfig, check_number
 from minift.errors import InputError
 from minift.flops import BYTES, count_parameters, forward_flops_per_token
 from minift.generate import stream
@@ -51,17 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", nargs="+", default=CONFIGS, metavar="NAME|FILE", help=f"the shapes ({names})")
     parser.add_argument("--prompt-length", type=int, default=128, metavar="N", help="tokens read (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens generated (%(default)s)")
-    parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="texts of each side (%(default)s)")
+    arguments.add_machine(parser)
+    arguments.add_repeats(parser, 7, "texts of each side")
     parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="NAME", help="only these: " + "; ".join(SIDES))
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure each shape, print its table and write the JSON."""
-    if min(options.repeats, options.prompt_length, options.new_tokens - 1) < 1:
-        raise InputError("--repeats and --prompt-length must be at least 1, and --new-tokens at least 2")
+    arguments.check_counts(options, "repeats", "prompt_length")
+    check_number("--new-tokens", options.new_tokens, least=2)
     asked = TrainConfig(dtype=options.dtype, device=options.device)
     device = choose_device(asked)
     dtype = choose_dtype(asked, device)

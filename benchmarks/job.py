@@ -13,15 +13,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from minift.config import DTYPES, PRETRAIN, LlamaConfig, TrainConfig, bundled, check_number, model_path
+from benchmarks import arguments
+from minift.config import LlamaConfig, TrainConfig, bundled, check_number, model_path
 from minift.errors import InputError
 from minift.loss import batch_states, next_token_loss
-from minift.machine import autocast, check_compiler, choose_device, choose_dtype
+from minift.machine import autocast
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, PageBatches
@@ -46,12 +46,9 @@ Part = Callable[[str], AbstractContextManager[Any]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which run is measured."""
-    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the model's shape (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of a micro-batch (%(default)s)")
-    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
+    arguments.add_shape(parser, rows="rows of a micro-batch")
     parser.add_argument("--grad-accum", type=int, default=1, metavar="N", help="micro-batches of a step (%(default)s)")
-    parser.add_argument("--dtype", default="auto", metavar="|".join(DTYPES), help="of the arithmetic (%(default)s)")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="(%(default)s)")
+    arguments.add_machine(parser)
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     add_data_arguments(parser)
 
@@ -64,18 +61,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings(options: argparse.Namespace) -> TrainConfig:
     """The options as a run's config, its device and dtype decided. Raises InputError for one that cannot be."""
-    config = PRETRAIN.replace(
-        steps=STEPS,
-        batch_size=options.batch_size,
-        max_length=options.length,
-        grad_accum=options.grad_accum,
-        dtype=options.dtype,
-        device=options.device,
-        compile=options.compile,
-    )
-    device = choose_device(config)
-    check_compiler(config, device)
-    return config.replace(device=device.type, dtype=choose_dtype(config, device))
+    return arguments.train_config(options, steps=STEPS, grad_accum=options.grad_accum, compile=options.compile)
 
 
 @dataclass
@@ -130,17 +116,6 @@ def prepare(options: argparse.Namespace) -> Job:
     config, shape = settings(options), LlamaConfig.named(options.config)
     batches = pages(shape, config, options.data, options.tokenizer)
     return begin(shape, config, batches, iter(batches))
-
-
-def check_output(file: str | None) -> None:
-    """Raise InputError when a file cannot be written: before it is measured what should stand in it."""
-    if file is None:
-        return
-    try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).open("a").close()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
 def take_step(job: Job, part: Part) -> StepResult:

@@ -21,8 +21,6 @@ Read next: `peers.py`.
 """
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,12 +31,11 @@ import torch
 import minift.loss
 import minift.model
 import minift.train
-from benchmarks import process, record, textbook
-from benchmarks.timing import in_turn_order, paired_ratio, wait_for
-from minift.config import PRETRAIN, LlamaConfig, TrainConfig
-from minift.errors import InputError
+from benchmarks import arguments, process, record, side, textbook
+from benchmarks.timing import in_turn_order, paired_ratio
+from minift.config import LlamaConfig, TrainConfig
 from minift.flops import training_flops_per_token
-from minift.machine import check_compiler, choose_device, choose_dtype
+from minift.machine import check_compiler
 from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
 from minift.train import start_state, train_step
@@ -50,35 +47,24 @@ SHORTEST = 8  # of the documents, as a part of a row: they are from an eighth of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the shape (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="documents of a step (%(default)s)")
-    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    parser.add_argument("--repeats", type=int, default=6, metavar="N", help="turns (%(default)s)")
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, metavar="NAME", help="only these: " + ", ".join(RUNGS))
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is asked to do
+    arguments.add_shape(parser, rows="documents of a step")
+    arguments.add_device(parser)
+    arguments.add_repeats(parser, 6)
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, metavar="NAME", help="only these: " + "; ".join(RUNGS))
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print a table and write the JSON."""
-    config = PRETRAIN.replace(
-        device=options.device, batch_size=options.batch_size, max_length=options.length, compile=False
-    )
-    device = choose_device(config)
-    config = config.replace(device=device.type, dtype=choose_dtype(config, device))
-    shape = LlamaConfig.named(options.config)
+    config, shape = arguments.train_config(options), LlamaConfig.named(options.config)
     if options.measure:
         _serve(options.measure[0], shape, config)
         return
-    if options.repeats < 1:
-        raise InputError("--repeats must be at least 1")
-    rungs = [
-        name for name in RUNGS if name in (options.rungs or RUNGS) and (name not in CPU_ONLY or device.type == "cpu")
-    ]
-    check_compiler(config.replace(compile=rungs[-1] == "+ compile"), device)
-    words = [f"--config={options.config}", f"--batch-size={config.batch_size}", f"--length={config.max_length}"]
-    words.append(f"--device={config.device}")
+    arguments.check_counts(options, "repeats")
+    on_cpu = config.device == "cpu"
+    rungs = [name for name in RUNGS if name in (options.rungs or RUNGS) and (on_cpu or name not in CPU_ONLY)]
+    check_compiler(config.replace(compile=rungs[-1] == "+ compile"), torch.device(config.device))
+    words = arguments.words(options, config)
     with ExitStack() as stack:
         workers = {name: stack.enter_context(process.Worker("ladder", name, *words)) for name in rungs}
         answers: dict[str, list[Any]] = {name: [] for name in rungs}
@@ -102,15 +88,8 @@ def _serve(name: str, shape: LlamaConfig, config: TrainConfig) -> None:
     first = time.perf_counter() - start
     step()
     tokens = batch.tokens.numel()
-    print(json.dumps({"first_step_seconds": first, "loss": loss, "targets": batch.n_targets, "positions": tokens}))
-    sys.stdout.flush()
-    for _ in sys.stdin:
-        wait_for(config.device)
-        start = time.perf_counter()
-        step()
-        wait_for(config.device)
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "peak_bytes": process.peak_of(config.device)}), flush=True)
+    ready = {"first_step_seconds": first, "loss": loss, "targets": batch.n_targets, "positions": tokens}
+    side.serve(ready, step, config.device)
 
 
 def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Callable[[], float], Batch]:
@@ -176,7 +155,7 @@ def _result(
     result = {
         "benchmark": "ladder",
         **record.environment(),
-        "config": shape.to_dict() if options.config.endswith(".json") else options.config,
+        "config": arguments.recorded_shape(options.config),
         "dtype": config.dtype,
         "device": config.device,
         "documents": config.batch_size,

@@ -12,7 +12,7 @@ import textwrap
 import time
 from typing import Any, Protocol
 
-from benchmarks import record
+from benchmarks import arguments, record
 from benchmarks.lessons import accumulation, forgetting, how_many, knowledge, leakage, precision
 from benchmarks.lessons.chart import Chart, check_plot
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one = names.add_parser(name, help=text, description=text)
         lesson.add_arguments(one)
         one.add_argument("--plot", metavar="FILE", help="draw the picture to a .png, too")
-        one.add_argument("--json", metavar="FILE", help="write the result to FILE")
+        arguments.add_json(one)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import process, record
+from benchmarks import arguments, process, record
 from minift.config import LlamaConfig
-from minift.errors import InputError
 from minift.extras import need
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
@@ -42,11 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the file (%(default)s)"
     )
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each loader (%(default)s)")
+    arguments.add_repeats(parser, 7, "runs of each loader")
     parser.add_argument("--folder", help="where to make the checkpoint (the system's temporary folder)")
     parser.add_argument("--convert", nargs="*", default=["native", "meta"], help="formats to convert to (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # what a fresh process is asked to do
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -55,8 +53,7 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(_measure(*options.measure)))
         return
     need("safetensors", "hf", "this benchmark")
-    if options.repeats < 1:
-        raise InputError("--repeats must be at least 1")
+    arguments.check_counts(options, "repeats")
     config = LlamaConfig.named(options.config)
     loaders = ["minift"] + ["transformers"] * (importlib.util.find_spec("transformers") is not None)
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
@@ -79,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     result = {
         "benchmark": "load",
         **record.environment(),
-        "config": options.config,
+        "config": arguments.recorded_shape(options.config),
         "dtype": options.dtype,
         "weights_bytes": nbytes,
         "load": {name: _summary(measured) for name, measured in runs.items()},

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import process, record
+from benchmarks import arguments, process, record
 from minift import jobs
 from minift.checkpoint import load_model
 from minift.config import FINETUNE, model_path
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="bundled", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="pairs (the bundled ones)")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps (as many as minift finetune takes)")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is asked to do
+    arguments.add_device(parser)
+    arguments.add_json(parser)
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:

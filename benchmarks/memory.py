@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import process, record
+from benchmarks import arguments, process, record
 from benchmarks.alive import CAST, Memory, watch_step
-from benchmarks.job import Job, add_data_arguments, begin, check_output, pages, settings, take_step
+from benchmarks.job import Job, add_data_arguments, begin, pages, settings, take_step
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.flops import training_memory
@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NAME:BxT", help="(%(default)s)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(%(default)s)")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="(%(default)s)")
+    arguments.add_device(parser)
     add_data_arguments(parser)
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a fresh process is asked to do
+    arguments.add_json(parser)
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,7 +56,6 @@ def run(options: argparse.Namespace) -> None:
     if options.measure:
         print(json.dumps(measure(*options.measure)))
         return
-    check_output(options.json)
     cases = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]
     for shape, dtype in cases:  # what is wrong is said before anything runs
         named = _named(shape, dtype, options.device)

@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import record, roof, roofline
+from benchmarks import arguments, record, roof, roofline
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
 from benchmarks.timing import in_turns, paired_ratio
-from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig
+from minift.config import LlamaConfig
 from minift.errors import InputError
-from minift.machine import check_compiler, choose_device, choose_dtype
+from minift.machine import check_compiler
 
 VARIANTS = ("naive", "used", "compiled")
 Times = dict[str, dict[str, list[float]]]  # by phase, by variant: seconds in each turn
@@ -38,15 +38,11 @@ Times = dict[str, dict[str, list[float]]]  # by phase, by variant: seconds in ea
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the shape (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows (%(default)s)")
-    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the products (%(default)s)")
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="turns (%(default)s)")
+    arguments.add_shape(parser)
+    arguments.add_machine(parser)
+    arguments.add_repeats(parser, 9)
     parser.add_argument("--no-compile", action="store_true", help="without the compiled variants")
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, metavar="NAME", help="of " + ", ".join(OPERATIONS))
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline to FILE.png (needs the plot extra)")
 
 
@@ -71,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "benchmark": "ops",
         **record.environment(),
-        "config": setting.shape.to_dict() if options.config.endswith(".json") else options.config,
+        "config": arguments.recorded_shape(options.config),
         "dtype": measured.dtype,
         "device": setting.device,
         "batch_size": setting.batch_size,
@@ -92,19 +88,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _setting(options: argparse.Namespace) -> Setting:
-    if min(options.batch_size, options.length, options.repeats) < 1:
-        raise InputError("--batch-size, --length and --repeats must be at least 1")
-    config = PRETRAIN.replace(device=options.device, dtype=options.dtype, compile=not options.no_compile)
-    device = choose_device(config)
+    arguments.check_counts(options, "repeats")
+    config, shape = arguments.train_config(options), LlamaConfig.named(options.config)
     try:
-        check_compiler(config, device)
-    except InputError:
-        raise InputError(
-            "the compiled variants need a C++ compiler, and none is installed; give --no-compile"
-        ) from None
-    dtype = getattr(torch, choose_dtype(config, device))
-    shape = LlamaConfig.named(options.config)
-    return Setting(shape, options.batch_size, options.length, dtype, device.type, bool(config.compile))
+        check_compiler(config.replace(compile=not options.no_compile), torch.device(config.device))
+    except InputError as error:
+        raise InputError(f"{error}; give --no-compile to do without the compiled variants") from None
+    dtype = getattr(torch, config.dtype)
+    return Setting(shape, config.batch_size, config.max_length, dtype, config.device, not options.no_compile)
 
 
 def measure(operation: Operation, repeats: int, device: str) -> Times:

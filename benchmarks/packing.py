@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import arguments, record
 from minift.config import FINETUNE, LlamaConfig, bundled, model_path
 from minift.machine import choose_device, choose_dtype
 from minift.model import Llama
@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="bundled", metavar="NAME|FILE", help="the model's shape (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pairs of a batch (%(default)s)")
     parser.add_argument("--max-length", type=int, default=512, metavar="N", help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="(%(default)s)")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    arguments.add_device(parser)
+    arguments.add_repeats(parser, 5)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print a table and write the JSON."""
+    arguments.check_counts(options, "repeats")
     config = FINETUNE.replace(device=options.device, max_length=options.max_length, batch_size=options.batch_size)
     device = choose_device(config)
     config = config.replace(dtype=choose_dtype(config, device))
@@ -86,7 +86,7 @@ def _report(
     result = {
         "benchmark": "packing",
         **record.environment(),
-        "config": options.config,
+        "config": arguments.recorded_shape(options.config),
         "dtype": dtype,
         "batch_size": options.batch_size,
         "targets": targets,

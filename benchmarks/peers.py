@@ -22,64 +22,58 @@ Read next: `ladder.py`.
 
 import argparse
 import importlib.util
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import torch
 
-from benchmarks import process, record, roof
-from benchmarks.timing import in_turn_order, paired_ratio, wait_for
+from benchmarks import arguments, process, record, roof, side
+from benchmarks.timing import in_turn_order, paired_ratio
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
 from minift.flops import training_flops_per_token
-from minift.machine import choose_device, choose_dtype, data_sheet_flops
+from minift.machine import check_compiler, data_sheet_flops
 from minift.model import Llama
-from minift.pack import IGNORE, Batch
 from minift.train import start_state, train_step
 
 BATCHES = 4  # different ones, which all sides go through again and again
-AGREE = 0.01  # how far the losses of a step may be apart, of the smaller one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the shape (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows (%(default)s)")
-    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
-    parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    arguments.add_shape(parser)
+    arguments.add_machine(parser)
     parser.add_argument(
         "--loss-chunk", type=int, default=PRETRAIN.loss_chunk, metavar="N", help="minift's (%(default)s)"
     )
     parser.add_argument("--lr", type=float, default=1e-4, metavar="X", help="learning rate (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="of each side in a turn (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=8, metavar="N", help="turns (%(default)s)")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="NAME", help="only these: " + ", ".join(SIDES))
+    arguments.add_repeats(parser, 8)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="NAME", help="only these: " + "; ".join(SIDES))
     parser.add_argument("--apart", action="store_true", help="one side after another, for models that fill a GPU")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is asked to do
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print a table and write the JSON."""
-    config = _train_config(options)
+    config = arguments.train_config(options, loss_chunk=options.loss_chunk, weight_decay=0.0, lr=options.lr)
     shape = LlamaConfig.named(options.config)
     if options.measure:
         _serve(options.measure[0], shape, config, options.steps)
         return
-    if options.repeats < 1 or options.steps < 1:
-        raise InputError("--repeats and --steps must be at least 1")
+    arguments.check_counts(options, "repeats", "steps")
     sides = [name for name in SIDES if name in (options.sides or UNASKED)]
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: skipped")
         sides = [name for name in sides if not name.startswith("transformers")]
-    words = [f"--config={options.config}", f"--batch-size={config.batch_size}", f"--length={config.max_length}"]
-    words += [f"--dtype={config.dtype}", f"--device={config.device}", f"--steps={options.steps}"]
+    check_compiler(
+        config.replace(compile=any(name.endswith("compiled") for name in sides)), torch.device(config.device)
+    )
+    words = [*arguments.words(options, config), f"--steps={options.steps}"]
     words += [f"--loss-chunk={config.loss_chunk}", f"--lr={config.lr}"]
     turns = Turns()
     for together in [[name] for name in sides] if options.apart else [sides]:
@@ -139,20 +133,6 @@ class Turns:
         self.rates |= dict.fromkeys(sides, rates)
 
 
-def _train_config(options: argparse.Namespace) -> TrainConfig:
-    config = PRETRAIN.replace(
-        device=options.device,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-        max_length=options.length,
-        loss_chunk=options.loss_chunk,
-        weight_decay=0.0,
-        lr=options.lr,
-    )
-    device = choose_device(config)
-    return config.replace(device=device.type, dtype=choose_dtype(config, device))
-
-
 # In a process of its own ----------------------------------------------------------------------------------------------
 
 
@@ -170,38 +150,19 @@ def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> No
     if config.device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # for a moment there were two models
     start = time.perf_counter()
-    losses = [step(0)]
+    losses = [step()]
     first = time.perf_counter() - start
-    losses.append(step(1))  # some things are made in the second step only
-    taken = 2
-    print(json.dumps({"first_step_seconds": first, "losses": losses}), flush=True)
-    for _ in sys.stdin:
-        wait_for(config.device)
-        start = time.perf_counter()
-        losses = [step(taken + i) for i in range(steps)]
-        wait_for(config.device)
-        seconds = (time.perf_counter() - start) / steps
-        taken += steps
-        print(
-            json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": process.peak_of(config.device)}), flush=True
-        )
+    losses.append(step())  # some things are made in the second step only
+    side.serve({"first_step_seconds": first, "losses": losses}, step, config.device, steps)
 
 
-def _minift_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[int], float]:
-    _, B, T = ids.shape
-    targets = torch.cat((ids[:, :, 1:], torch.full_like(ids[:, :, :1], IGNORE)), dim=-1)
-    places, rows = torch.arange(T, device=ids.device).expand(B, T), torch.zeros_like(ids[0])
+def _minift_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[], float]:
+    batches = cycle(side.whole_rows(ids))
     state = start_state(model, None, config)  # type: ignore[arg-type]  # no data to keep the place of
-
-    def step(number: int) -> float:
-        i = number % BATCHES
-        batch = Batch(ids[i], targets[i], places, rows, False, B * (T - 1))
-        return train_step(state, [batch], config.lr, config).loss
-
-    return step
+    return lambda: train_step(state, [next(batches)], config.lr, config).loss
 
 
-def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[int], float]:
+def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[], float]:
     theirs = to_transformers(model, use_cache=False)
     theirs.train()
     if config.checkpoint_activations:
@@ -211,10 +172,10 @@ def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> 
     )
     scaler = torch.amp.GradScaler(ids.device.type, enabled=config.dtype == "float16")
     forward = torch.compile(theirs) if config.compile else theirs
-    dtype = getattr(torch, config.dtype)
+    dtype, batches = getattr(torch, config.dtype), cycle(ids)
 
-    def step(number: int) -> float:
-        tokens = ids[number % BATCHES]
+    def step() -> float:
+        tokens = next(batches)
         with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = forward(tokens, labels=tokens).loss  # it shifts them
         scaler.scale(loss).backward()
@@ -256,16 +217,13 @@ def _result(options: argparse.Namespace, config: TrainConfig, shape: LlamaConfig
         name: turns.ready[name]["losses"] + [loss for answer in given for loss in answer["losses"]]
         for name, given in turns.answers.items()
     }
-    apart = max(max(step) / min(step) - 1 for step in zip(*losses.values(), strict=True))
-    if apart > AGREE:
-        raise InputError(f"the sides' losses are up to {apart:.1%} apart: they do not train the same")
     speeds = {name: record.spread([tokens / s for s in times]) for name, times in seconds.items()}
     peak = data_sheet_flops(torch.device(config.device), config.dtype)
     rates = [rate for of_side in turns.rates.values() for rate in of_side]
     return {
         "benchmark": "peers",
         **record.environment(),
-        "config": shape.to_dict() if options.config.endswith(".json") else options.config,
+        "config": arguments.recorded_shape(options.config),
         "dtype": config.dtype,
         "device": config.device,
         "batch_size": config.batch_size,
@@ -289,7 +247,7 @@ def _result(options: argparse.Namespace, config: TrainConfig, shape: LlamaConfig
         "first_step_seconds": {name: answer["first_step_seconds"] for name, answer in turns.ready.items()},
         "peak_bytes": {name: given[-1]["peak_bytes"] for name, given in turns.answers.items()},
         "losses": {name: [round(loss, 4) for loss in values] for name, values in losses.items()},
-        "losses_apart_at_most": apart,
+        "losses_apart_at_most": side.losses_apart(losses),
     }
 
 

@@ -33,12 +33,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import record
+from benchmarks import arguments, record
 from benchmarks.alive import Memory, watch_step
-from benchmarks.job import Job, check_output, prepare, take_step
+from benchmarks.job import Job, prepare, take_step
 from benchmarks.job import add_arguments as add_job_arguments
 from benchmarks.timing import wait_for
-from minift.config import check_number
 from minift.errors import InputError
 from minift.report import size
 
@@ -56,32 +55,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     add_job_arguments(parser)
     parser.add_argument("--top", type=int, default=15, metavar="N", help="operators to show (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps without the profiler (%(default)s)")
+    arguments.add_repeats(parser, 5, "steps without the profiler")
     parser.add_argument("--trace", metavar="FILE", help="write the trace to FILE, .json or .json.gz")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print the tables and write the trace and the JSON."""
-    check_number("repeats", options.repeats, least=1)
-    check_number("top", options.top, least=1)
+    arguments.check_counts(options, "repeats", "top")
     if options.trace is not None and not options.trace.endswith((".json", ".json.gz")):
         raise InputError(f"--trace: {options.trace} must end in .json or .json.gz")
-    check_output(options.trace)
-    check_output(options.json)
     job = prepare(options)
     for _ in range(WARMUP):
         take_step(job, nullcontext)
     wall, busy = time_steps(job, options.repeats)
     with tempfile.TemporaryDirectory() as scratch:
         trace = Path(options.trace or Path(scratch) / "trace.json.gz")
+        trace.parent.mkdir(parents=True, exist_ok=True)
         profiled, operators = profile_step(job, trace)
         if job.config.device == "cuda":
             busy = busy_seconds(read_trace(trace)) / wall
     result = {
         "benchmark": "profile",
         **record.environment(),
-        "config": options.config,
+        "config": arguments.recorded_shape(options.config),
         **{key: getattr(job.config, key) for key in ("device", "dtype", "batch_size", "grad_accum", "compile")},
         "length": job.config.max_length,
         "threads": torch.get_num_threads(),
@@ -183,7 +179,7 @@ def show(result: dict[str, Any], top: int) -> None:
     """Print the tables."""
     cuda = result["device"] == "cuda"
     print(
-        f"{result['config']}, {result['dtype']} on {result['device']}, "
+        f"{arguments.shape_name(result['config'])}, {result['dtype']} on {result['device']}, "
         f"{result['grad_accum']} x {result['batch_size']} x {result['length']} tokens: "
         f"{result['step_seconds'] * 1e3:,.1f} ms a step, {result['profiled_step_seconds'] * 1e3:,.1f} ms profiled"
     )

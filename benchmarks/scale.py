@@ -13,66 +13,48 @@ Read next: `minift/distributed.py`.
 """
 
 import argparse
-import json
 import socket
 import sys
-import time
 from contextlib import ExitStack
+from itertools import cycle
 from typing import Any
 
 import torch
 
-from benchmarks import process, record
-from benchmarks.timing import in_turn_order, paired_ratio, wait_for
-from minift.config import PRETRAIN, LlamaConfig, TrainConfig
+from benchmarks import arguments, process, record, side
+from benchmarks.timing import in_turn_order, paired_ratio
+from minift.config import LlamaConfig, TrainConfig
 from minift.distributed import World, fill, join
 from minift.errors import InputError
-from minift.machine import choose_device, choose_dtype
 from minift.model import Llama
-from minift.pack import IGNORE, Batch
 from minift.train import start_state, train_step
 
 BATCHES = 4  # different ones, which all sides go through again and again
+WARM_UP = 2  # steps that do not count
 LEARNING_RATE = 1e-4
-AGREE = 0.01  # how far the losses of a step may be apart, of the smaller one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--config", default="stories15m", metavar="NAME|FILE", help="the shape (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of all together (%(default)s)")
-    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (%(default)s)")
+    arguments.add_shape(parser, rows="rows of all together")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="that share the cores (%(default)s)")
-    parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    arguments.add_machine(parser)
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="of each side in a turn (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=8, metavar="N", help="turns (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is asked to do
+    arguments.add_repeats(parser, 8)
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print a table and write the JSON."""
-    config = PRETRAIN.replace(
-        device=options.device,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-        max_length=options.length,
-        weight_decay=0.0,
-        lr=LEARNING_RATE,
-    )
-    device = choose_device(config)
-    config = config.replace(device=device.type, dtype=choose_dtype(config, device))
+    config = arguments.train_config(options, weight_decay=0.0, lr=LEARNING_RATE)
     shape = LlamaConfig.named(options.config)
     if options.measure:
         _serve(options.measure[0], shape, config, options.steps)
         return
-    if min(options.repeats, options.steps, options.processes) < 1:
-        raise InputError("--repeats, --steps and --processes must be at least 1")
+    arguments.check_counts(options, "repeats", "steps", "processes")
     if options.batch_size % options.processes:
         raise InputError(f"--batch-size {options.batch_size} is not a multiple of {options.processes} processes")
-    words = [f"--config={options.config}", f"--batch-size={config.batch_size}", f"--length={config.max_length}"]
-    words += [f"--dtype={config.dtype}", f"--device={config.device}", f"--steps={options.steps}"]
+    words = [*arguments.words(options, config), f"--steps={options.steps}"]
     threads = torch.get_num_threads()
     sides = {"one process": 1, "ddp": options.processes, "fsdp": options.processes}
     with ExitStack() as stack:
@@ -135,30 +117,14 @@ def _serve_rank(world: World, shape: LlamaConfig, config: TrainConfig, steps: in
         model.init_weights(generator)
         state = start_state(model.to(world.device), None, config, world)  # type: ignore[arg-type]
     ids = torch.randint(shape.vocab_size, (BATCHES, config.batch_size, config.max_length), generator=generator)
-    ids = ids[:, world.rank :: world.size].to(world.device)
-    _, B, T = ids.shape
-    targets = torch.cat((ids[:, :, 1:], torch.full_like(ids[:, :, :1], IGNORE)), dim=-1)
-    places, rows = torch.arange(T, device=world.device).expand(B, T), torch.zeros_like(ids[0])
+    batches = cycle(side.whole_rows(ids[:, world.rank :: world.size].to(world.device)))
 
-    def step(number: int) -> float:
-        i = number % BATCHES
-        batch = Batch(ids[i], targets[i], places, rows, False, B * (T - 1))
-        return train_step(state, [batch], LEARNING_RATE, config).loss
+    def step() -> float:
+        return train_step(state, [next(batches)], LEARNING_RATE, config).loss
 
-    taken = 2
-    for number in range(taken):
-        step(number)
-    print(json.dumps({"threads": torch.get_num_threads()}), file=out, flush=True)
-    for _ in sys.stdin:
-        world.wait()
-        wait_for(config.device)
-        start = time.perf_counter()
-        losses = [step(taken + i) for i in range(steps)]
-        wait_for(config.device)
-        seconds = (time.perf_counter() - start) / steps
-        taken += steps
-        answer = {"seconds": seconds, "losses": losses, "peak_bytes": process.peak_of(config.device)}
-        print(json.dumps(answer), file=out, flush=True)
+    for _ in range(WARM_UP):
+        step()
+    side.serve({"threads": torch.get_num_threads()}, step, config.device, steps, out, together=world.wait)
 
 
 # The result -----------------------------------------------------------------------------------------------------------
@@ -174,13 +140,10 @@ def _result(
     tokens = config.batch_size * config.max_length
     seconds = {name: [answer["seconds"] for answer in given] for name, given in answers.items()}
     losses = {name: [loss for answer in given for loss in answer["losses"]] for name, given in answers.items()}
-    apart = max(max(step) / min(step) - 1 for step in zip(*losses.values(), strict=True))
-    if apart > AGREE:
-        raise InputError(f"the sides' losses are up to {apart:.1%} apart: they do not train the same")
     return {
         "benchmark": "scale",
         **record.environment(),
-        "config": options.config,
+        "config": arguments.recorded_shape(options.config),
         "dtype": config.dtype,
         "device": config.device,
         "batch_size": config.batch_size,
@@ -190,12 +153,12 @@ def _result(
         "tokens_per_second": {name: record.spread([tokens / s for s in times]) for name, times in seconds.items()},
         "of_one_process": {name: paired_ratio(seconds["one process"], times) for name, times in seconds.items()},
         "peak_bytes": {name: given[-1]["peak_bytes"] for name, given in answers.items()},
-        "losses_apart_at_most": apart,
+        "losses_apart_at_most": side.losses_apart(losses),
     }
 
 
 def _table(result: dict[str, Any]) -> str:
-    shape = f"{result['config']}, {result['batch_size']} x {result['length']} tokens, {result['dtype']}"
+    shape = f"{result['batch_size']} x {result['length']} tokens, {result['dtype']}"
     lines = [f"{shape} on {result['device']}, {result['threads']} threads in all"]
     lines += [f"{'':<24}{'tokens/s':>26}{'of one process':>18}{'peak of each':>18}"]
     for name, speed in result["tokens_per_second"].items():

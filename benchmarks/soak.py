@@ -26,7 +26,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import arguments, record
 from benchmarks.process import ROOT
 from minift.errors import InputError
 from minift.report import size
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=120, metavar="N", help="of undisturbed training (%(default)s)")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="of the other run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the kills' moments (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    arguments.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:

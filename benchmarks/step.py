@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import record, roof
-from benchmarks.job import PARTS, STEPS, Job, check_output, prepare, take_step
+from benchmarks import arguments, record, roof
+from benchmarks.job import PARTS, STEPS, Job, prepare, take_step
 from benchmarks.job import add_arguments as add_job_arguments
 from benchmarks.timing import paired_ratio, wait_for
-from minift.config import check_number
 from minift.flops import training_flops_per_token
 from minift.machine import data_sheet_flops
 from minift.optim import learning_rate
@@ -41,20 +40,18 @@ TOLERANCE = 0.05  # by which the parts may miss the whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     add_job_arguments(parser)
-    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="steps of each kind (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    arguments.add_repeats(parser, 10, "steps of each kind")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print a table and write the JSON."""
-    check_number("repeats", options.repeats, least=1)
-    check_output(options.json)
+    arguments.check_counts(options, "repeats")
     job = prepare(options)
     whole, around, parts = measure(job, options.repeats)
     result = {
         "benchmark": "step",
         **record.environment(),
-        "config": options.config,
+        "config": arguments.recorded_shape(options.config),
         **{key: getattr(job.config, key) for key in ("device", "dtype", "batch_size", "grad_accum", "compile")},
         "length": job.config.max_length,
         "threads": torch.get_num_threads(),
@@ -154,8 +151,8 @@ def show(result: dict[str, Any]) -> None:
     """Print the table."""
     accum = f"{result['grad_accum']} x " if result["grad_accum"] > 1 else ""
     print(
-        f"{result['config']}, {result['dtype']} on {result['device']}, {accum}{result['batch_size']} x "
-        f"{result['length']} tokens a step{', compiled' if result['compile'] else ''}"
+        f"{arguments.shape_name(result['config'])}, {result['dtype']} on {result['device']}, "
+        f"{accum}{result['batch_size']} x {result['length']} tokens a step{', compiled' if result['compile'] else ''}"
     )
     print(f"{'part':<26}{'median':>12}{'spread':>22}{'share':>9}")
     for name, times in result["parts_seconds"].items():

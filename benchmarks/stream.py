@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
-from benchmarks import process, prose, record
+from benchmarks import arguments, process, prose, record
 from minift.report import size
 
 UNIQUE = 24  # megabytes of text, before it comes again
@@ -23,8 +23,8 @@ UNIQUE = 24  # megabytes of text, before it comes again
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--megabytes", type=float, nargs="+", default=[40, 4_000], metavar="N", help="(%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a fresh process is asked to do
+    arguments.add_json(parser)
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -35,12 +35,12 @@ def in_turns(
     for name, call in sides.items():
         for _ in range(warmup):
             call()
-        seconds = _measure(call, 1, device, clock)
+        seconds = seconds_a_call(call, 1, device, clock)
         calls[name] = max(1, min(1_000, round(SHORTEST / max(seconds, 1e-9))))
     seconds_of: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats):
         for name in in_turn_order(list(sides), turn):
-            seconds_of[name].append(_measure(sides[name], calls[name], device, clock))
+            seconds_of[name].append(seconds_a_call(sides[name], calls[name], device, clock))
     return seconds_of
 
 
@@ -60,7 +60,10 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _measure(call: Callable[[], object], calls: int, device: str, clock: Callable[[], float]) -> float:
+def seconds_a_call(
+    call: Callable[[], object], calls: int, device: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Of so many in a row, from when the device has nothing else to do until it is done with them."""
     wait_for(device)
     start = clock()
     for _ in range(calls):

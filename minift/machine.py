@@ -70,8 +70,8 @@ def check_compiler(config: TrainConfig, device: torch.device) -> None:
     """Raise InputError when `compile` is asked for and what it needs on this device is not installed."""
     if config.compile and not _can_compile(device):
         if device.type == "cpu":
-            raise InputError("--compile on a CPU needs a C++ compiler (g++ or clang++), and none is installed")
-        raise InputError("--compile on a GPU needs Triton and a C compiler (gcc or clang), and one is not installed")
+            raise InputError("compiling for a CPU needs a C++ compiler (g++ or clang++), and none is installed")
+        raise InputError("compiling for a GPU needs Triton and a C compiler (gcc or clang), and one is not installed")
 
 
 def choose_compile(config: TrainConfig, device: torch.device, flops: float) -> bool:

@@ -414,7 +414,7 @@ def test_only_a_long_run_is_compiled_unasked(kind: str, monkeypatch: pytest.Monk
     assert not choose_compile(TrainConfig(compile=False), device, long)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not choose_compile(TrainConfig(), device, long)
-    with pytest.raises(InputError, match=r"--compile on a .* needs .* compiler"):
+    with pytest.raises(InputError, match=r"compiling for a .* needs .* compiler"):
         check_compiler(TrainConfig(compile=True), device)
     check_compiler(TrainConfig(), device)
 

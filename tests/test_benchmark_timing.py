@@ -4,13 +4,18 @@ The clock here is not a real one: it moves when a call says so, and what is meas
 have the units that they claim.
 """
 
+import io
+import json
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from benchmarks import roof, timing
+from benchmarks import roof, side, timing
 from benchmarks.timing import in_turns, paired_ratio
+from minift.errors import InputError
+from minift.pack import IGNORE
 
 
 class FakeMachine:
@@ -83,6 +88,46 @@ def test_paired_ratio_is_the_median_of_the_turns_ratios() -> None:
     assert paired_ratio([2.0, 40.0, 9.0], [1.0, 20.0, 3.0]) == 2.0  # a turn in which all was slow changes nothing
     with pytest.raises(ValueError, match="shorter"):
         paired_ratio([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_side_takes_its_turn_when_it_is_asked(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 1, 2, 3 … seconds. What comes before a turn, and the wait for others, is nobody's time."""
+    machine = FakeMachine(device)
+    work, losses = machine.work("step", *map(float, range(1, 10))), iter(range(10, 20))
+    monkeypatch.setattr(torch.cuda, "synchronize", machine.wait)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("steps\n" * 3))
+
+    def step() -> float:
+        work()
+        return float(next(losses))
+
+    out = io.StringIO()
+    together = machine.work("together", 100.0)
+    side.serve({"ready": True}, step, device, 2, out, together, machine.clock)
+    ready, *answers = map(json.loads, out.getvalue().splitlines())
+    assert ready == {"ready": True}
+    assert [answer["seconds"] for answer in answers] == [1.5, 3.5, 5.5]  # of one step
+    assert [answer["losses"] for answer in answers] == [[10, 11], [12, 13], [14, 15]]
+    assert all(answer["peak_bytes"] == 7 if device == "cuda" else answer["peak_bytes"] > 1e7 for answer in answers)
+    assert machine.log == ["together", "step", "step"] * 3
+
+
+def test_sides_train_on_whole_rows() -> None:
+    ids = torch.arange(2 * 3 * 4).view(2, 3, 4)
+    first, second = side.whole_rows(ids)
+    assert torch.equal(second.tokens, ids[1])
+    assert first.targets.tolist() == [[1, 2, 3, IGNORE], [5, 6, 7, IGNORE], [9, 10, 11, IGNORE]]
+    assert first.n_targets == (first.targets != IGNORE).sum() == 9
+    assert first.positions.tolist() == [[0, 1, 2, 3]] * 3
+    assert not first.document_ids.any()
+
+
+def test_sides_that_do_not_train_the_same_are_no_comparison() -> None:
+    assert side.losses_apart({"a": [2.0, 1.0], "b": [2.0, 1.005]}) == pytest.approx(0.005)
+    with pytest.raises(InputError, match=r"up to 2\.0% apart"):
+        side.losses_apart({"a": [2.0, 1.0], "b": [2.0, 1.02]})
 
 
 # The roofs ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import data, process, prose
+from benchmarks import arguments, data, ops, process, prose
 from benchmarks.__main__ import BENCHMARKS
 from minift.config import bundled
+from minift.errors import InputError
 from minift.tokenizer import load_tokenizer
 from tests.conftest import ROOT, SMALL
 from tests.test_stream import write_jsonl
@@ -54,6 +56,10 @@ def test_load(tmp_path: Path) -> None:
     [
         (["load", "--config", "nonesuch"], "nonesuch"),
         (["load", "--repeats", "0"], "--repeats"),
+        (["ladder", "--repeats", "0"], "--repeats"),
+        (["ladder", "--length", "1"], "max_length"),
+        (["ops", "--dtype", "int8"], "--dtype"),
+        (["peers", "--json", "/dev/null/result.json"], "/dev/null/result.json"),
         (["nonesuch"], "nonesuch"),
     ],
 )
@@ -64,6 +70,24 @@ def test_wrong_input_is_one_line(words: list[str], named: str) -> None:
     assert done.returncode == 2
     assert named in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_to_write_is_tried_and_left_as_it_is(tmp_path: Path) -> None:
+    new, old = tmp_path / "folder" / "new.json", tmp_path / "old.png"
+    old.write_text("a result")
+    arguments.check_files(argparse.Namespace(json=str(new), plot=str(old), trace=None))
+    assert not new.exists()
+    assert old.read_text() == "a result"
+    with pytest.raises(InputError, match="cannot be written: Is a directory"):
+        arguments.check_files(argparse.Namespace(json=str(tmp_path)))
+
+
+def test_without_a_compiler_ops_says_what_to_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    parser = argparse.ArgumentParser()
+    ops.add_arguments(parser)
+    with pytest.raises(InputError, match=r"needs a C\+\+ compiler .*; give --no-compile"):
+        ops.run(parser.parse_args(["--device", "cpu"]))
 
 
 def run_here(name: str, tmp_path: Path, *words: object) -> dict[str, Any]:
