@@ -20,7 +20,8 @@ from torch import Tensor
 
 from minift.attention import attend
 from minift.config import LlamaConfig
-from minift.model import DecoderLayer, Llama, apply_rope, rope_tables
+from minift.model import DecoderLayer, Llama
+from minift.rope import apply_rope, rope_tables
 
 Call: TypeAlias = Callable[[], tuple[Tensor, ...]]
 Function: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]

@@ -32,8 +32,9 @@ from minift.flops import forward_flops_per_token
 from minift.layer import share
 from minift.loss import next_token_loss
 from minift.machine import choose_written_out
-from minift.model import apply_rope, narrowed
+from minift.model import narrowed
 from minift.optim import make_optimizer
+from minift.rope import apply_rope
 
 MAX_NORM = 1.0
 

@@ -39,7 +39,7 @@ class RopeScaling:
     """How Llama 3.1 stretches RoPE to texts longer than those it was pretrained on: `rope_scaling` of rope_type llama3.
 
     Channels that turn slowly are slowed down by `factor`, fast ones stay as they are, and the ones between are blended;
-    the formula is in `model.rope_frequencies`. Source: "The Llama 3 Herd of Models" (arXiv 2407.21783), section 3.4.
+    the formula is in `rope.rope_frequencies`. Source: "The Llama 3 Herd of Models" (arXiv 2407.21783), section 3.4.
     Raises InputError when the numbers do not fit together.
     """
 

@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minift.cache import KVCache
 from minift.errors import InputError
-from minift.model import DecoderLayer, KVCache, Llama, rope_tables
+from minift.model import DecoderLayer, Llama
+from minift.rope import rope_tables
 
 NARROW = 2_048  # columns: for fewer, PyTorch's product of a bfloat16 matrix and a vector is far from what memory gives
 STREAMS = 4  # places at which a product reads a table at once; from memory that is up to 1.6 x as fast as from one

@@ -21,11 +21,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from minift.cache import KVCache
 from minift.config import check_number
 from minift.decode import Decoder
 from minift.errors import InputError, RunError
 from minift.graph import GraphDecoder
-from minift.model import KVCache, Llama
+from minift.model import Llama
 from minift.pack import PADDING
 
 OneMore: TypeAlias = Callable[[Tensor], Tensor]  # each text's last id, [B, 1] → the logits of what follows, [B, V]

@@ -16,27 +16,15 @@ head width, V vocabulary. Source: "Accelerating PyTorch with CUDA Graphs" (PyTor
 """
 
 import math
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from minift.cache import KVCache, RecordedCache
 from minift.errors import InputError
-from minift.model import KVCache, Llama, rope_tables
-
-
-@dataclass(frozen=True)
-class Rooms:
-    """A cache whose next place is a tensor, int64 [1]; in place of a `KVCache`, for an attention that is recorded."""
-
-    cache: KVCache
-    place: Tensor
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new token's key and value, [B, K, 1, C] each; return those of all places, [B, K, S, C]."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return keys.index_copy_(2, self.place, key), values.index_copy_(2, self.place, value)
+from minift.model import Llama
+from minift.rope import rope_tables
 
 
 class GraphDecoder:
@@ -56,7 +44,7 @@ class GraphDecoder:
         self.model, self.cache = model, cache
         device, dtype, past = positions.device, cache.stored.dtype, cache.length
         self.tokens, self.positions = torch.zeros_like(positions), positions.clone()
-        self.rooms = Rooms(cache, torch.tensor([past], device=device))
+        self.recorded = RecordedCache(cache, torch.tensor([past], device=device))
         # What is added to the scores: 0, or −inf for what is not to be seen. (0 times a NaN would be one, so empty
         # places are made zeros.)
         self.mask = torch.full((len(positions), 1, 1, cache.max_length), -math.inf, dtype=dtype, device=device)
@@ -95,11 +83,11 @@ class GraphDecoder:
     def _step(self) -> Tensor:
         """What is recorded: `Llama.hidden` and the head, for one token of each text."""
         model, config = self.model, self.model.config
-        self.mask.index_fill_(-1, self.rooms.place, 0)
+        self.mask.index_fill_(-1, self.recorded.place, 0)
         cos, sin = rope_tables(self.positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = model.embed_tokens(self.tokens)  # [B, 1, D]
         for layer in model.layers:
-            x = layer(x, cos, sin, self.mask, cast(KVCache, self.rooms))
-        self.rooms.place.add_(1)
+            x = layer(x, cos, sin, self.mask, self.recorded)
+        self.recorded.place.add_(1)
         self.positions.add_(1)
         return cast(Tensor, model.norm(x)[:, 0] @ model.head_weight.T)

@@ -56,7 +56,7 @@ def share(config: LlamaConfig, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
     """What the layers of a forward pass read, under its autocast.
 
     Args:
-        cos, sin: [b or 1, 1, T, C], of `model.rope_tables`.
+        cos, sin: [b or 1, 1, T, C], of `rope.rope_tables`.
         mask: bool [b, 1, T, T], True where attention may go; None: plain causal.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else cos.dtype

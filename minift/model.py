@@ -1,4 +1,4 @@
-"""The Llama, whole: RMSNorm, rotary positions, grouped-query attention, SwiGLU, and a cache for generation.
+"""The Llama, whole: RMSNorm, rotary positions (`rope.py`), grouped-query attention, SwiGLU; with a cache, or without.
 
 Legend: B batch, T tokens of the input, S tokens that can be attended to (S = T without a cache), D model width,
 H query heads, K key/value heads, C head width, F feed-forward width, V vocabulary.
@@ -14,7 +14,7 @@ moved to another device or dtype needs no care.
     hidden = model.hidden(tokens)   # [B, T] -> [B, T, D]: what the loss takes (loss.py), so that logits need not exist
 
 Sources: Touvron et al., "Llama 2" (arXiv 2307.09288); "The Llama 3 Herd of Models" (arXiv 2407.21783).
-Every operation has a slow, obvious twin in `reference.py`. Read next: `layer.py`, or at once `loss.py`.
+Every operation has a slow, obvious twin in `reference.py`. Read next: `rope.py`, or at once `loss.py`.
 """
 
 import math
@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.attention import Mask, attend, block_mask
-from minift.config import LONGEST_WRITTEN_OUT, LlamaConfig, RopeScaling
+from minift.cache import KVCache, RecordedCache
+from minift.config import LONGEST_WRITTEN_OUT, LlamaConfig
 from minift.errors import InputError
 from minift.layer import Shared, Weights, share, written_layer
+from minift.rope import apply_rope, rope_tables
 
 _HAS_FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # what F.rms_norm calls; not public
 FLEX_LENGTH = 512  # tokens of a row from which FlexAttention pays on a GPU: it has to be compiled first
@@ -118,139 +120,10 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
-def rope_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
-) -> Tensor:
-    """By how many radians each pair of channels turns from one position to the next, float32 [C/2].
-
-    Pair i turns by theta^(-2i/C): fast for the first pairs, slow for the last. Source: Su et al., "RoFormer" (arXiv
-    2104.09864), section 3.2.
-
-    With `scaling`, as Llama 3.1 has it: a pair that makes more than `high_freq_factor` turns within the original
-    positions is left alone, one that makes fewer than `low_freq_factor` is slowed down by `factor`, and between the two
-    the share that is left alone rises from 0 to 1.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    frequencies = 1.0 / theta**exponents
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
-
-
-def rope_tables(
-    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[Tensor, Tensor]:
-    """The cosines and sines by which RoPE turns each pair of channels, in float32.
-
-    Args:
-        positions: int64 [B, T] or [1, T].
-
-    Returns:
-        cos, sin: float32 [B, 1, T, C], the 1 for the heads. Both halves of C hold the same angles.
-    """
-    frequencies = rope_frequencies(head_dim, theta, scaling, positions.device)  # [C/2]
-    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, C/2]
-    angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, C]
-    if angles.device.type == "cpu":
-        # MKL sets itself up at its first cosine. Where two threads meet there, as they do over a large tensor, half of
-        # the cosines are off by 1e-4, in 4 of 55 processes on an Intel Xeon. A single number is one thread's.
-        angles.new_zeros(1).cos()
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels by its position's angle. The half-split layout: channel i is paired with i + C/2.
-
-        (a, b) → (a cos − b sin, b cos + a sin)      for a = x[…, :C/2], b = x[…, C/2:]
-
-    (Meta's own files pair neighbours, 2i with 2i + 1; `convert` permutes the weights between the two.)
-
-    Args:
-        x: [B, H, T, C]; cos, sin: [B, 1, T, C].
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RoPE.apply(x, cos, sin)
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
-
-
-class _RoPE(torch.autograd.Function):
-    """RoPE with its backward pass written out: the gradient is turned by the same angles the other way round."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rope` of many tokens in half the time, to the bit what its formula gives.
-
-    Products and sums are rounded apart, as there. Fused (`addcmul_`), it takes a fifth less and has other last digits.
-    """
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    turned = wide * cos
-    a, b = wide.chunk(2, dim=-1)
-    turned_a, turned_b = turned.chunk(2, dim=-1)
-    sin = sin[..., : a.shape[-1]]
-    turned_a.sub_(b * sin)
-    turned_b.add_(a * sin)
-    return turned.to(x.dtype)
-
-
 def narrowed(x: Tensor) -> Tensor:
     """x in the dtype of the matrix products: autocast would make a copy for each matrix that reads it."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-class KVCache:
-    """The keys and values of all tokens so far, so that generating a token reads one token, not the whole text.
-
-    Attributes:
-        length: tokens in the cache.
-        stored: [L, 2, B, K, S_max, C], keys and values.
-        keys, values: a tensor [B, K, S_max, C] for each layer, parts of `stored`.
-        document_ids: [B, S_max], or None where every token may be attended to.
-    """
-
-    def __init__(self, config: LlamaConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
-        self.stored = torch.empty(config.num_hidden_layers, 2, *shape, device=device, dtype=dtype)
-        self.keys, self.values = list(self.stored[:, 0]), list(self.stored[:, 1])
-        self.document_ids: Tensor | None = None
-        self.length = 0
-        self.max_length = max_length
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' keys and values, [B, K, T, C] each; return those of all S tokens so far."""
-        end = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def one_more(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each layer, where one new token's key and value belong, [2, B, K, C], and the keys and values of all S
-        tokens, it included, [B, K, S, C] each: `append` for a caller who stores by itself."""
-        rooms, (keys, values) = self.stored[..., self.length, :], self.stored[..., : self.length + 1, :].unbind(1)
-        return zip(rooms.unbind(), keys.unbind(), values.unbind(), strict=True)
-
-    def append_documents(self, document_ids: Tensor) -> Tensor:
-        """Store the new tokens' document ids, [B, T]; return those of all S tokens so far."""
-        if self.document_ids is None:
-            self.document_ids = document_ids.new_zeros(document_ids.shape[0], self.max_length)
-        end = self.length + document_ids.shape[1]
-        self.document_ids[:, self.length : end] = document_ids
-        return self.document_ids[:, :end]
 
 
 class Attention(nn.Module):
@@ -269,7 +142,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, K * C)
         self.o_proj = Linear(H * C, D)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | RecordedCache | None) -> Tensor:
         """[B, T, D] → [B, T, D]. `mask` is bool [B, 1, T, S], True where attention may go; None: plain causal."""
         B, T, _ = x.shape
         x = narrowed(x)

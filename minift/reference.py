@@ -6,8 +6,8 @@ one against it, in value and in gradient (`tests/test_slow_twins.py`).
 
     here                     fast twin
     rms_norm                 model.RMSNorm
-    rope                     model.apply_rope, model.rope_tables
-    scaled_frequency         model.rope_frequencies with a RopeScaling
+    rope                     rope.apply_rope, rope.rope_tables
+    scaled_frequency         rope.rope_frequencies with a RopeScaling
     attention                attention.attend
     swiglu                   model.MLP
     cross_entropy            loss.next_token_loss

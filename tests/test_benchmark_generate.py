@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import generate, roof
+from minift.cache import KVCache
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.generate import stream
-from minift.model import KVCache
 from tests.conftest import SMALL, small_model
 from tests.test_benchmarks import run_here
 

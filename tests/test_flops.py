@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.alive import Alive
 from minift import train
+from minift.cache import KVCache
 from minift.cli import main
 from minift.config import PRESETS, PRETRAIN, LlamaConfig, TrainConfig
 from minift.convert import convert
@@ -36,7 +37,7 @@ from minift.flops import (
 from minift.formats.files import TensorFile
 from minift.loss import _all_rows_at_once_, next_token_loss
 from minift.machine import choose_written_out
-from minift.model import KVCache, Llama
+from minift.model import Llama
 from minift.pack import Batch, Example, PairBatches
 from minift.train import StepResult, start_state, train_step
 from tests.conftest import small_model

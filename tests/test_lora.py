@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minift import load_model, load_tokenizer, save_model
+from minift.cache import KVCache
 from minift.cli import main
 from minift.config import FINETUNE, LORA_TARGETS
 from minift.decode import Decoder
@@ -31,7 +32,7 @@ from minift.lora import (
     write_peft,
 )
 from minift.loss import next_token_loss
-from minift.model import KVCache, Llama
+from minift.model import Llama
 from minift.optim import make_optimizer
 from tests.conftest import small_model, to_transformers
 from tests.test_stream import write_jsonl

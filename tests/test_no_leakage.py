@@ -24,8 +24,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from minift import reference
 from minift.attention import attend, block_mask
+from minift.cache import KVCache
 from minift.loss import batch_loss, next_token_loss
-from minift.model import FLEX_LENGTH, KVCache, Llama
+from minift.model import FLEX_LENGTH, Llama
 from minift.pack import IGNORE, PADDING, Batch, Example, PageBatches, collate
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer

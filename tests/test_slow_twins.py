@@ -25,9 +25,10 @@ from minift import reference
 from minift.config import LlamaConfig, RopeScaling, TrainConfig
 from minift.generate import sample
 from minift.loss import _a_few_rows_at_a_time_, _all_rows_at_once_, next_token_loss, target_scores
-from minift.model import MLP, Attention, Llama, RMSNorm, apply_rope, rope_frequencies, rope_tables
+from minift.model import MLP, Attention, Llama, RMSNorm
 from minift.optim import learning_rate, make_optimizer
 from minift.pack import IGNORE
+from minift.rope import apply_rope, rope_frequencies, rope_tables
 from tests.conftest import small_model
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -174,7 +175,7 @@ def test_scaled_rope_frequencies(width: int, theta: float, scaling: RopeScaling)
 def test_the_first_rope_tables_of_a_process_are_those_of_all_later_ones() -> None:
     """In some fresh processes: what a library sets up at its first call must not show in the numbers."""
     code = (
-        "import torch; from minift.model import rope_tables; places = torch.arange(64).repeat(11, 1)\n"
+        "import torch; from minift.rope import rope_tables; places = torch.arange(64).repeat(11, 1)\n"
         "first, second = (torch.stack(rope_tables(places, 32, 1e4)) for _ in range(2))\n"
         "assert torch.equal(first, second), (first - second).abs().max()"
     )

@@ -17,8 +17,9 @@ from minift.layer import Weights, share, written_layer
 from minift.lora import LoRAConfig, add_lora
 from minift.loss import batch_loss
 from minift.machine import autocast, choose_written_out
-from minift.model import DecoderLayer, Llama, rope_tables
+from minift.model import DecoderLayer, Llama
 from minift.pack import Batch, Example, collate
+from minift.rope import rope_tables
 from minift.train import start_state
 
 SHAPE = {

@@ -30,9 +30,10 @@ from minift.checkpoint import load_model
 from minift.config import FINETUNE, LlamaConfig, TrainConfig, bundled, check_number, model_path
 from minift.loss import batch_loss
 from minift.machine import autocast
-from minift.model import DecoderLayer, Llama, rope_tables
+from minift.model import DecoderLayer, Llama
 from minift.pack import Batch, PairBatches, encode_pairs
 from minift.prompts import read_all_pairs, template_named
+from minift.rope import rope_tables
 from minift.tokenizer import Tokenizer, load_tokenizer
 from minift.train import start_state, train_step
 

@@ -23,7 +23,7 @@ from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.formats.files import Read, TensorFile, tensor_bytes
 from minift.formats.opened import Opened, Source, check_specs, parameter_shapes, rotary_heads, to_interleaved
-from minift.model import rope_frequencies
+from minift.rope import rope_frequencies
 
 MAGIC = 0x616B3432  # "ak42"
 HEADER_BYTES = {0: 28, 1: 256}  # by version; 0 is the legacy one
