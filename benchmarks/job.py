@@ -25,9 +25,10 @@ from minift.machine import autocast
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, PageBatches
+from minift.state import TrainState
 from minift.stream import DocumentStream
 from minift.tokenizer import load_tokenizer
-from minift.train import StepResult, TrainState, start_state
+from minift.train import StepResult, start_state
 
 STEPS = 1_000  # of the run that is measured the beginning of: the schedule depends on it
 PARTS = (

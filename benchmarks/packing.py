@@ -18,8 +18,9 @@ from minift.machine import choose_device, choose_dtype
 from minift.model import Llama
 from minift.pack import Batch, PairBatches, encode_pairs
 from minift.prompts import choose_template, read_all_pairs, template_named
+from minift.state import TrainState
 from minift.tokenizer import check_fit, load_tokenizer
-from minift.train import TrainState, start_state, train_step
+from minift.train import start_state, train_step
 
 WINDOWS = 4  # different batches that are stepped over in turn
 

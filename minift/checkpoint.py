@@ -17,11 +17,12 @@ Read next: `generate.py`.
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from minift.adapters import base_of, is_adapter
 from minift.atomic import partial_name, write_folder
 from minift.checksums import CHECKSUMS, hold_against, read_checksums, readable_checksums, write_checksums
 from minift.config import SAVE_FORMATS
@@ -36,9 +37,7 @@ from minift.links import check_links
 from minift.lora import (
     adapter_weights,
     base_checksum,
-    base_of,
     has_adapter,
-    is_adapter,
     merge,
     merged_weights,
     put_peft,
@@ -47,10 +46,8 @@ from minift.lora import (
 )
 from minift.model import Llama
 from minift.shards import METADATA, is_sharded, read_shards, write_shards
+from minift.state import TrainState
 from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
-
-if TYPE_CHECKING:
-    from minift.train import TrainState
 
 STEP_FILES = {"config.json", "training.pt"}  # that each has; a tokenizer's; and one of these:
 WEIGHT_FILES = ("model.pt", "adapter.pt")
@@ -158,7 +155,7 @@ def weights_of(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         yield name, opened.read(name)
 
 
-def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep: int = 0) -> Path:
+def save_step(run: Path, state: TrainState, tokenizer: Tokenizer | None, keep: int = 0) -> Path:
     """Write `step_NNNNNN/` into a run's folder, then remove those before it, but for the `keep` newest (0: keep all).
 
     Every rank must ask.
@@ -206,7 +203,7 @@ def save_step(run: Path, state: "TrainState", tokenizer: Tokenizer | None, keep:
     return folder
 
 
-def _tensors(state: "TrainState") -> dict[str, Tensor]:
+def _tensors(state: TrainState) -> dict[str, Tensor]:
     """What a sharded run keeps: the trained weights and their moments, by name. Moments are made if need be."""
     found: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
@@ -247,7 +244,7 @@ def load_weights(folder: Path, model: Llama) -> None:
         put(parameter, sources[name].read())
 
 
-def save_best(folder: Path, state: "TrainState", tokenizer: Tokenizer | None) -> None:
+def save_best(folder: Path, state: TrainState, tokenizer: Tokenizer | None) -> None:
     """Write the weights that `load_weights` reads: a minift checkpoint, or the adapters of a model that has some.
 
     Every rank must ask.
@@ -263,7 +260,7 @@ def save_best(folder: Path, state: "TrainState", tokenizer: Tokenizer | None) ->
         save_model(folder, state.model, tokenizer, world=state.world)
 
 
-def load_step(folder: Path, state: "TrainState") -> None:
+def load_step(folder: Path, state: TrainState) -> None:
     """Put a step folder's weights, optimizer, scaler, step and place in the data into `state`.
 
     Raises:
@@ -295,7 +292,7 @@ def load_step(folder: Path, state: "TrainState") -> None:
         raise InputError(f"{folder / 'training.pt'}: not the state of such a run: {error}") from None
 
 
-def _load_moments(state: "TrainState", saved: dict[str, Any]) -> None:
+def _load_moments(state: TrainState, saved: dict[str, Any]) -> None:
     """The optimizer's state as one process has it; where the model is sharded, this rank's part of it."""
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     for i, moments in saved["state"].items():

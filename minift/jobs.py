@@ -42,9 +42,10 @@ from minift.run_folder import (
     start_folder,
     write_report,
 )
+from minift.state import TrainState
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
-from minift.train import Best, Plan, TrainState, start_state, train
+from minift.train import Best, Plan, start_state, train
 
 VALIDATION_ROWS = 64  # rows of held-out pages on which a pretraining run is evaluated
 HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given

@@ -19,7 +19,6 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1. Read next: `train.py`
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minift.config import LORA_TARGETS, TrainConfig, check_number, model_path, read_json
+from minift.adapters import ADAPTER_FILE
+from minift.config import LORA_TARGETS, TrainConfig, check_number, read_json
 from minift.distributed import put, whole
 from minift.errors import InputError
 from minift.formats.files import Spec
@@ -39,7 +39,6 @@ from minift.formats.safetensors_file import write_safetensors
 from minift.links import check_links
 from minift.model import Linear, Llama
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Of what else a `peft` adapter can do: its keys, and the values that ask for nothing.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -238,39 +237,7 @@ def write_peft(folder: Path, adapter: dict[str, Tensor], config: LoRAConfig, bas
         "target_modules": list(config.targets),
         "inference_mode": True,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder is an adapter's, and no model's."""
-    return (path / CONFIG_FILE).is_file() and not (path / "config.json").is_file()
-
-
-def base_of(folder: Path) -> Path:
-    """Where the model of an adapter is; it may be one with an adapter itself.
-
-    Raises:
-        InputError: when the config does not say, or an adapter is, by way of others, its own base.
-    """
-    base, seen = _base(folder), {folder.resolve()}
-    other = base
-    while is_adapter(other):
-        if other.resolve() in seen:
-            raise InputError(f"{folder / CONFIG_FILE}: base_model_name_or_path leads back to {other}")
-        seen.add(other.resolve())
-        other = _base(other)
-    return base
-
-
-def _base(folder: Path) -> Path:
-    where = folder / CONFIG_FILE
-    base = read_json(where).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise InputError(f"{where}: base_model_name_or_path does not name the adapter's model")
-    path = model_path(base)
-    if not os.path.exists(path):  # unlike Path.exists, it takes any text: a name that is too long, half a character
-        raise InputError(f"{where}: base_model_name_or_path: {path}: no such file or folder")
-    return path
+    (folder / ADAPTER_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def put_peft(folder: Path, model: Llama) -> None:
@@ -280,7 +247,7 @@ def put_peft(folder: Path, model: Llama) -> None:
         InputError: for one that is damaged, for another model, or of a kind that minift does not implement.
     """
     check_links(folder)
-    where = folder / CONFIG_FILE
+    where = folder / ADAPTER_FILE
     values = read_json(where)
     for key, plain in _PLAIN.items():
         if key in values and values[key] not in plain:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from minift.adapters import base_of, is_adapter
 from minift.config import LlamaConfig, check_number
 from minift.errors import InputError
 from minift.links import check_links
@@ -288,8 +289,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     file = path if named else next((folder / n for n in _KINDS if (folder / n).is_file()), None)
     if file is None:
-        from minift.lora import base_of, is_adapter
-
         if is_adapter(folder):  # the tokenizer is that of the model which it is for
             return load_tokenizer(base_of(folder))
         raise InputError(

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -52,24 +52,8 @@ from minift.machine import autocast, choose_dtype, choose_written_out, data_shee
 from minift.model import Llama
 from minift.optim import learning_rate, make_optimizer
 from minift.pack import IGNORE, PADDING, Batch, PageBatches, PairBatches
+from minift.state import TrainState
 from minift.tokenizer import Tokenizer
-
-
-@dataclass
-class TrainState:
-    """Everything that changes during a run. What is saved, and what a resumed run gets back (`checkpoint.py`)."""
-
-    model: Llama
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler
-    batches: PairBatches | PageBatches
-    step: int = 0  # optimizer steps taken
-    world: World = field(default_factory=World)  # the processes that train it together
-    objective: nn.Module = None  # type: ignore[assignment]  # the model and its loss; what `world` makes of it
-
-    def __post_init__(self) -> None:
-        if self.objective is None:
-            self.objective = Objective(self.model)
 
 
 @dataclass

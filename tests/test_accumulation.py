@@ -24,8 +24,9 @@ from minift.config import TrainConfig
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import IGNORE, Batch, Example, PairBatches, collate
+from minift.state import TrainState
 from minift.tokenizer import Tokenizer
-from minift.train import Plan, TrainState, train, train_step
+from minift.train import Plan, train, train_step
 from tests.conftest import small_model
 
 CONFIG = TrainConfig(steps=1, dtype="float32", device="cpu", clip=0.0, loss_chunk=7)

@@ -29,8 +29,9 @@ from minift.machine import COMPILING_PAYS, autocast, check_compiler, choose_comp
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, Example, PairBatches
+from minift.state import TrainState
 from minift.tokenizer import Tokenizer
-from minift.train import Plan, StepResult, TrainState, start_state, train, train_step
+from minift.train import Plan, StepResult, start_state, train, train_step
 from tests.conftest import small_model
 
 FLOAT32 = TrainConfig(steps=4, dtype="float32", device="cpu", lr=1e-3, warmup=2)

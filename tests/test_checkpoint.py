@@ -25,8 +25,9 @@ from minift.errors import InputError, RunError
 from minift.formats import files, native
 from minift.model import Llama
 from minift.pack import Example, PairBatches
+from minift.state import TrainState
 from minift.tokenizer import Tokenizer, load_tokenizer
-from minift.train import TrainState, start_state, train_step
+from minift.train import start_state, train_step
 from tests.conftest import small_model
 
 FILES = [CHECKSUMS, "config.json", "model.pt", "tokenizer.model"]

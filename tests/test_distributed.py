@@ -37,7 +37,8 @@ from minift.optim import learning_rate
 from minift.pack import Batch, Example, PairBatches
 from minift.scaling import communication
 from minift.shards import _Unpickler
-from minift.train import Plan, TrainState, start_state, train_step, validation_loss
+from minift.state import TrainState
+from minift.train import Plan, start_state, train_step, validation_loss
 from tests.conftest import small_model
 from tests.ranks import alone, run_ranks
 from tests.test_accumulation import make_examples

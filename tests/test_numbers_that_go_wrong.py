@@ -23,8 +23,9 @@ from minift.generate import generate, stream
 from minift.loss import next_token_loss
 from minift.pack import IGNORE, Batch
 from minift.prompts import Pair, template_named
+from minift.state import TrainState
 from minift.tokenizer import Tokenizer
-from minift.train import TrainState, train_step, validation_loss
+from minift.train import train_step, validation_loss
 from tests.conftest import small_model
 from tests.test_checkpoint import bits, new_state, same
 from tests.test_stream import write_jsonl

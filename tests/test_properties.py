@@ -23,9 +23,10 @@ from minift.convert import convert
 from minift.errors import InputError
 from minift.pack import IGNORE, Batch, Example, PageBatches, PairBatches, encode_pairs
 from minift.prompts import TEMPLATES, Pair, template_named
+from minift.state import TrainState
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, load_tokenizer
-from minift.train import TrainState, start_state, train_step
+from minift.train import start_state, train_step
 from tests.conftest import small_model
 from tests.test_checkpoint import bits, same
 
