@@ -183,7 +183,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None, wanted: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Mask,
+        cache: KVCache | RecordedCache | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """[B, T, D] → [B, T, D], or [N, D] of the places that are wanted: in the MLP nobody reads others."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
