@@ -4,9 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from minift import machine
 from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig, TrainConfig, check_number
 from minift.errors import InputError
-from minift.machine import check_compiler, choose_device, choose_dtype
+from minift.machine import choose_device, choose_dtype
 
 FILES = ("json", "plot", "trace")  # options that name a file to write
 
@@ -87,8 +90,16 @@ def train_config(options: argparse.Namespace, **changes: Any) -> TrainConfig:
         **{"compile": False, **changes},
     )
     device = choose_device(config)
-    check_compiler(config, device)
+    machine.check_compiler(config, device)
     return config.replace(device=device.type, dtype=choose_dtype(config, device))
+
+
+def check_compiler(config: TrainConfig, needed: bool, otherwise: str) -> None:
+    """Raise InputError where something is to be compiled and cannot be; `otherwise` is what to give then."""
+    try:
+        machine.check_compiler(config.replace(compile=needed), torch.device(config.device))
+    except InputError as error:
+        raise InputError(f"{error}; to do without, {otherwise}") from None
 
 
 def words(options: argparse.Namespace, config: TrainConfig) -> list[str]:

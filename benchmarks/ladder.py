@@ -35,7 +35,6 @@ from benchmarks import arguments, process, record, side, textbook
 from benchmarks.timing import in_turn_order, paired_ratio
 from minift.config import LlamaConfig, TrainConfig
 from minift.flops import training_flops_per_token
-from minift.machine import check_compiler
 from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
 from minift.train import start_state, train_step
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     arguments.check_counts(options, "repeats")
     on_cpu = config.device == "cpu"
     rungs = [name for name in RUNGS if name in (options.rungs or RUNGS) and (on_cpu or name not in CPU_ONLY)]
-    check_compiler(config.replace(compile=rungs[-1] == "+ compile"), torch.device(config.device))
+    arguments.check_compiler(config, rungs[-1] == "+ compile", "give all --rungs but the last")
     words = arguments.words(options, config)
     with ExitStack() as stack:
         workers = {name: stack.enter_context(process.Worker("ladder", name, *words)) for name in rungs}

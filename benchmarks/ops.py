@@ -29,8 +29,6 @@ from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import LlamaConfig
-from minift.errors import InputError
-from minift.machine import check_compiler
 
 VARIANTS = ("naive", "used", "compiled")
 Times = dict[str, dict[str, list[float]]]  # by phase, by variant: seconds in each turn
@@ -90,10 +88,7 @@ def run(options: argparse.Namespace) -> None:
 def _setting(options: argparse.Namespace) -> Setting:
     arguments.check_counts(options, "repeats")
     config, shape = arguments.train_config(options), LlamaConfig.named(options.config)
-    try:
-        check_compiler(config.replace(compile=not options.no_compile), torch.device(config.device))
-    except InputError as error:
-        raise InputError(f"{error}; give --no-compile to do without the compiled variants") from None
+    arguments.check_compiler(config, not options.no_compile, "give --no-compile")
     dtype = getattr(torch, config.dtype)
     return Setting(shape, config.batch_size, config.max_length, dtype, config.device, not options.no_compile)
 

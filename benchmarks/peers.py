@@ -36,7 +36,7 @@ from benchmarks.timing import in_turn_order, paired_ratio
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
 from minift.flops import training_flops_per_token
-from minift.machine import check_compiler, data_sheet_flops
+from minift.machine import data_sheet_flops
 from minift.model import Llama
 from minift.train import start_state, train_step
 
@@ -70,9 +70,8 @@ def run(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: skipped")
         sides = [name for name in sides if not name.startswith("transformers")]
-    check_compiler(
-        config.replace(compile=any(name.endswith("compiled") for name in sides)), torch.device(config.device)
-    )
+    compiled = any(name.endswith("compiled") for name in sides)
+    arguments.check_compiler(config, compiled, "give --sides that are not compiled")
     words = [*arguments.words(options, config), f"--steps={options.steps}"]
     words += [f"--loss-chunk={config.loss_chunk}", f"--lr={config.lr}"]
     turns = Turns()

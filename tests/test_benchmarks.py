@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import arguments, data, ops, process, prose
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks import arguments, data, process, prose
+from benchmarks.__main__ import BENCHMARKS, main
 from minift.config import bundled
 from minift.errors import InputError
 from minift.tokenizer import load_tokenizer
@@ -51,25 +52,43 @@ def test_load(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []  # the checkpoints are gone
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["load", "--config", "nonesuch"], "nonesuch"),
-        (["load", "--repeats", "0"], "--repeats"),
-        (["ladder", "--repeats", "0"], "--repeats"),
-        (["ladder", "--length", "1"], "max_length"),
-        (["ops", "--dtype", "int8"], "--dtype"),
-        (["peers", "--json", "/dev/null/result.json"], "/dev/null/result.json"),
-        (["nonesuch"], "nonesuch"),
-    ],
-)
-def test_wrong_input_is_one_line(words: list[str], named: str) -> None:
+def test_wrong_input_is_one_line() -> None:
+    done = benchmark("ladder", "--config", "nonesuch")
+    assert done.returncode == 2
+    assert done.stderr.startswith("benchmarks: error: unknown preset 'nonesuch'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+WRONG = [
+    (["load", "--repeats", "0"], "--repeats is 0; it must be at least 1"),
+    (["ladder", "--length", "1"], "max_length is 1"),
+    (["ops", "--dtype", "int8"], "argument --dtype"),
+    (["peers", "--json", "/dev/null/result.json"], "/dev/null/result.json: cannot be written"),
+    (["nonesuch"], "nonesuch"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_input_is_named(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if "load" in words:
         pytest.importorskip("safetensors")
-    done = benchmark(*words)
-    assert done.returncode == 2
-    assert named in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    try:
+        code: object = main()
+    except SystemExit as error:  # of argparse
+        code = error.code
+    assert code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_benchmark_is_explained() -> None:
+    (overview,) = re.findall(r"^## Measure it\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    explained = (ROOT / "benchmarks" / "README.md").read_text()
+    for name in BENCHMARKS:
+        assert re.search(rf"^\|.*`{name}\b", overview, re.MULTILINE), name
+        assert f"\n## `{name}`: " in explained, name
 
 
 def test_a_file_to_write_is_tried_and_left_as_it_is(tmp_path: Path) -> None:
@@ -82,12 +101,13 @@ def test_a_file_to_write_is_tried_and_left_as_it_is(tmp_path: Path) -> None:
         arguments.check_files(argparse.Namespace(json=str(tmp_path)))
 
 
-def test_without_a_compiler_ops_says_what_to_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "remedy"), [("ops", "--no-compile"), ("peers", "--sides"), ("ladder", "--rungs")])
+def test_without_a_compiler_it_says_what_to_leave_out(name: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     parser = argparse.ArgumentParser()
-    ops.add_arguments(parser)
-    with pytest.raises(InputError, match=r"needs a C\+\+ compiler .*; give --no-compile"):
-        ops.run(parser.parse_args(["--device", "cpu"]))
+    BENCHMARKS[name].add_arguments(parser)
+    with pytest.raises(InputError, match=rf"needs a C\+\+ compiler .*; to do without, give .*{remedy}"):
+        BENCHMARKS[name].run(parser.parse_args(["--device", "cpu"]))
 
 
 def run_here(name: str, tmp_path: Path, *words: object) -> dict[str, Any]:
