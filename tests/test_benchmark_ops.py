@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ops, record, roof, roofline, timing
+from benchmarks import arguments, ops, record, roof, roofline, timing
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
 from minift.config import LONGEST_WRITTEN_OUT, LlamaConfig, TrainConfig
@@ -245,7 +245,7 @@ def test_a_run(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_compiled_run(tiny: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled without the last stage, the C++ compiler, which takes most of the time."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(ops, "check_compiler", lambda *_: None)
+    monkeypatch.setattr(arguments, "check_compiler", lambda *_: None)
     result = run_here("ops", tmp_path, *tiny, "--only", "norm", "embedding")
     assert "step_seconds" not in result  # of two operations there is no whole
     variants = {
