@@ -46,7 +46,7 @@ BENCHMARKS = {
 
 # What a first look should see, in under three minutes on two cores. Few repeats: the record is made by each alone.
 TOUR = (
-    ("step", "--repeats", "5"),
+    ("step",),
     ("ladder", "--repeats", "3", "--rungs", "naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ packing"),
     ("generate", "--config", "stories15m", "--repeats", "3"),
 )
