@@ -83,6 +83,16 @@ def test_wrong_input_is_named(
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_without_a_name_it_is_a_tour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = []
+    for name, module in BENCHMARKS.items():
+        monkeypatch.setattr(module, "run", lambda options, name=name: taken.append((name, options.name)))
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    assert main() == 0
+    assert taken == [(name, name) for name in ("step", "ladder", "generate")]
+    assert capsys.readouterr().out.count("python -m benchmarks ") == 3  # each says how it is called
+
+
 def test_every_benchmark_is_explained() -> None:
     (overview,) = re.findall(r"^## Measure it\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     explained = (ROOT / "benchmarks" / "README.md").read_text()
