@@ -105,7 +105,7 @@ def _measure(name: str, path: str, dtype_or_target: str) -> dict[str, float]:
     if name.startswith("convert "):
         from minift.convert import convert
 
-        process.forget_peak()
+        process.forget_peak_of("cpu")
         before, start = process.resident(), time.perf_counter()
         convert(path, dtype_or_target, name.removeprefix("convert "))
         return {"seconds": time.perf_counter() - start, "peak_bytes": process.peak() - before}
@@ -125,7 +125,7 @@ def _measure(name: str, path: str, dtype_or_target: str) -> dict[str, float]:
             return LlamaForCausalLM.from_pretrained(path, dtype=dtype)
 
     tokens = torch.arange(TOKENS)[None]
-    process.forget_peak()
+    process.forget_peak_of("cpu")
     before, start = process.resident(), time.perf_counter()
     model = load()
     loaded = time.perf_counter()

@@ -18,13 +18,10 @@ A ledger that is more than 10 % off the first of them is said loudly.
 """
 
 import argparse
-import ctypes
 import json
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
-
-import torch
 
 from benchmarks import arguments, process, record
 from benchmarks.alive import CAST, Memory, watch_step
@@ -38,7 +35,6 @@ SHAPES = ["stories15m:16x256", "smollm2-135m:4x512"]
 TOLERANCE = 0.1
 REST = "in no line of the ledger"
 KEEP, GIVE_BACK = "keep", "give-back"
-M_MMAP_THRESHOLD, RETURNED = -3, 2**20  # for mallopt: blocks of this size go back to the system when they are freed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,18 +76,18 @@ def measure(freed: str, shape: str, dtype: str, device: str, tokenizer: str, dat
         freed: what the C library does with large blocks that are freed: as always (KEEP), or GIVE_BACK.
     """
     if freed == GIVE_BACK:
-        _give_back_freed()
+        process.give_back_freed()
     named = _named(shape, dtype, device)
     config, model = settings(named), LlamaConfig.named(named.config)
     batches = pages(model, config, data, tokenizer)
     micro_batches = iter(batches)
     first = next(micro_batches)  # fills the buffer of pages
     job = begin(model, config, batches, chain([first], micro_batches))
-    before = _held(config.device) - sum(parameter.nbytes for parameter in job.state.model.parameters())
+    before = process.held_by(config.device) - sum(parameter.nbytes for parameter in job.state.model.parameters())
     take_step(job, nullcontext)
-    _forget_most(config.device)
+    process.forget_peak_of(config.device)
     peak = watch_step(job).peak(lambda memory: purpose(memory, job))
-    outside = _most(config.device) - before
+    outside = process.peak_of(config.device) - before
     ledger = training_memory(
         model, config.dtype, config.batch_size, config.max_length, config.loss_chunk, config.device
     )
@@ -160,29 +156,3 @@ def _named(shape: str, dtype: str, device: str) -> argparse.Namespace:
         device=device,
         compile=False,
     )
-
-
-def _held(device: str) -> int:
-    """Bytes that are held now: by tensors on a GPU, by this process on a CPU."""
-    return torch.cuda.memory_allocated() if device == "cuda" else process.resident()
-
-
-def _forget_most(device: str) -> None:
-    torch.cuda.reset_peak_memory_stats() if device == "cuda" else process.forget_peak()
-
-
-def _most(device: str) -> int:
-    """The most that was held since it was forgotten."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else process.peak()
-
-
-def _give_back_freed() -> None:
-    """Have the C library give large blocks back to the system when they are freed. It must not have freed any yet.
-
-    Raises:
-        InputError: when it is not glibc.
-    """
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):
-        raise InputError("resident memory without holes needs glibc's mallopt")
-    library.mallopt(M_MMAP_THRESHOLD, RETURNED)

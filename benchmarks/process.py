@@ -4,6 +4,7 @@ A benchmark that is started with `--measure WORDS` is such a process: it measure
 Resident memory is read from /proc, so it needs Linux. Read next: `load.py`.
 """
 
+import ctypes
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ import torch
 
 from minift.errors import InputError
 
+M_MMAP_THRESHOLD, RETURNED = -3, 2**20  # for mallopt: blocks of this size go back to the system when they are freed
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -132,9 +134,29 @@ def peak_of(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak()
 
 
-def forget_peak() -> None:
+def held_by(device: str) -> int:
+    """Bytes of a device that this process holds now: of a GPU what tensors take."""
+    return torch.cuda.memory_allocated() if device == "cuda" else resident()
+
+
+def forget_peak_of(device: str) -> None:
     """Let the peak start from what there is now."""
-    Path("/proc/self/clear_refs").write_text("5")
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_back_freed() -> None:
+    """Have the C library give large blocks back to the system when they are freed. It must not have freed any yet.
+
+    Raises:
+        InputError: when it is not glibc.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        raise InputError("resident memory without holes needs glibc's mallopt")
+    library.mallopt(M_MMAP_THRESHOLD, RETURNED)
 
 
 def _status(key: str) -> int:

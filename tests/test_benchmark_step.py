@@ -269,7 +269,7 @@ def test_memory(
 ) -> None:
     """The ledger of a tiny shape: the lines that must be equal are, and all of them together are within 10 %."""
     monkeypatch.setattr(process, "fresh", lambda name, *words: memory.measure(*map(str, words)))
-    monkeypatch.setattr(memory, "_give_back_freed", lambda: None)  # that is for a process of its own
+    monkeypatch.setattr(process, "give_back_freed", lambda: None)  # that is for a process of its own
     monkeypatch.setattr("minift.loss.CACHED", 2**16)  # few of the rows, as with a real vocabulary
     # Logits are most of it, as with a real vocabulary: the ledger is of that moment, not of a layer's backward pass.
     shape.write_text(json.dumps({**TINY, "vocab_size": 8_208}))
