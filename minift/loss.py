@@ -17,6 +17,8 @@ The plain version is `reference.cross_entropy`; the two are held together by
 
     python -m pytest tests/test_slow_twins.py -k loss
 
+and `python -m benchmarks loss` measures it beside PyTorch's own, which is chunked, too.
+
 Source of the closed form: Goodfellow et al., "Deep Learning" (2016), section 6.2.2.3. Read next: `optim.py`.
 """
 
