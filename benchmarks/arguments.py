@@ -9,7 +9,7 @@ import torch
 from minift import machine
 from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig, TrainConfig, check_number
 from minift.errors import InputError
-from minift.machine import choose_device, choose_dtype
+from minift.extras import need
 
 FILES = ("json", "plot", "trace")  # options that name a file to write
 
@@ -66,13 +66,22 @@ def check_files(options: argparse.Namespace) -> None:
         if file is None:
             continue
         try:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            new = not Path(file).exists()
-            Path(file).open("a").close()
+            path = Path(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            path.open("a").close()
             if new:
-                Path(file).unlink()
+                path.unlink()
         except OSError as error:
             raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
+
+
+def check_plot(file: str | None) -> None:
+    """Raise InputError when this file cannot be drawn: better before an hour of measuring than after it."""
+    if file is not None:
+        need("matplotlib.pyplot", "plot", "--plot")
+        if Path(file).suffix != ".png":
+            raise InputError(f"--plot draws a .png, not {file}")
 
 
 def train_config(options: argparse.Namespace, **changes: Any) -> TrainConfig:
@@ -89,9 +98,9 @@ def train_config(options: argparse.Namespace, **changes: Any) -> TrainConfig:
         dtype=getattr(options, "dtype", "auto"),
         **{"compile": False, **changes},
     )
-    device = choose_device(config)
+    device = machine.choose_device(config)
     machine.check_compiler(config, device)
-    return config.replace(device=device.type, dtype=choose_dtype(config, device))
+    return config.replace(device=device.type, dtype=machine.choose_dtype(config, device))
 
 
 def check_compiler(config: TrainConfig, needed: bool, otherwise: str) -> None:

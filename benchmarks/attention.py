@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import arguments, record, roof, textbook
+from benchmarks import agreement, arguments, record, roof, textbook
 from benchmarks.timing import in_turns, paired_ratio
 from minift.attention import Mask, attend, block_mask
 from minift.config import LlamaConfig
-from minift.errors import InputError, one_line
+from minift.errors import InputError
 from minift.model import Llama, flex_pays
 
 KERNELS = {
@@ -180,11 +180,11 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of why a kernel is not to be had, at length
                 found = both(kernel)
-        except (RuntimeError, NotImplementedError, ImportError, ValueError, AssertionError) as error:
-            skipped[name] = one_line(str(error).split(". ")[0])
+        except agreement.REFUSALS as refusal:
+            skipped[name] = agreement.reason(refusal)
             continue
         for part, one, other in zip(("result", "gradient of q", "of k", "of v"), found, right, strict=True):
-            off = float((one.detach().double() - other).norm() / other.norm())
+            off = agreement.off(one, other)
             if not off <= AGREE[dtype]:
                 raise InputError(f"{name}: its {part} is {off:.1e} off the formula's; times would compare nothing")
         sides[f"{name} forward"] = lambda kernel=kernel: kernel(*tensors)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from benchmarks import arguments, record
 from benchmarks.lessons import accumulation, forgetting, how_many, knowledge, leakage, precision
-from benchmarks.lessons.chart import Chart, check_plot
+from benchmarks.lessons.chart import Chart
 
 
 class Lesson(Protocol):
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do one experiment; print its table, its picture and its conclusion."""
-    check_plot(options.plot)
+    arguments.check_plot(options.plot)
     lesson = LESSONS[options.lesson]
     start = time.perf_counter()
     found = lesson.measure(options)

@@ -19,17 +19,17 @@ Legend: B rows, T tokens of a row, N = B·T, D model width, V vocabulary. Read n
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import arguments, process, record, roof, textbook
+from benchmarks import agreement, arguments, process, record, roof, textbook
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
-from minift.errors import InputError, one_line
+from minift.errors import InputError
 from minift.loss import next_token_loss
 
 AGREE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}  # how far the used one may be off
@@ -132,14 +132,17 @@ def measure(sides: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor], dtype:
         call = _both(way, inputs, dtype)
         try:
             loss = call()
-        except (RuntimeError, NotImplementedError, ImportError, ValueError, AssertionError) as error:
-            skipped[name] = one_line(str(error).split(". ")[0])
+        except agreement.REFUSALS as refusal:
+            skipped[name] = agreement.reason(refusal)
             continue
-        off[name] = _off((loss.detach(), hidden.grad, weight.grad), right)
+        off[name] = list(map(agreement.off, (loss, hidden.grad, weight.grad), right))
         calls[name] = call
-    if "used" not in off or not max(off["used"]) <= AGREE[dtype]:
-        raise InputError(f"used: {skipped.get('used') or off['used']} off the formula; times would compare nothing")
+    if "used" in skipped:
+        raise InputError(f"used: {skipped['used']}")
+    if not max(off["used"]) <= AGREE[dtype]:
+        raise InputError(f"used: {off['used']} off the formula; times would compare nothing")
     seconds = in_turns(calls, repeats, device=device)
+    spreads = {name: record.spread(times) for name, times in seconds.items()}
     N, D, V = targets.numel(), *weight.shape[::-1]
     flops = 3 * 2 * N * D * V
     return {
@@ -147,24 +150,16 @@ def measure(sides: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor], dtype:
         "skipped": skipped,
         "ways": {
             name: {
-                "seconds": record.spread(times),
-                "flops_per_second": flops / record.spread(times)["median"],
-                "used_is_times_as_fast": paired_ratio(times, seconds["used"]),
+                "seconds": spread,
+                "flops_per_second": flops / spread["median"],
+                "used_is_times_as_fast": paired_ratio(seconds[name], seconds["used"]),
                 "loss_off": off[name][0],
                 "hidden_gradient_off": off[name][1],
                 "weight_gradient_off": off[name][2],
             }
-            for name, times in seconds.items()
+            for name, spread in spreads.items()
         },
     }
-
-
-def _off(found: Sequence[Tensor | None], right: Sequence[Tensor]) -> list[float]:
-    """The norm of the difference, as a share of the right one's."""
-    return [
-        math.inf if one is None else float((one.double() - other).norm() / other.norm())
-        for one, other in zip(found, right, strict=True)
-    ]
 
 
 def _both(way: Way, inputs: tuple[Tensor, Tensor, Tensor], dtype: str) -> Callable[[], Tensor]:

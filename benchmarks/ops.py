@@ -47,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure, print a table, write the JSON and draw the plot."""
     setting = _setting(options)
-    if options.plot:
-        roofline.check(options.plot)
+    arguments.check_plot(options.plot)
     roofs = roof.meter(setting.device, setting.dtype)
     around = [roofs(roof.REPEATS)]  # before each operation, and after the last: a machine's clock may change meanwhile
     print(_heading(options.config, setting, around[0]))

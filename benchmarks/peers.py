@@ -40,8 +40,6 @@ from minift.machine import data_sheet_flops
 from minift.model import Llama
 from minift.train import start_state, train_step
 
-BATCHES = 4  # different ones, which all sides go through again and again
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
@@ -141,7 +139,7 @@ def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> No
     with torch.device(config.device):
         model = Llama(shape)
         model.init_weights(generator)
-        ids = torch.randint(shape.vocab_size, (BATCHES, config.batch_size, config.max_length), generator=generator)
+        ids = torch.randint(shape.vocab_size, (side.BATCHES, config.batch_size, config.max_length), generator=generator)
     make = _minift_step if name.startswith("minift") else _transformers_step
     how = {"compile": name.endswith("compiled"), "checkpoint_activations": name.endswith("checkpointed")}
     step = make(model, ids, config.replace(**how))

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift.errors import InputError
 from minift.extras import need
 
 # Of Okabe and Ito's colours, which the colour-blind can tell apart; the shapes differ, too.
@@ -32,13 +31,6 @@ class Point:
     variant: str
     intensity: float
     speed: float
-
-
-def check(file: str) -> None:
-    """Raise InputError when this file cannot be drawn: better before an hour of measuring than after it."""
-    need("matplotlib.pyplot", "plot", "--plot")
-    if Path(file).suffix != ".png":
-        raise InputError(f"--plot draws a .png, not {file}")
 
 
 def points(operations: Mapping[str, Any]) -> list[Point]:

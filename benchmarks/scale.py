@@ -29,7 +29,6 @@ from minift.errors import InputError
 from minift.model import Llama
 from minift.train import start_state, train_step
 
-BATCHES = 4  # different ones, which all sides go through again and again
 WARM_UP = 2  # steps that do not count
 LEARNING_RATE = 1e-4
 
@@ -116,7 +115,7 @@ def _serve_rank(world: World, shape: LlamaConfig, config: TrainConfig, steps: in
     else:
         model.init_weights(generator)
         state = start_state(model.to(world.device), None, config, world)  # type: ignore[arg-type]
-    ids = torch.randint(shape.vocab_size, (BATCHES, config.batch_size, config.max_length), generator=generator)
+    ids = torch.randint(shape.vocab_size, (side.BATCHES, config.batch_size, config.max_length), generator=generator)
     batches = cycle(side.whole_rows(ids[:, world.rank :: world.size].to(world.device)))
 
     def step() -> float:
@@ -158,8 +157,8 @@ def _result(
 
 
 def _table(result: dict[str, Any]) -> str:
-    shape = f"{result['batch_size']} x {result['length']} tokens, {result['dtype']}"
-    lines = [f"{shape} on {result['device']}, {result['threads']} threads in all"]
+    shape = f"{arguments.shape_name(result['config'])}, {result['batch_size']} x {result['length']} tokens"
+    lines = [f"{shape}, {result['dtype']} on {result['device']}, {result['threads']} threads in all"]
     lines += [f"{'':<24}{'tokens/s':>26}{'of one process':>18}{'peak of each':>18}"]
     for name, speed in result["tokens_per_second"].items():
         size = result["processes"][name]

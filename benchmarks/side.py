@@ -17,6 +17,7 @@ from benchmarks.timing import seconds_a_call
 from minift.errors import InputError
 from minift.pack import IGNORE, Batch
 
+BATCHES = 4  # different ones, which all sides go through again and again
 AGREE = 0.01  # how far the losses of a step may be apart, as a share of the smallest
 
 

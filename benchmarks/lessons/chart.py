@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift.errors import InputError
 from minift.extras import need
 
 # Of Okabe and Ito's colours, which the colour-blind can tell apart; the shapes differ, too.
@@ -106,14 +105,6 @@ class Chart:
             return lambda value: max(0.0, value / most) if most > 0 else 0.0
         least = min(values) / 2
         return lambda value: math.log(value / least) / math.log(most / least)
-
-
-def check_plot(file: str | None) -> None:
-    """Raise InputError when this file cannot be drawn: better before minutes of measuring than after them."""
-    if file is not None:
-        need("matplotlib.pyplot", "plot", "--plot")
-        if Path(file).suffix != ".png":
-            raise InputError(f"--plot draws a .png, not {file}")
 
 
 def _label_by_factors(axis: Any) -> None:
