@@ -24,6 +24,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ from minift.errors import InputError, RunError, one_line
 from minift.loss import batch_loss
 from minift.model import Llama
 from minift.pack import Batch
+
+# In which all processes must have come together: they have read nothing by then, so only a lost one takes longer.
+GATHERING = timedelta(minutes=5)
 
 
 class OtherRankError(RunError):
@@ -126,6 +130,7 @@ def join(parallel: str, device: torch.device) -> Iterator[World]:
 
     Raises:
         InputError: for `parallel` without torchrun, or more ranks than GPUs.
+        RunError: when the others do not come, or one of them is gone.
         SystemExit: for an error that another rank has told.
     """
     if not started_by_torchrun():
@@ -140,7 +145,12 @@ def join(parallel: str, device: torch.device) -> Iterator[World]:
             raise InputError(f"{local + 1} processes, but {torch.cuda.device_count()} GPUs; lower --nproc-per-node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    store, rank, size = next(rendezvous("env://"))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=GATHERING))
+    except dist.DistError:
+        size = int(os.environ["WORLD_SIZE"])
+        waited = f"waited {GATHERING.total_seconds():.0f} seconds for the {size} processes of this run"
+        raise RunError(f"{waited}, and not all have come; they need the same MASTER_ADDR and MASTER_PORT") from None
     # torchrun's store may outlive a failed attempt, with the addresses of processes that are gone in it.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"

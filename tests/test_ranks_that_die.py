@@ -13,19 +13,24 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from minift import distributed
 from minift.checkpoint import load_model
 from minift.config import FINETUNE, TrainConfig
+from minift.errors import RunError
 from minift.jobs import finetune, finetune_job
 from tests.conftest import ROOT
 from tests.ranks import as_rank, free_port
 from tests.test_stream import write_jsonl
 
+CPU = torch.device("cpu")
 RANKS = 2
 STEPS = 24
 CONFIG = FINETUNE.replace(
@@ -45,10 +50,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def run(
-    rank: int, port: int, parallel: str, model: str, data: tuple[Path, Path], out: Path, config: TrainConfig
+    rank: int, port: int, met: Any, parallel: str, model: str, data: tuple[Path, Path], out: Path, config: TrainConfig
 ) -> None:
-    """One rank of a run, which goes on where it was."""
+    """One rank of a run, which goes on where it was, once it has met the others."""
     as_rank(rank, RANKS, port)
+    connect = dist.init_process_group
+
+    def connect_and_say_so(*arguments: Any, **more: Any) -> None:
+        connect(*arguments, **more)
+        met.wait()
+
+    dist.init_process_group = connect_and_say_so
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as this process lives
     job = finetune_job(model, [str(data[0])], [str(data[1])])
     done = finetune(job, config.replace(parallel=parallel), out, resume=(out / "config.json").exists())
@@ -56,11 +68,13 @@ def run(
 
 
 def start(*arguments: Any) -> list[Any]:
+    """The ranks of a run, which have met: of one that is gone before, only `torchrun` can know."""
     context = multiprocessing.get_context("fork")
-    port = free_port()
-    ranks = [context.Process(target=run, args=(rank, port, *arguments)) for rank in range(RANKS)]
+    port, met = free_port(), context.Barrier(RANKS + 1)
+    ranks = [context.Process(target=run, args=(rank, port, met, *arguments)) for rank in range(RANKS)]
     for process in ranks:
         process.start()
+    met.wait(timeout=60)
     return ranks
 
 
@@ -82,11 +96,12 @@ def assert_same(out: Path, undisturbed: Path) -> None:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_twenty_kills(parallel: str, tmp_path: Path, small_checkpoint: Path, pairs: tuple[Path, Path]) -> None:
     lots = random.Random(parallel)
-    start_of_whole = time.perf_counter()
-    for process in (whole := start(parallel, str(small_checkpoint), pairs, tmp_path / "whole", CONFIG)):
+    whole = start(parallel, str(small_checkpoint), pairs, tmp_path / "whole", CONFIG)
+    met = time.perf_counter()
+    for process in whole:
         process.join()
     assert [process.exitcode for process in whole] == [0] * RANKS
-    takes = time.perf_counter() - start_of_whole
+    takes = time.perf_counter() - met
     kills, attempts = 0, 0
     while kills < KILLS // 2:  # of either kind of run
         out = tmp_path / f"run {attempts}"
@@ -94,7 +109,7 @@ def test_twenty_kills(parallel: str, tmp_path: Path, small_checkpoint: Path, pai
         while not (out / "final").is_dir():
             ranks = start(parallel, str(small_checkpoint), pairs, out, CONFIG)
             victim = lots.choice(ranks)
-            victim.join(lots.uniform(0.1, 0.9) * takes)
+            victim.join(lots.uniform(0.0, 0.9) * takes)
             if killed := victim.is_alive() and kills < KILLS // 2:
                 victim.kill()
                 kills += 1
@@ -103,6 +118,15 @@ def test_twenty_kills(parallel: str, tmp_path: Path, small_checkpoint: Path, pai
                 assert not process.is_alive(), "a rank did not notice that another is gone"
             assert killed or [process.exitcode for process in ranks] == [0] * RANKS
         assert_same(out, tmp_path / "whole")
+
+
+def test_ranks_that_never_come_are_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "GATHERING", timedelta(seconds=1))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    as_rank(0, RANKS, free_port())
+    with pytest.raises(RunError, match="waited 1 seconds for the 2 processes"), distributed.join("ddp", CPU):
+        pytest.fail("it went on alone")
 
 
 def test_a_signal_to_one_rank_saves_on_all(tmp_path: Path, small_checkpoint: Path, pairs: tuple[Path, Path]) -> None:
@@ -161,8 +185,12 @@ def test_torchrun_starts_a_killed_run_again(tmp_path: Path, small_checkpoint: Pa
     assert out.count("saved: ") == 1  # one rank speaks
     assert error.count("?step/s]") == 1  # and one shows a bar, which may show its end twice
     ours = tmp_path / "run"
-    begun = torchrun(*words_for(small_checkpoint, pairs, ours, STEPS), restarts=1)
+    begun = torchrun(*words_for(small_checkpoint, pairs, ours, STEPS), restarts=2)
     deadline = time.monotonic() + 120
+    while len(first := workers_of(begun)) < RANKS:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(first[1], signal.SIGKILL)  # long before they have met
     while not list(ours.glob("step_*")):
         assert time.monotonic() < deadline
         assert begun.poll() is None, begun.communicate()
