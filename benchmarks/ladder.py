@@ -116,8 +116,7 @@ def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Calla
     batch = batch.to(torch.device(config.device))
     state = start_state(model.to(config.device), None, config)  # type: ignore[arg-type]  # no data to keep the place of
     if "+ AdamW" not in has:
-        for group in state.optimizer.param_groups:
-            group |= {"fused": False, "foreach": False}
+        state.optimizer = textbook.adamw(model, config)  # type: ignore[assignment]
     return lambda: train_step(state, [batch], config.lr, config).loss, batch
 
 

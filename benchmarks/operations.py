@@ -262,9 +262,7 @@ def adamw(step: Step) -> Operation:
     for ours, twin in zip(used.parameters(), naive.parameters(), strict=True):
         ours.grad = torch.empty_like(ours).normal_(generator=step.generator).mul_(1e-3)
         twin.grad = ours.grad
-    optimizers = {"naive": make_optimizer(naive, PRETRAIN), "used": make_optimizer(used, PRETRAIN)}
-    for group in optimizers["naive"].param_groups:
-        group["fused"], group["foreach"] = False, False  # one parameter after the other, one small operation at a time
+    optimizers = {"naive": textbook.adamw(naive, PRETRAIN), "used": make_optimizer(used, PRETRAIN)}
 
     def variant(name: str) -> Call:
         weights = tuple(weight for group in optimizers[name].param_groups for weight in group["params"])

@@ -2,8 +2,8 @@
 
 `python -m benchmarks ops` times what trains against these. (The twins of `minift/reference.py` are there to be right:
 they loop over indices, and a step of them would take hours.) They give what the functions that train give, in value,
-gradient and dtype; `tests/test_benchmark_ops.py` holds them to it. Three need no function: the embedding is
-`weight[tokens]`, a projection `x @ weight.T`, and AdamW PyTorch's own loop over the parameters.
+gradient and dtype; `tests/test_benchmark_ops.py` holds them to it. Two need no function: the embedding is
+`weight[tokens]`, and a projection `x @ weight.T`.
 
 Legend: B batch, T tokens of a row, N = B·T, D model width, H query heads, K key/value heads, C head width, V
 vocabulary. Read next: `operations.py`.
@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.model import DecoderLayer
+from minift.config import TrainConfig
+from minift.model import DecoderLayer, Llama
+from minift.optim import parameter_groups
 from minift.pack import IGNORE
 
 
@@ -73,3 +75,10 @@ def clip(gradients: Sequence[Tensor], max_norm: float) -> None:
     norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
     for gradient in gradients:
         gradient *= min(1.0, max_norm / norm)
+
+
+def adamw(model: Llama, config: TrainConfig) -> torch.optim.AdamW:
+    """PyTorch's own loop: one parameter after the other, one small operation at a time."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, foreach=False
+    )

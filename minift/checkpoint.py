@@ -26,7 +26,7 @@ from minift.adapters import base_of, is_adapter
 from minift.atomic import partial_name, write_folder
 from minift.checksums import CHECKSUMS, hold_against, read_checksums, readable_checksums, write_checksums
 from minift.config import SAVE_FORMATS
-from minift.distributed import World, like, put, whole
+from minift.distributed import METADATA, World, is_sharded, like, put, whole
 from minift.errors import InputError, RunError, one_line
 from minift.formats import open_model
 from minift.formats.files import Spec
@@ -45,7 +45,6 @@ from minift.lora import (
     write_adapter,
 )
 from minift.model import Llama
-from minift.shards import METADATA, is_sharded, read_shards, write_shards
 from minift.state import TrainState
 from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 
@@ -165,6 +164,8 @@ def save_step(run: Path, state: TrainState, tokenizer: Tokenizer | None, keep: i
     """
     folder, world = run / f"step_{state.step:06d}", state.world
     sharded = world.parallel == "fsdp"
+    if sharded:
+        from minift.shards import write_shards
     random, *others = world.gather({"cpu": torch.get_rng_state(), "cuda": _cuda_rng_states()})
 
     def write(partial: Path) -> None:
@@ -209,12 +210,7 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     for name, parameter in state.model.named_parameters():
         if parameter.requires_grad:
             found[name] = parameter.detach()
-            moments = state.optimizer.state[parameter]
-            if not moments:
-                moments["step"] = torch.zeros((), device=parameter.device)
-                moments["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-            found |= {f"{name} {key}": moment for key, moment in moments.items()}
+            found |= {f"{name} {key}": moment for key, moment in state.optimizer.state_of(parameter).items()}
     return found
 
 
@@ -268,6 +264,8 @@ def load_step(folder: Path, state: TrainState) -> None:
     """
     sharded, rank = is_sharded(folder), state.world.rank
     if sharded:
+        from minift.shards import read_shards
+
         read_shards(folder, _tensors(state))
     else:
         load_weights(folder, state.model)

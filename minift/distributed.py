@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from minift.pack import Batch
 
 # In which all processes must have come together: they have read nothing by then, so only a lost one takes longer.
 GATHERING = timedelta(minutes=5)
+METADATA = ".metadata"  # in a folder of shards: what lies where
 
 
 class OtherRankError(RunError):
@@ -295,6 +297,11 @@ def whole(tensor: Tensor) -> Tensor:
 def own_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that may be sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a step folder was written by the ranks of a sharded run (`shards.py`)."""
+    return (folder / METADATA).is_file()
 
 
 def micro_batch(objective: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ one against it, in value and in gradient (`tests/test_slow_twins.py`).
     attention                attention.attend
     swiglu                   model.MLP
     cross_entropy            loss.next_token_loss
-    adamw_step               torch.optim.AdamW(fused=True)
+    adamw_step               optim.AdamW
     clip                     torch.nn.utils.get_total_norm, clip_grads_with_norm_
     greedy                   generate.generate with its cache
     token_log_probability    generate.sample (temperature, top-k, top-p)

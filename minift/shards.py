@@ -7,6 +7,8 @@ pieces and gets them from whatever files they are in.
 `.metadata` is a pickle, and a pickle may run code. So only the plain classes that it is made of are let through here:
 a checkpoint is data.
 
+What it stands on takes half as long to import as all of torch: `checkpoint.py` imports this file when a run is sharded.
+
 Read next: `checkpoint.py`.
 """
 
@@ -21,9 +23,9 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 
+from minift.distributed import METADATA
 from minift.errors import InputError
 
-METADATA = ".metadata"
 # What a `.metadata` consists of, by module and name.
 _PLAIN = {
     *((metadata.__name__, name) for name in vars(metadata) if name[0].isupper() or name == "_MEM_FORMAT_ENCODING"),
@@ -36,11 +38,6 @@ _PLAIN = {
 }
 # The name of the folder is in it, too, as a path; the module is that of Python 3.13.
 _PATHS = {("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath")}
-
-
-def is_sharded(folder: Path) -> bool:
-    """Whether a step folder was written by the ranks of a sharded run."""
-    return (folder / METADATA).is_file()
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from minift.distributed import Objective, World
 from minift.model import Llama
+from minift.optim import AdamW
 from minift.pack import PageBatches, PairBatches
 
 
@@ -21,7 +22,7 @@ class TrainState:
     """
 
     model: Llama
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     scaler: torch.amp.GradScaler
     batches: PairBatches | PageBatches
     step: int = 0

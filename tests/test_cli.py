@@ -107,6 +107,28 @@ def test_help_lists_the_commands_and_does_not_wait_for_torch() -> None:
         assert re.search(rf"^ +{command}\s+\S", done.stdout, re.MULTILINE), command
 
 
+USES = [
+    ["generate", "--model", "bundled", "--prompt", "What", "--max-new-tokens", "1"],
+    ["finetune", "--steps", "1", "--out", "run"],
+]
+
+
+@pytest.mark.parametrize("words", USES, ids=lambda words: words[0])
+def test_what_one_process_does_imports_neither_the_compiler_nor_what_many_need(
+    words: list[str], tmp_path: Path
+) -> None:
+    """They take as long to import as torch does."""
+    code = f"import sys; from minift.cli import main\nstatus = main({words!r})\n"
+    code += "heavy = ['torch._dynamo', 'torch._inductor', 'torch.distributed.checkpoint', 'torch.distributed.tensor']\n"
+    code += "print('heavy:', [name for name in heavy if name in sys.modules], 'torch' in sys.modules); sys.exit(status)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: [] True"
+
+
 @pytest.mark.parametrize(
     "words", [*([command] for command in COMMANDS), ["tokenizer", "train"], ["tokenizer", "show"], ["data", "peek"]]
 )

@@ -9,10 +9,12 @@ RMSNorm and RoPE's tables are float32 by contract, whatever the model's dtype; a
 therefore held to float32's digits, and `apply_rope` is given float64 tables.
 """
 
+import copy
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from minift.config import LlamaConfig, RopeScaling, TrainConfig
 from minift.generate import sample
 from minift.loss import _a_few_rows_at_a_time_, _all_rows_at_once_, next_token_loss, target_scores
 from minift.model import MLP, Attention, Llama, RMSNorm
-from minift.optim import learning_rate, make_optimizer
+from minift.optim import learning_rate, make_optimizer, parameter_groups
 from minift.pack import IGNORE
 from minift.rope import apply_rope, rope_frequencies, rope_tables
 from tests.conftest import small_model
@@ -558,6 +560,34 @@ def test_adamw(dtype: torch.dtype, weight_decay: float) -> None:
     for name, parameter in model.named_parameters():
         moved, wanted = parameter.detach() - start[name].detach(), slow[name][0] - start[name].detach()
         assert difference(moved, wanted) < 20 * TOLERANCE[dtype], name
+
+
+@both_dtypes
+def test_adamw_is_that_of_pytorch_to_the_bit(dtype: torch.dtype) -> None:
+    """Weights and state over five steps, in which one parameter has a gradient from the second on; then each reads the
+    other's state."""
+    config = TrainConfig(lr=1e-2, weight_decay=0.1, beta1=0.8, beta2=0.97)
+    ours, theirs = small_model(dtype=dtype), small_model(dtype=dtype)
+    optimizer = make_optimizer(ours, config)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (0.8, 0.97), "eps": 1e-8, "fused": True}
+    twin = torch.optim.AdamW(parameter_groups(theirs, config), **settings)
+    for step in range(6):
+        for seed, (mine, other) in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
+            if step or seed != 3:
+                mine.grad = random(*mine.shape, seed=100 * step + seed).to(dtype).detach()
+                other.grad = mine.grad.clone()
+        optimizer.step()
+        twin.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        one, two = optimizer.state_dict(), twin.state_dict()
+        assert one["param_groups"] == two["param_groups"]
+        assert one["state"].keys() == two["state"].keys()
+        for place, moments in one["state"].items():
+            assert all(torch.equal(moment, two["state"][place][key]) for key, moment in moments.items())
+            assert moments.keys() == two["state"][place].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        if step == 4:
+            twin.load_state_dict(copy.deepcopy(one))
+            optimizer.load_state_dict(copy.deepcopy(two))
 
 
 def test_decay_alone_shrinks_matrices_and_leaves_norms() -> None:
