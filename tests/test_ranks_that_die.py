@@ -14,12 +14,16 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint
 
 from minift import distributed
 from minift.checkpoint import load_model
@@ -29,6 +33,10 @@ from minift.jobs import finetune, finetune_job
 from tests.conftest import ROOT
 from tests.ranks import as_rank, free_port
 from tests.test_stream import write_jsonl
+
+for package in ("matplotlib.figure", "matplotlib.backends.backend_agg"):  # as the imports above: once for all ranks
+    if find_spec("matplotlib") is not None:
+        import_module(package)
 
 CPU = torch.device("cpu")
 RANKS = 2

@@ -43,7 +43,9 @@ from tests.conftest import ROOT, SMALL
 from tests.test_stream import write_jsonl
 
 pytestmark = pytest.mark.slow
+# What runs import, which is most of their time: here once for all of them.
 PRELOADED = ["torch._dynamo", "torch.utils.data", "torch.utils.checkpoint", "sentencepiece", "minift.jobs"]
+PRELOADED += ["matplotlib.figure", "matplotlib.backends.backend_agg"]  # where it is installed
 TIMES = ("seconds", "tokens_per_second")  # the only numbers that a resumed run may have otherwise
 KILLS = 5  # of each run that is cut at random
 
