@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -85,7 +86,7 @@ def encode_documents(stream: DocumentStream, tokenizer: Tokenizer, workers: int 
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # nothing is drawn from it but numbers that nobody uses
     )
     with _Results(loader) as results:
@@ -150,16 +151,16 @@ def _as_it_is(result: Any) -> Any:
     return result
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(parent: int, worker: int) -> None:
     # Ctrl-C, and a SIGTERM for all that belongs to the run, are for the process that trains: it ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    """End this worker when its parent was killed: it might wait for ever for somebody to take its results."""
+    """End this worker when its parent was killed, be it before this was called: nobody would take its results."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

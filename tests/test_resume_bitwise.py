@@ -47,6 +47,7 @@ pytestmark = pytest.mark.slow
 PRELOADED = ["torch._dynamo", "torch.utils.data", "torch.utils.checkpoint", "sentencepiece", "minift.jobs"]
 PRELOADED += ["matplotlib.figure", "matplotlib.backends.backend_agg"]  # where it is installed
 TIMES = ("seconds", "tokens_per_second")  # the only numbers that a resumed run may have otherwise
+PATIENCE = 12  # seconds until the workers of a killed run must have noticed
 KILLS = 5  # of each run that is cut at random
 
 
@@ -74,7 +75,6 @@ class Hooks:
 
 def child(words: list[str], log: Path, hooks: Hooks) -> None:
     """A run: the body of a forked process."""
-    os.setpgid(0, 0)  # its workers can then be found when it is dead
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -180,14 +180,14 @@ class Zygote:
     """Starts runs.
 
     Attributes:
-        groups: the process groups of those that were killed.
+        killed: the logs of those that were killed, by which their workers can be found.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([*PRELOADED, __name__])
-        self.groups: list[int] = []
+        self.killed: list[Path] = []
         self._logs = 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(ROOT))
@@ -218,10 +218,10 @@ class Zygote:
         if process.exitcode is None and after is not None:
             process.kill()
         process.join(60)
-        code, pid = process.exitcode, process.pid
+        code = process.exitcode
         assert code is not None, "the run hangs"
         if code == -signal.SIGKILL:
-            self.groups.append(pid)
+            self.killed.append(log)
         printed = log.read_text() if log.exists() else ""
         assert "Traceback" not in printed, printed
         return code, printed, log
@@ -235,21 +235,21 @@ def began(log: Path) -> bool:
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote = Zygote(tmp_path_factory.mktemp("logs"))
     yield zygote
-    for group in zygote.groups:
-        if members(group):
-            os.killpg(group, signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE
+    while left := living(zygote.killed):
+        assert time.monotonic() < deadline, f"{left}: workers of killed runs"
+        time.sleep(0.2)
 
 
-def members(group: int) -> list[int]:
-    """The living processes of a group."""
+def living(logs: list[Path]) -> list[int]:
+    """The processes that still write to one of these logs, whoever they belong to now."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
         try:
-            state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
+            if output.readlink() in logs:
+                found.append(int(output.parts[2]))
+        except OSError:  # it has just ended, or is another user's
             continue
-        if int(of) == group and state != "Z":
-            found.append(int(stat.parent.name))
     return found
 
 
@@ -492,11 +492,33 @@ def test_the_workers_of_a_killed_run_end_by_themselves(
 ) -> None:
     """Also when they wait for somebody who takes what they have encoded: long chunks fill a pipe."""
     words = [*inputs["pretrain"], "--workers", 2, "--steps", 10_000, "--out", tmp_path / "run"]
-    assert zygote.run(words, Hooks(chunk=chunk), after=1.0, training=True)[0] == -signal.SIGKILL
-    deadline = time.monotonic() + 12  # they look every five seconds
-    while left := members(zygote.groups[-1]):
+    run, log = zygote.start(words, Hooks(chunk=chunk))
+    deadline = time.monotonic() + 60
+    while not (began(log) and len(living([log])) == 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    run.kill()
+    deadline = time.monotonic() + PATIENCE  # they look every second
+    while left := living([log]):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
+
+
+def test_a_worker_whose_run_was_killed_before_it_began_ends_by_itself() -> None:
+    context = multiprocessing.get_context("fork")
+    run = context.Process(target=int)
+    run.start()
+    run.join()
+    worker = context.Process(target=worker_of, args=(run.pid,))
+    worker.start()
+    worker.join(PATIENCE)
+    assert worker.exitcode == 1
+
+
+def worker_of(run: int) -> None:
+    encode._start_worker(run, 0)
+    time.sleep(2 * PATIENCE)
 
 
 # Kills at each operation of a save ------------------------------------------------------------------------------------
