@@ -30,6 +30,7 @@ from minift.lora import LoRAConfig, adapter_weights, add_lora, init_adapters, me
 from minift.machine import check_compiler, choose_compile, choose_device, choose_dtype
 from minift.model import Llama
 from minift.pack import Batch, PageBatches, PairBatches, collate, encode_pairs
+from minift.progress import Best
 from minift.prompts import Pair, choose_template, read_all_pairs, template_named
 from minift.records import STDIN, Skipped, find_files
 from minift.run_folder import (
@@ -45,7 +46,7 @@ from minift.run_folder import (
 from minift.state import TrainState
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, check_fit, load_tokenizer
-from minift.train import Best, Plan, start_state, train
+from minift.train import Plan, start_state, train
 
 VALIDATION_ROWS = 64  # rows of held-out pages on which a pretraining run is evaluated
 HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given

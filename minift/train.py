@@ -19,19 +19,14 @@ Source of mixed precision: Micikevicius et al. (arXiv 1710.03740). Read next: `c
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm  # in a notebook, its own kind of bar
 
 from minift.checkpoint import save_best, save_step
 from minift.config import TrainConfig, check_number
@@ -46,42 +41,15 @@ from minift.distributed import (
     whole,
 )
 from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
-from minift.flops import training_flops_per_token
 from minift.heap import keep_freed_memory
-from minift.machine import autocast, choose_dtype, choose_written_out, data_sheet_flops
+from minift.machine import autocast, choose_dtype, choose_written_out
 from minift.model import Llama
 from minift.optim import learning_rate, make_optimizer
-from minift.pack import IGNORE, PADDING, Batch, PageBatches, PairBatches
+from minift.pack import IGNORE, Batch, PageBatches, PairBatches
+from minift.progress import Best, metrics_file, progress_bar, record_of, show
 from minift.state import TrainState
+from minift.stop import StopSignal
 from minift.tokenizer import Tokenizer
-
-
-@dataclass
-class Best:
-    """The lowest validation loss of a run so far, and how long ago it was."""
-
-    loss: float = math.inf
-    step: int = 0
-    evaluations_since: int = 0
-
-    @classmethod
-    def of(cls, metrics: Path) -> "Best":
-        """Of a run's `metrics.jsonl`, which holds nothing but the steps that were taken."""
-        best = cls()
-        if metrics.exists():
-            for line in metrics.read_text(encoding="utf-8").splitlines():
-                best.add(json.loads(line))
-        return best
-
-    def add(self, record: dict[str, Any]) -> bool:
-        """Take in what a step reports. True when it was evaluated and is the best."""
-        if "validation_loss" not in record:
-            return False
-        if record["validation_loss"] < self.loss:
-            self.loss, self.step, self.evaluations_since = record["validation_loss"], record["step"], 0
-            return True
-        self.evaluations_since += 1
-        return False
 
 
 @dataclass(frozen=True)
@@ -247,7 +215,7 @@ def train(
     if config.patience and best.evaluations_since >= config.patience:
         return True
     try:
-        with StopSignal() as stop, _metrics(out, state.world) as metrics:
+        with StopSignal() as stop, metrics_file(out, state.world) as metrics:
             for record in _steps(state, plan, config, validation, stop):
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
@@ -280,11 +248,11 @@ def train(
 
 
 def _steps(
-    state: TrainState, plan: Plan, config: TrainConfig, validation: Sequence[Batch], stop: "StopSignal"
+    state: TrainState, plan: Plan, config: TrainConfig, validation: Sequence[Batch], stop: StopSignal
 ) -> Iterator[dict[str, Any]]:
     """Take the steps that are left, one at a time; yield what each has to report."""
     micro_batches, world = iter(state.batches), state.world
-    with _bar(plan, state) as bar:
+    with progress_bar(plan.steps, state) as bar:
         while state.step < plan.steps and not world.any(stop.requested):
             start = time.perf_counter()
             place = state.batches.state_dict()
@@ -302,10 +270,10 @@ def _steps(
                 bar.write(f"step {state.step + 1}: float16 overflowed; again, at scale {state.scaler.get_scale():g}")
                 continue
             state.step += 1
-            record = _record(state, result, lr, window, seconds, config.dtype)
+            record = record_of(state, result.loss, result.grad_norm, lr, window, seconds, config.dtype)
             if validation and _due(state.step, config.eval_every, plan.steps):
                 record["validation_loss"] = validation_loss(state, validation, config)
-            _show(bar, record)
+            show(bar, record)
             yield record
 
 
@@ -331,30 +299,6 @@ def validation_loss(state: TrainState, batches: Sequence[Batch], config: TrainCo
     return nll / total
 
 
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request that the loop reads between steps. A second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # only there may Python set handlers
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 def _next_window(micro_batches: Iterator[Batch], size: int, world: World) -> list[Batch]:
     """The next micro-batches, if there are some for every rank."""
     failure: Exception | None = None
@@ -365,13 +309,6 @@ def _next_window(micro_batches: Iterator[Batch], size: int, world: World) -> lis
         failure = error
     world.agree(failure)
     return window
-
-
-@contextmanager
-def _metrics(out: Path, world: World) -> Iterator[TextIO]:
-    """The file of the run's metrics; the ranks that do not keep them write nowhere."""
-    with (out / "metrics.jsonl" if world.is_main else Path(os.devnull)).open("a", encoding="utf-8") as file:
-        yield file
 
 
 def _due(step: int, every: int, last: int | None) -> bool:
@@ -391,39 +328,3 @@ def _check_skipped(state: TrainState, result: StepResult) -> None:
         return
     what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}, first in {result.culprit}"
     raise RunError(f"step {state.step + 1} is not finite ({what}); lower --lr, or try another --dtype")
-
-
-def _record(
-    state: TrainState, result: StepResult, lr: float, window: Sequence[Batch], seconds: float, dtype: str
-) -> dict[str, Any]:
-    world = state.world
-    tokens = int(world.total(sum(int((batch.document_ids != PADDING).sum()) for batch in window))[0])
-    record = {
-        "step": state.step,
-        "loss": result.loss,
-        "lr": lr,
-        "grad_norm": result.grad_norm,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "seconds": seconds,
-    }
-    if state.scaler.is_enabled():
-        record["loss_scale"] = state.scaler.get_scale()
-    peak = data_sheet_flops(state.model.device, dtype)
-    if peak is not None:
-        length = window[0].tokens.shape[1]
-        record["mfu"] = training_flops_per_token(state.model.config, length) * tokens / seconds / peak / world.size
-    return record
-
-
-def _bar(plan: Plan, state: TrainState) -> "tqdm[Any]":
-    hidden = not state.world.is_main
-    return tqdm(total=plan.steps, initial=state.step, unit="step", desc="training", dynamic_ncols=True, disable=hidden)
-
-
-def _show(bar: "tqdm[Any]", record: dict[str, Any]) -> None:
-    shown = {"loss": f"{record['loss']:.3f}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
-    if "validation_loss" in record:
-        shown["validation"] = f"{record['validation_loss']:.3f}"
-    bar.set_postfix(shown)
-    bar.update()

@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.alive import Alive
-from minift import train
 from minift.cache import KVCache
 from minift.cli import main
 from minift.config import PRESETS, PRETRAIN, LlamaConfig, TrainConfig
@@ -39,7 +38,8 @@ from minift.loss import _all_rows_at_once_, next_token_loss
 from minift.machine import choose_written_out
 from minift.model import Llama
 from minift.pack import Batch, Example, PairBatches
-from minift.train import StepResult, start_state, train_step
+from minift.progress import record_of
+from minift.train import start_state, train_step
 from tests.conftest import small_model
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -456,9 +456,9 @@ def test_mfu_is_recorded_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch
     model = small_model()
     batch = Batch(*(torch.zeros(2, 8, dtype=torch.int64) for _ in range(4)), isolated=False, n_targets=16)
     config = PRETRAIN.replace(dtype="float32", device="cpu")
-    state, result = start_state(model, None, config), StepResult(1.0, 1.0, True)  # type: ignore[arg-type]
-    assert "mfu" not in train._record(state, result, 0.1, [batch], 0.5, "bfloat16")
+    state = start_state(model, None, config)  # type: ignore[arg-type]
+    assert "mfu" not in record_of(state, 1.0, 1.0, 0.1, [batch], 0.5, "bfloat16")
     monkeypatch.setattr(Llama, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    record = train._record(state, result, 0.1, [batch], 0.5, "bfloat16")
+    record = record_of(state, 1.0, 1.0, 0.1, [batch], 0.5, "bfloat16")
     assert record["mfu"] == pytest.approx(training_flops_per_token(model.config, 8) * 16 / 0.5 / 989e12)
