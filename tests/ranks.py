@@ -28,7 +28,7 @@ def run_ranks(size: int, parallel: str, function: Callable[..., Any], *arguments
     results = []
     for rank, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
         try:
-            results.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(120) else None)
+            results.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(240) else None)
         except EOFError:
             results.append(EOFError(f"rank {rank} gave nothing back"))
         if results[-1] is None:

@@ -44,7 +44,7 @@ STEPS = 24
 CONFIG = FINETUNE.replace(
     steps=STEPS, batch_size=6, grad_accum=2, save_every=5, keep=2, dtype="float32", device="cpu", max_length=64
 )
-PROMPTLY = 20  # seconds in which the other ranks must have noticed
+PROMPTLY = 60  # seconds in which the other ranks must have noticed
 KILLS = 20
 
 
@@ -82,7 +82,7 @@ def start(*arguments: Any) -> list[Any]:
     ranks = [context.Process(target=run, args=(rank, port, met, *arguments)) for rank in range(RANKS)]
     for process in ranks:
         process.start()
-    met.wait(timeout=60)
+    met.wait(timeout=240)
     return ranks
 
 
@@ -140,7 +140,7 @@ def test_ranks_that_never_come_are_not_waited_for_forever(monkeypatch: pytest.Mo
 def test_a_signal_to_one_rank_saves_on_all(tmp_path: Path, small_checkpoint: Path, pairs: tuple[Path, Path]) -> None:
     out, config = tmp_path / "run", CONFIG.replace(steps=100_000, save_every=0)
     ranks = start("ddp", str(small_checkpoint), pairs, out, config)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -188,13 +188,13 @@ def workers_of(torchrun: "subprocess.Popen[str]") -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_torchrun_starts_a_killed_run_again(tmp_path: Path, small_checkpoint: Path, pairs: tuple[Path, Path]) -> None:
     whole = torchrun(*words_for(small_checkpoint, pairs, tmp_path / "whole", STEPS))
-    out, error = whole.communicate(timeout=240)
+    out, error = whole.communicate(timeout=600)
     assert whole.returncode == 0, error
     assert out.count("saved: ") == 1  # one rank speaks
     assert error.count("?step/s]") == 1  # and one shows a bar, which may show its end twice
     ours = tmp_path / "run"
     begun = torchrun(*words_for(small_checkpoint, pairs, ours, STEPS), restarts=2)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(first := workers_of(begun)) < RANKS:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -204,7 +204,7 @@ def test_torchrun_starts_a_killed_run_again(tmp_path: Path, small_checkpoint: Pa
         assert begun.poll() is None, begun.communicate()
         time.sleep(0.01)
     os.kill(workers_of(begun)[1], signal.SIGKILL)
-    _, error = begun.communicate(timeout=240)
+    _, error = begun.communicate(timeout=600)
     assert begun.returncode == 0, error
     assert_same(ours, tmp_path / "whole")
 
@@ -214,7 +214,7 @@ def test_an_error_is_said_once(tmp_path: Path, small_checkpoint: Path) -> None:
     ended = torchrun(
         *words_for(small_checkpoint, (tmp_path / "none.jsonl", tmp_path / "none.jsonl"), tmp_path / "o", 3)
     )
-    _, error = ended.communicate(timeout=240)
+    _, error = ended.communicate(timeout=600)
     assert ended.returncode != 0
     said = [line for line in error.splitlines() if line.startswith("minift: ")]
     assert len(said) == 1

@@ -56,13 +56,13 @@ def stop(words: Sequence[str | Path], folder: Path, out: Path, after: int, numbe
     """Start a run, send it a signal once it has taken `after` steps, and return its exit code and what it printed."""
     process = start(words, folder)
     file = out / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not file.exists() or file.read_bytes().count(b"\n") < after:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "the run does not start"
         time.sleep(0.005)
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=240)
     assert "Traceback" not in stderr
     return process.returncode, stdout
 

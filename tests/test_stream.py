@@ -243,7 +243,7 @@ def test_peeking_into_an_endless_file_returns(tmp_path: Path, count: int, capsys
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     assert main(["data", "peek", str(pipe), "-n", str(count)]) == 0
-    writer.join(timeout=30)
+    writer.join(timeout=240)
     assert not writer.is_alive()
     assert written < 10_000  # what the pipe and two buffers hold, and no more
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  text: ")]
@@ -512,7 +512,7 @@ def test_peeking_into_a_pipe_does_not_wait_for_its_end(tmp_path: Path) -> None:
         for record in documents("one", "two"):
             process.stdin.write(json.dumps(record).encode() + b"\n")
         process.stdin.flush()  # and it stays open
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=240) == 0
         assert process.stdout.read().count(b"  text: ") == 2
         process.stdin.close()
 
