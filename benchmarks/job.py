@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import arguments
-from minift.config import LlamaConfig, TrainConfig, bundled, check_number, model_path
+from minift.config import LlamaConfig, TrainConfig, bundled, model_path
 from minift.errors import InputError
 from minift.loss import batch_states, next_token_loss
 from minift.machine import autocast
@@ -29,6 +29,7 @@ from minift.state import TrainState
 from minift.stream import DocumentStream
 from minift.tokenizer import load_tokenizer
 from minift.train import StepResult, start_state
+from minift.values import check_number
 
 STEPS = 1_000  # of the run that is measured the beginning of: the schedule depends on it
 PARTS = (

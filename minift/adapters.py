@@ -6,8 +6,9 @@ The adapter itself, and what it does to a model, is in `lora.py`. Read next: `to
 import os
 from pathlib import Path
 
-from minift.config import model_path, read_json
+from minift.config import model_path
 from minift.errors import InputError
+from minift.values import read_json
 
 ADAPTER_FILE = "adapter_config.json"  # as `peft` calls it
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from minift.cli_parts import MODEL_HELP, add_command, write_json
-from minift.config import check_number, model_path
+from minift.config import model_path
 from minift.errors import InputError, RunError, one_line
 from minift.report import shorten
+from minift.values import check_number
 
 PAGES_HELP = "files, globs or folders of JSON Lines or text, packed or not; - for standard input"
 

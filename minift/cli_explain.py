@@ -7,9 +7,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from minift.cli_parts import MODEL_HELP, add_command, json_text, load, write_texts
-from minift.config import TrainConfig, check_number
+from minift.config import TrainConfig
 from minift.errors import InputError
 from minift.report import xray_table
+from minift.values import check_number
 
 if TYPE_CHECKING:  # which imports torch, and `minift --help` does without
     from minift.prompts import Pair

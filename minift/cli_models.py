@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from minift.cli_parts import MODEL_HELP, add_command, json_text, load, write_json, write_texts
-from minift.config import TrainConfig, check_number, model_path
+from minift.config import TrainConfig, model_path
 from minift.errors import InputError, one_line
 from minift.report import mistake_lines, samples, score_lines, size, table
+from minift.values import check_number
 
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 

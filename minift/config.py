@@ -11,16 +11,13 @@ Read next: `tokenizer.py`.
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 from minift.errors import InputError
 from minift.hub import cached, is_hub_name
-
-_Config = TypeVar("_Config", "LlamaConfig", "RopeScaling", "TrainConfig")
+from minift.values import build, check_number, read_json
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -64,7 +61,7 @@ class RopeScaling:
         missing = sorted({item.name for item in dataclasses.fields(cls)} - set(values))
         if missing:
             raise InputError(f"{where}: key {missing[0]!r} is missing")
-        return _from_dict(RopeScaling, values, where)
+        return build(RopeScaling, values, where)
 
     def to_dict(self) -> dict[str, Any]:
         """The value of `rope_scaling` in a config.json."""
@@ -174,7 +171,7 @@ class LlamaConfig:
         ends = values.get("eos_token_id")
         if isinstance(ends, list) and all(isinstance(id, int) and not isinstance(id, bool) for id in ends):
             values["eos_token_id"] = tuple(ends)
-        config = _from_dict(LlamaConfig, values, where)
+        config = build(LlamaConfig, values, where)
         missing = sorted(_REQUIRED_KEYS - set(values))
         if missing:
             raise InputError(f"{where}: key {missing[0]!r} is missing")
@@ -353,7 +350,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> "TrainConfig":
         """From the keys of a run's `config.json`. Raises InputError for an unknown key or a bad value."""
-        return _from_dict(TrainConfig, values, where)
+        return build(TrainConfig, values, where)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -382,63 +379,6 @@ def model_path(name: str | Path) -> Path:
     if str(name) == "bundled":
         return bundled("base")
     return cached(str(name)) if is_hub_name(str(name)) else Path(name)
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError when it is missing, not JSON, or not an object."""
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-        raise InputError(f"{path}:{line}: not valid JSON: {reason}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds {type(values).__name__}, not a JSON object")
-    return values
-
-
-def check_number(
-    name: str, value: float, *, above: float | None = None, least: float | None = None, below: float | None = None
-) -> None:
-    """Raise InputError unless `value` is finite, more than `above`, at least `least`, less than `below`.
-
-    A whole number must also be below 2³¹.
-    """
-    if isinstance(value, int) and abs(value) >= 2**31:
-        raise InputError(f"{name} is {value}; it must be below {2**31}")
-    if not math.isfinite(value):
-        raise InputError(f"{name} is {value}; it must be a finite number")
-    if above is not None and not value > above:
-        raise InputError(f"{name} is {value}; it must be more than {above:g}")
-    if below is not None and not value < below:
-        raise InputError(f"{name} is {value}; it must be below {below}")
-    if least is not None and not value >= least:
-        raise InputError(f"{name} is {value}; it must be at least {least:g}")
-
-
-def _from_dict(cls: type[_Config], values: dict[str, Any], where: str) -> _Config:
-    """Build a dataclass from plain values, refusing unknown keys and wrong types by name."""
-    hints = get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(hints)}")
-    for name, value in values.items():
-        kinds = get_args(hints[name]) or (hints[name],)
-        allowed: tuple[type, ...] = tuple(get_origin(kind) or kind for kind in kinds)  # tuple[int, ...]: tuple
-        if float in allowed:
-            allowed = (*allowed, int)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
-            raise InputError(f"{where}: {name} is {value!r}; it must be {wanted}")
-    try:
-        return cls(**values)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
 
 
 # The two jobs' defaults. Finetuning: about 1,000 short pairs, seen 10 times. Pretraining: the bundled base's recipe.

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from minift.cache import KVCache
-from minift.config import check_number
 from minift.decode import Decoder
 from minift.errors import InputError, RunError
 from minift.graph import GraphDecoder
 from minift.model import Llama
 from minift.pack import PADDING
+from minift.values import check_number
 
 OneMore: TypeAlias = Callable[[Tensor], Tensor]  # each text's last id, [B, 1] → the logits of what follows, [B, V]
 CACHE_MULTIPLE = 8  # of the places in a cache: a GPU's kernels read a mask in such pieces

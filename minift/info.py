@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minift.config import check_number
 from minift.errors import InputError
 from minift.flops import (
     BYTES,
@@ -25,6 +24,7 @@ from minift.formats.files import dtype_name
 from minift.report import size
 from minift.scaling import ALONE, CARD_BYTES, plan
 from minift.tokenizer import SentencePieceTokenizer, check_fit, load_tokenizer, tokenizer_files
+from minift.values import check_number
 
 
 def info(

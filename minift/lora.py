@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minift.adapters import ADAPTER_FILE
-from minift.config import LORA_TARGETS, TrainConfig, check_number, read_json
+from minift.config import LORA_TARGETS, TrainConfig
 from minift.distributed import put, whole
 from minift.errors import InputError
 from minift.formats.files import Spec
@@ -38,6 +38,7 @@ from minift.formats.pt_file import write_pt
 from minift.formats.safetensors_file import write_safetensors
 from minift.links import check_links
 from minift.model import Linear, Llama
+from minift.values import check_number, read_json
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Of what else a `peft` adapter can do: its keys, and the values that ask for nothing.

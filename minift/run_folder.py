@@ -24,13 +24,14 @@ from typing import Any
 
 from minift.atomic import write_file
 from minift.checkpoint import check_step, step_folders
-from minift.config import TrainConfig, read_json
+from minift.config import TrainConfig
 from minift.distributed import World
 from minift.errors import InputError
 from minift.links import check_name
 from minift.lock import LOCK, locked
 from minift.pages.curves import png
 from minift.pages.run import read_metrics, run_page
+from minift.values import read_json
 
 
 @dataclass(frozen=True)

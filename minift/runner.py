@@ -25,13 +25,14 @@ import torch
 
 from minift import jobs
 from minift.checkpoint import load_model, save_model
-from minift.config import FINETUNE, TrainConfig, check_number, model_path
+from minift.config import FINETUNE, TrainConfig, model_path
 from minift.errors import InputError, RunError
 from minift.generate import generate
 from minift.machine import choose_device
 from minift.prompts import CARRIED_MARKERS, Pair, Template, template_named
 from minift.records import Skipped, scan
 from minift.tokenizer import check_fit, load_tokenizer
+from minift.values import check_number
 
 TEMPLATE_FILE = "template.txt"
 

@@ -31,9 +31,10 @@ import numpy as np
 import sentencepiece
 
 from minift.adapters import base_of, is_adapter
-from minift.config import LlamaConfig, check_number
+from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.links import check_links
+from minift.values import check_number
 from minift.word_cache import WordCache, fits
 
 # Everything that a tokenizer may consist of. All of it travels with every save, used here or not: chat templates and

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minift.config import read_json
 from minift.errors import InputError
 from minift.extras import need
 from minift.tokenizer import SentencePieceTokenizer, Tokenizer
+from minift.values import read_json
 
 SPACE = "▁"
 

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from minift.checkpoint import save_best, save_step
-from minift.config import TrainConfig, check_number
+from minift.config import TrainConfig
 from minift.distributed import (
     Objective,
     World,
@@ -50,6 +50,7 @@ from minift.progress import Best, metrics_file, progress_bar, record_of, show
 from minift.state import TrainState
 from minift.stop import StopSignal
 from minift.tokenizer import Tokenizer
+from minift.values import check_number
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from benchmarks.lessons.side_by_side import side_by_side
 from benchmarks.lessons.training import finetune, right_answers, settings
 from benchmarks.process import ROOT
 from minift.checkpoint import load_model
-from minift.config import FINETUNE, bundled, check_number, model_path
+from minift.config import FINETUNE, bundled, model_path
 from minift.errors import InputError
 from minift.evaluate import Likelihood, likelihood_scores, page_likelihoods
 from minift.intervals import difference
@@ -39,6 +39,7 @@ from minift.model import Llama
 from minift.prompts import read_all_pairs
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.values import check_number
 
 PAGES = ROOT / "data" / "pages"
 WINDOW = 256  # tokens of a page that are read at once

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.lessons.chart import Chart, Point
 from minift.checkpoint import load_model
-from minift.config import FINETUNE, LlamaConfig, TrainConfig, bundled, check_number, model_path
+from minift.config import FINETUNE, LlamaConfig, TrainConfig, bundled, model_path
 from minift.loss import batch_loss
 from minift.machine import autocast
 from minift.model import DecoderLayer, Llama
@@ -36,6 +36,7 @@ from minift.prompts import read_all_pairs, template_named
 from minift.rope import rope_tables
 from minift.tokenizer import Tokenizer, load_tokenizer
 from minift.train import start_state, train_step
+from minift.values import check_number
 
 DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = (256, 257, 1_001, 5_001, 30_001)

@@ -11,7 +11,7 @@ Read next: `opened.py`.
 
 from pathlib import Path
 
-from minift.config import LlamaConfig, read_json
+from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.formats.huggingface import has_weights, open_huggingface, read_config
 from minift.formats.llama2c import open_llama2c
@@ -19,6 +19,7 @@ from minift.formats.meta import open_meta
 from minift.formats.native import open_native
 from minift.formats.opened import Opened
 from minift.links import check_links, check_name
+from minift.values import read_json
 
 FORMATS = ("native", "hf", "meta", "llama2c")
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.config import LlamaConfig, RopeScaling, check_number, read_json
+from minift.config import LlamaConfig, RopeScaling
 from minift.errors import InputError
 from minift.formats.files import Read, Spec, Specs, TensorFile
 from minift.formats.opened import (
@@ -36,6 +36,7 @@ from minift.formats.opened import (
     to_interleaved,
 )
 from minift.formats.pt_file import write_pt
+from minift.values import check_number, read_json
 
 # minift's name → (Meta's name, the axis along which ranks share it, or None where each has a copy).
 _TABLE: dict[str, tuple[str, int | None]] = {

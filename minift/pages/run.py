@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from minift.config import FINETUNE, PRETRAIN, LlamaConfig, TrainConfig, read_json
+from minift.config import FINETUNE, PRETRAIN, LlamaConfig, TrainConfig
 from minift.flops import count_parameters, inference_memory, training_memory
 from minift.formats import open_model
 from minift.formats.opened import parameter_shapes
@@ -27,6 +27,7 @@ from minift.lora import LoRAConfig
 from minift.pages.curves import curves_of, svg
 from minift.pages.document import document, table, text
 from minift.report import LABELS, number, size
+from minift.values import read_json
 
 SHOWN = 100  # samples on a page; the rest are in the JSON
 

@@ -1,0 +1,78 @@
+"""Plain values from files and flags: a JSON object, a number within its bounds, a dataclass's fields.
+
+What is wrong is refused by its name and place; nothing is guessed. Read next: `config.py`.
+"""
+
+import json
+import math
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from minift.errors import InputError
+
+_Fields = TypeVar("_Fields")  # a dataclass
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError when it is missing, not JSON, or not an object."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+        raise InputError(f"{path}:{line}: not valid JSON: {reason}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds {type(values).__name__}, not a JSON object")
+    return values
+
+
+def check_number(
+    name: str, value: float, *, above: float | None = None, least: float | None = None, below: float | None = None
+) -> None:
+    """Raise InputError unless `value` is finite, more than `above`, at least `least`, less than `below`.
+
+    A whole number must also be below 2³¹.
+    """
+    if isinstance(value, int) and abs(value) >= 2**31:
+        raise InputError(f"{name} is {value}; it must be below {2**31}")
+    if not math.isfinite(value):
+        raise InputError(f"{name} is {value}; it must be a finite number")
+    if above is not None and not value > above:
+        raise InputError(f"{name} is {value}; it must be more than {above:g}")
+    if below is not None and not value < below:
+        raise InputError(f"{name} is {value}; it must be below {below}")
+    if least is not None and not value >= least:
+        raise InputError(f"{name} is {value}; it must be at least {least:g}")
+
+
+def build(cls: type[_Fields], values: dict[str, Any], where: str) -> _Fields:
+    """A dataclass from plain values, such as a JSON object's.
+
+    Args:
+        where: the file or place that holds them, named in errors.
+
+    Raises:
+        InputError: for a key that is not a field, a value of another type, or one that the class refuses.
+    """
+    hints = get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(hints)}")
+    for name, value in values.items():
+        kinds = get_args(hints[name]) or (hints[name],)
+        allowed: tuple[type, ...] = tuple(get_origin(kind) or kind for kind in kinds)  # tuple[int, ...]: tuple
+        if float in allowed:
+            allowed = (*allowed, int)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
+            raise InputError(f"{where}: {name} is {value!r}; it must be {wanted}")
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
