@@ -1,7 +1,7 @@
 """The exception for a user's mistake: what was wrong, where, and what to do, in one line.
 
 The command line prints an `InputError` as a single line and exits with code 2; any other exception is a defect of
-minift itself and keeps its traceback. Library callers can catch it as a `ValueError`. Read next: `config.py`.
+minift itself and keeps its traceback. Library callers can catch it as a `ValueError`. Read next: `values.py`.
 """
 
 import re
