@@ -36,6 +36,17 @@ SMALL = {
     "tie_word_embeddings": True,
 }
 
+# What runs import, which is most of a short one's time: tests that fork many of them import it once, where it is there.
+IMPORTED_BY_RUNS = (
+    "torch._dynamo",
+    "torch.utils.data",
+    "torch.utils.checkpoint",
+    "sentencepiece",
+    "minift.jobs",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, and run the slow tests last."""

@@ -788,7 +788,7 @@ def workers_at_work(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.Mo
     next(batches)
     yield batches
     batches.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20
     while multiprocessing.active_children():
         gc.collect()  # the iterator of the loader ends them when it goes, and an error may hold it
         assert time.monotonic() < deadline, "a worker is left"
@@ -970,7 +970,7 @@ def running(words: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen
 
 
 def nobody_is_left(workers: Sequence[int]) -> None:
-    deadline = time.monotonic() + 60  # a worker of torch looks for its parent every 5 seconds
+    deadline = time.monotonic() + 12  # a worker of torch looks for its parent every 5 seconds
     while any(map(alive, workers)):
         assert time.monotonic() < deadline, "a worker has outlived its run"
         time.sleep(0.02)

@@ -13,30 +13,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 import torch.distributed as dist
-import torch.distributed.checkpoint
 
 from minift import distributed
 from minift.checkpoint import load_model
 from minift.config import FINETUNE, TrainConfig
 from minift.errors import RunError
 from minift.jobs import finetune, finetune_job
-from tests.conftest import ROOT
+from tests.conftest import IMPORTED_BY_RUNS, ROOT
 from tests.ranks import as_rank, free_port
 from tests.test_stream import write_jsonl
-
-for package in ("matplotlib.figure", "matplotlib.backends.backend_agg"):  # as the imports above: once for all ranks
-    if find_spec("matplotlib") is not None:
-        import_module(package)
 
 CPU = torch.device("cpu")
 RANKS = 2
@@ -44,8 +38,15 @@ STEPS = 24
 CONFIG = FINETUNE.replace(
     steps=STEPS, batch_size=6, grad_accum=2, save_every=5, keep=2, dtype="float32", device="cpu", max_length=64
 )
-PROMPTLY = 60  # seconds in which the other ranks must have noticed
+PROMPTLY = 20  # seconds in which the other ranks must have noticed
 KILLS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_before_forking() -> None:
+    for name in (*IMPORTED_BY_RUNS, "torch.distributed.checkpoint"):
+        with suppress(ModuleNotFoundError):
+            import_module(name)
 
 
 @pytest.fixture(scope="module")

@@ -39,15 +39,12 @@ from minift.pack import PageBatches
 from minift.run_folder import read_run
 from minift.stream import DocumentStream
 from minift.tokenizer import Tokenizer, load_tokenizer
-from tests.conftest import ROOT, SMALL
+from tests.conftest import IMPORTED_BY_RUNS, ROOT, SMALL
 from tests.test_stream import write_jsonl
 
 pytestmark = pytest.mark.slow
-# What runs import, which is most of their time: here once for all of them.
-PRELOADED = ["torch._dynamo", "torch.utils.data", "torch.utils.checkpoint", "sentencepiece", "minift.jobs"]
-PRELOADED += ["matplotlib.figure", "matplotlib.backends.backend_agg"]  # where it is installed
 TIMES = ("seconds", "tokens_per_second")  # the only numbers that a resumed run may have otherwise
-PATIENCE = 60  # seconds until the workers of a killed run must have noticed
+PATIENCE = 12  # seconds until the workers of a killed run must have noticed
 KILLS = 5  # of each run that is cut at random
 
 
@@ -186,7 +183,7 @@ class Zygote:
     def __init__(self, folder: Path):
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([*PRELOADED, __name__])
+        self.context.set_forkserver_preload([*IMPORTED_BY_RUNS, __name__])
         self.killed: list[Path] = []
         self._logs = 0
         with pytest.MonkeyPatch.context() as patch:
@@ -235,10 +232,17 @@ def began(log: Path) -> bool:
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote = Zygote(tmp_path_factory.mktemp("logs"))
     yield zygote
-    deadline = time.monotonic() + PATIENCE
-    while left := living(zygote.killed):
-        assert time.monotonic() < deadline, f"{left}: workers of killed runs"
+    nobody_is_left(zygote.killed)
+
+
+def nobody_is_left(logs: list[Path]) -> None:
+    """Wait for the workers of killed runs to notice. Those that do not are ended here."""
+    deadline = time.monotonic() + PATIENCE  # they look every second
+    while (left := living(logs)) and time.monotonic() < deadline:
         time.sleep(0.2)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "workers have outlived their run"
 
 
 def living(logs: list[Path]) -> list[int]:
@@ -499,10 +503,7 @@ def test_the_workers_of_a_killed_run_end_by_themselves(
         time.sleep(0.05)
     time.sleep(1)
     run.kill()
-    deadline = time.monotonic() + PATIENCE  # they look every second
-    while left := living([log]):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
+    nobody_is_left([log])
 
 
 def test_a_worker_whose_run_was_killed_before_it_began_ends_by_itself() -> None:
