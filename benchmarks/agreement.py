@@ -1,6 +1,6 @@
 """Whether ways to compute the same thing do: how far one is off, and why another is not to be had on this machine.
 
-Read next: `attention.py`.
+Read next: `kernels/attention.py`.
 """
 
 import math

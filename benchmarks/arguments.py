@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from minift import machine
 from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
 from minift.extras import need
+from minift.runs import machine
 from minift.values import check_number
 
 FILES = ("json", "plot", "trace")  # options that name a file to write

@@ -4,7 +4,7 @@ The same queries, keys and values, laid out as the projections leave them, in tu
 Which of them there are depends on the machine, the dtype and the heads; a kernel that refuses is left out, with its
 reason. What each gives, and its gradients, must agree with the formula, or there is no result.
 
-* *used*: `attend` (`minift/attention.py`) with the mask that `Llama.hidden` makes, and what a compiler makes of it;
+* *used*: `attend` (`minift/kernels/attention.py`) with the mask that `Llama.hidden` makes, and what a compiler makes of it;
 * *SDPA*: PyTorch's `scaled_dot_product_attention` as it chooses, and by each of its kernels, of which *math* is matrix
   products and a softmax; for several documents with a mask of all pairs;
 * *FlexAttention*: compiled for the mask, whose empty blocks it leaves out;
@@ -13,7 +13,7 @@ reason. What each gives, and its gradients, must agree with the formula, or ther
     python -m benchmarks attention                                        # smollm2-135m's heads
     python -m benchmarks attention --config llama2-7b --batch-size 2 --length 4096 --device cuda
 
-FLOPs are those of the pairs of tokens that may see each other (`minift/flops.py`). Legend: B rows, T tokens of a row, H
+FLOPs are those of the pairs of tokens that may see each other (`minift/costs/flops.py`). Legend: B rows, T tokens of a row, H
 query heads, K key/value heads, C head width. Read next: `ladder.py`.
 """
 
@@ -30,9 +30,9 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import agreement, arguments, record, roof, textbook
 from benchmarks.timing import in_turns, paired_ratio
-from minift.attention import Mask, attend, block_mask
 from minift.config import LlamaConfig
 from minift.errors import InputError
+from minift.kernels.attention import Mask, attend, block_mask
 from minift.model import Llama, flex_pays
 
 KERNELS = {

@@ -32,12 +32,12 @@ from benchmarks import arguments, record, roof
 from benchmarks.peers import to_transformers
 from benchmarks.timing import paired_ratio, wait_for
 from minift.config import LlamaConfig, TrainConfig
+from minift.costs.flops import BYTES, count_parameters, forward_flops_per_token
 from minift.errors import InputError
-from minift.flops import BYTES, count_parameters, forward_flops_per_token
 from minift.generate import stream
-from minift.machine import choose_device, choose_dtype
+from minift.look.report import size
 from minift.model import Llama
-from minift.report import size
+from minift.runs.machine import choose_device, choose_dtype
 from minift.values import check_number
 
 CONFIGS = ("smollm2-135m", "stories15m")

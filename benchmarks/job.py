@@ -19,15 +19,15 @@ import torch
 
 from benchmarks import arguments
 from minift.config import LlamaConfig, TrainConfig, bundled, model_path
+from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.loss import batch_states, next_token_loss
-from minift.machine import autocast
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, PageBatches
+from minift.runs.machine import autocast
 from minift.state import TrainState
-from minift.stream import DocumentStream
-from minift.tokenizer import load_tokenizer
+from minift.tokenizer.base import load_tokenizer
 from minift.train import StepResult, start_state
 from minift.values import check_number
 

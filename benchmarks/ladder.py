@@ -34,7 +34,7 @@ import minift.train
 from benchmarks import arguments, process, record, side, textbook
 from benchmarks.timing import in_turn_order, paired_ratio
 from minift.config import LlamaConfig, TrainConfig
-from minift.flops import training_flops_per_token
+from minift.costs.flops import training_flops_per_token
 from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
 from minift.train import start_state, train_step

@@ -30,7 +30,7 @@ from minift.extras import need
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.opened import parameter_shapes
-from minift.report import size
+from minift.look.report import size
 
 TOKENS = 8  # of the forward pass that touches every weight
 
@@ -103,7 +103,7 @@ def _make(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> int:
 def _measure(name: str, path: str, dtype_or_target: str) -> dict[str, float]:
     """In a fresh process: load a model, or convert it. Seconds, and bytes above what the imports took."""
     if name.startswith("convert "):
-        from minift.convert import convert
+        from minift.formats.convert import convert
 
         process.forget_peak_of("cpu")
         before, start = process.resident(), time.perf_counter()

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import arguments, process, record
-from minift import jobs
 from minift.checkpoint import load_model
 from minift.config import FINETUNE, model_path
 from minift.errors import InputError
-from minift.report import number, size
+from minift.look.report import number, size
+from minift.runs import finetune as jobs
 
 BYTES_A_NUMBER = 12  # a gradient and two moments, in float32
 

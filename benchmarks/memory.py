@@ -27,9 +27,9 @@ from benchmarks import arguments, process, record
 from benchmarks.alive import CAST, Memory, watch_step
 from benchmarks.job import Job, add_data_arguments, begin, pages, settings, take_step
 from minift.config import LlamaConfig
+from minift.costs.flops import training_memory
 from minift.errors import InputError
-from minift.flops import training_memory
-from minift.report import size
+from minift.look.report import size
 
 SHAPES = ["stories15m:16x256", "smollm2-135m:4x512"]
 TOLERANCE = 0.1

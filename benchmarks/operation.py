@@ -18,8 +18,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from minift.attention import attend
 from minift.config import LlamaConfig
+from minift.kernels.attention import attend
 from minift.model import DecoderLayer, Llama
 from minift.rope import apply_rope, rope_tables
 

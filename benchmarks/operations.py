@@ -4,7 +4,7 @@ Legend: B batch, T tokens of a row, N = B·T, D model width, H query heads, K ke
 feed-forward width, V vocabulary, P weights of the whole model.
 
 *FLOPs* are those of the formula, whatever a variant does to get there; computing something twice does not count twice.
-For products they are the convention of `minift/flops.py`: 2·m·k·n, and backward twice that, one product for each of the
+For products they are the convention of `minift/costs/flops.py`: 2·m·k·n, and backward twice that, one product for each of the
 two inputs' gradients; what goes on between them element by element is left out. An operation without products is
 counted by its additions, multiplications, divisions and roots, each 1.
 
@@ -26,15 +26,15 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.operation import Call, Operation, Step, Work, leaf, nbytes_of, two_passes, whole_model
-from minift.attention import attend
 from minift.config import LONGEST_WRITTEN_OUT, PRETRAIN
-from minift.flops import forward_flops_per_token
-from minift.layer import share
+from minift.costs.flops import forward_flops_per_token
+from minift.kernels.attention import attend
+from minift.kernels.layer import share
 from minift.loss import next_token_loss
-from minift.machine import choose_written_out
 from minift.model import narrowed
 from minift.optim import make_optimizer
 from minift.rope import apply_rope
+from minift.runs.machine import choose_written_out
 
 MAX_NORM = 1.0
 
@@ -169,10 +169,10 @@ def swiglu(step: Step) -> Operation:
 
 
 def layer(step: Step) -> Operation:
-    """A whole layer. FLOPs: of its products, which are those of the four operations above, by `minift/flops.py`.
+    """A whole layer. FLOPs: of its products, which are those of the four operations above, by `minift/costs/flops.py`.
 
     Bytes: the stream, the weights and RoPE's tables. Forward the stream is written again, backward its gradient and the
-    weights' are. The used one is `minift/layer.py` where training takes it; `--compile` compiles the modules.
+    weights' are. The used one is `minift/kernels/layer.py` where training takes it; `--compile` compiles the modules.
     """
     module, tables, setting = step.layer, (step.cos, step.sin), step.setting
     head = 2 * step.model.head_weight.numel()

@@ -5,7 +5,7 @@ that this machine reached in the same run (`roof.py`), the share of what was pos
 formulas are in `operations.py`, the textbook's versions in `textbook.py`.
 
 The last lines add up a step: from the operations one by one, and with each layer taken as a whole. Only the second is
-what a step does, where training has something for the whole (`minift/layer.py`).
+what a step does, where training has something for the whole (`minift/kernels/layer.py`).
 
 The forward pass is timed as in training, keeping what the backward pass will need. The backward pass cannot be timed
 without a forward pass before it, unless its graph is kept, which compiled code does not allow; so both are timed

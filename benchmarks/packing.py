@@ -14,12 +14,12 @@ import torch
 
 from benchmarks import arguments, record
 from minift.config import FINETUNE, LlamaConfig, bundled, model_path
-from minift.machine import choose_device, choose_dtype
 from minift.model import Llama
 from minift.pack import Batch, PairBatches, encode_pairs
 from minift.prompts import choose_template, read_all_pairs, template_named
+from minift.runs.machine import choose_device, choose_dtype
 from minift.state import TrainState
-from minift.tokenizer import check_fit, load_tokenizer
+from minift.tokenizer.base import check_fit, load_tokenizer
 from minift.train import start_state, train_step
 
 WINDOWS = 4  # different batches that are stepped over in turn

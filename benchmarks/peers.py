@@ -34,10 +34,10 @@ import torch
 from benchmarks import arguments, process, record, roof, side
 from benchmarks.timing import in_turn_order, paired_ratio
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
+from minift.costs.flops import training_flops_per_token
 from minift.errors import InputError
-from minift.flops import training_flops_per_token
-from minift.machine import data_sheet_flops
 from minift.model import Llama
+from minift.runs.machine import data_sheet_flops
 from minift.train import start_state, train_step
 
 

@@ -9,7 +9,7 @@ The processes of a side start together and then take turns with the other sides,
     python -m benchmarks scale
     python -m benchmarks scale --config smollm2-135m --batch-size 4 --length 512 --processes 2
 
-Read next: `minift/distributed.py`.
+Read next: `minift/distributed/world.py`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from benchmarks import arguments, process, record, side
 from benchmarks.timing import in_turn_order, paired_ratio
 from minift.config import LlamaConfig, TrainConfig
-from minift.distributed import World, fill, join
+from minift.distributed.world import World, fill, join
 from minift.errors import InputError
 from minift.model import Llama
 from minift.train import start_state, train_step

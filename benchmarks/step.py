@@ -10,7 +10,7 @@ parts do not, so they may come to more when the GPU has little to do.
     python -m benchmarks step --config smollm2-135m --batch-size 4 --length 512 --device cuda --dtype bfloat16
 
 *share* is of the time of all steps together, as some parts come in bursts: text is encoded for many batches at once.
-MFU: the FLOPs of the model (`flops.py`) that the real steps do in a second, as a share of those of a large matrix
+MFU: the FLOPs of the model (`costs/flops.py`) that the real steps do in a second, as a share of those of a large matrix
 product in the same dtype, measured in the same run (`roof.py`). Read next: `profile.py`.
 """
 
@@ -28,9 +28,9 @@ from benchmarks import arguments, record, roof
 from benchmarks.job import PARTS, STEPS, Job, prepare, take_step
 from benchmarks.job import add_arguments as add_job_arguments
 from benchmarks.timing import paired_ratio, wait_for
-from minift.flops import training_flops_per_token
-from minift.machine import data_sheet_flops
+from minift.costs.flops import training_flops_per_token
 from minift.optim import learning_rate
+from minift.runs.machine import data_sheet_flops
 from minift.train import train_step
 
 WARMUP = 2  # steps of each kind that do not count

@@ -4,7 +4,7 @@ Read the modules in the order in which data flows through them:
 
     config → tokenizer → stream → prompts → pack → model → loss → optim → train → checkpoint → generate → evaluate
 
-and then `jobs.py`, which puts them together into the two main jobs, and `runner.py`,
+and then `runs/finetune.py`, which puts them together into the two main jobs, and `runner.py`,
 which puts a course's API around them. What other programs write is in `formats/`. Try it:
 
     minift finetune                # the bundled base on the bundled pairs
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from minift.config import bundled as bundled
     from minift.model import Llama as Llama
     from minift.runner import BasicModelRunner as BasicModelRunner
-    from minift.tokenizer import Tokenizer as Tokenizer
-    from minift.tokenizer import load_tokenizer as load_tokenizer
+    from minift.tokenizer.base import Tokenizer as Tokenizer
+    from minift.tokenizer.base import load_tokenizer as load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -35,9 +35,9 @@ _HOME = {
     "TrainConfig": "config",
     "bundled": "config",
     "Llama": "model",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "tokenizer.base",
     "load_model": "checkpoint",
-    "load_tokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer.base",
     "save_model": "checkpoint",
 }
 __all__ = ["__version__", *_HOME]

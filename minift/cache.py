@@ -1,7 +1,7 @@
 """The keys and values of the tokens so far: what attention needs of a text that has been read, to read one token more.
 
 Legend: L layers, B texts, T new tokens, S tokens so far with the new ones, K key/value heads, C head width. Read next:
-`attention.py`.
+`kernels/attention.py`.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class RecordedCache:
-    """A cache whose next place is a tensor, int64 [1]: for an attention that is recorded, as `graph.py` does it."""
+    """A cache whose next place is a tensor, int64 [1]: for an attention that is recorded, as `kernels/graph.py` does it."""
 
     cache: KVCache
     place: Tensor

@@ -4,7 +4,7 @@ A minift checkpoint is a folder of `config.json` (the shape, under Hugging Face'
 the tokenizer's files; what other programs write is read as well (`formats/`). A step folder, `step_000300/`, is such a
 checkpoint and, beside it, `training.pt`: the optimizer's moments, the scaler, the step, the data's place and the state
 of torch's random numbers, all that the loop needs to go on as if it had not been stopped. In a sharded run each rank
-writes its part of weights and moments (`shards.py`); all else is written by the main rank alone.
+writes its part of weights and moments (`distributed/shards.py`); all else is written by the main rank alone.
 
 Every folder is written under another name, flushed to the disk and then renamed, so a run that is killed in the middle
 of a save leaves the older checkpoint, never half of a new one. What is saved carries checksums of its files. A step
@@ -22,18 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.adapters import base_of, is_adapter
-from minift.atomic import partial_name, write_folder
-from minift.checksums import CHECKSUMS, hold_against, read_checksums, readable_checksums, write_checksums
 from minift.config import SAVE_FORMATS
-from minift.distributed import METADATA, World, is_sharded, like, put, whole
+from minift.distributed.world import METADATA, World, is_sharded, like, put, whole
 from minift.errors import InputError, RunError, one_line
 from minift.formats import open_model
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.native import open_weights, write_native
 from minift.formats.pt_file import load_pt
-from minift.links import check_links
 from minift.lora import (
     adapter_weights,
     base_checksum,
@@ -46,7 +42,11 @@ from minift.lora import (
 )
 from minift.model import Llama
 from minift.state import TrainState
-from minift.tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_bin
+from minift.storage.adapters import base_of, is_adapter
+from minift.storage.atomic import partial_name, write_folder
+from minift.storage.checksums import CHECKSUMS, hold_against, read_checksums, readable_checksums, write_checksums
+from minift.storage.links import check_links
+from minift.tokenizer.base import SentencePieceTokenizer, Tokenizer, tokenizer_bin
 
 STEP_FILES = {"config.json", "training.pt"}  # that each has; a tokenizer's; and one of these:
 WEIGHT_FILES = ("model.pt", "adapter.pt")
@@ -165,7 +165,7 @@ def save_step(run: Path, state: TrainState, tokenizer: Tokenizer | None, keep: i
     folder, world = run / f"step_{state.step:06d}", state.world
     sharded = world.parallel == "fsdp"
     if sharded:
-        from minift.shards import write_shards
+        from minift.distributed.shards import write_shards
     random, *others = world.gather({"cpu": torch.get_rng_state(), "cuda": _cuda_rng_states()})
 
     def write(partial: Path) -> None:
@@ -264,7 +264,7 @@ def load_step(folder: Path, state: TrainState) -> None:
     """
     sharded, rank = is_sharded(folder), state.world.rank
     if sharded:
-        from minift.shards import read_shards
+        from minift.distributed.shards import read_shards
 
         read_shards(folder, _tensors(state))
     else:
@@ -360,7 +360,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, format: str) -> None:
     """
     tokenizer.save(folder)
     if format == "hf" or not isinstance(tokenizer, SentencePieceTokenizer):
-        from minift.tokenizer_json import config_file, json_file
+        from minift.tokenizer.huggingface import config_file, json_file
 
         made = config_file(tokenizer) | (json_file(tokenizer) if format == "hf" else {})
         for name, text in made.items():

@@ -2,11 +2,11 @@
 
 Every number that a run depends on is in one of these two objects and nowhere else, so a run can be written down
 (`to_json`), read back, compared and resumed. Fields carry their own help text: the command line's flags are made
-from them (`cli.py`), and a field added here is a flag there. Unknown keys fail by name; nothing falls back silently.
+from them (`cli/__init__.py`), and a field added here is a flag there. Unknown keys fail by name; nothing falls back silently.
 
     python -c "from minift import LlamaConfig; print(LlamaConfig.preset('stories15m').to_json())"
 
-Read next: `tokenizer.py`.
+Read next: `tokenizer/base.py`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minift.errors import InputError
-from minift.hub import cached, is_hub_name
+from minift.storage.names import cached, is_hub_name
 from minift.values import build, check_number, read_json
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -27,7 +27,9 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 SCHEDULES = ("cosine", "linear", "constant")
 LOSS_CHUNK = 1_024  # targets whose logits exist at the same time: fewer make a CPU's products slower, more take memory
 WIDE_HEAD = 2**14  # pieces of a vocabulary from which it pays a CPU to turn the head: it multiplies by rows faster
-LONGEST_WRITTEN_OUT = 256  # tokens of a row up to which `layer.py` pays: beyond, attention's weights are most of memory
+LONGEST_WRITTEN_OUT = (
+    256  # tokens of a row up to which `kernels/layer.py` pays: beyond, attention's weights are most of memory
+)
 MOST_WORKERS = 256  # as many processes as asked for are started: a slip of the finger must not start a million
 
 

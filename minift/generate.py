@@ -11,7 +11,7 @@ prompt's continuation is the same alone and in company.
 
     minift generate --model runs/finetune/final --prompt "What is the capital of Mexico?"
 
-Read next: `decode.py`, and `graph.py` for a GPU.
+Read next: `kernels/decode.py`, and `kernels/graph.py` for a GPU.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from minift.cache import KVCache
-from minift.decode import Decoder
 from minift.errors import InputError, RunError
-from minift.graph import GraphDecoder
+from minift.kernels.decode import Decoder
+from minift.kernels.graph import GraphDecoder
 from minift.model import Llama
 from minift.pack import PADDING
 from minift.values import check_number

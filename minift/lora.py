@@ -28,16 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minift.adapters import ADAPTER_FILE
 from minift.config import LORA_TARGETS, TrainConfig
-from minift.distributed import put, whole
+from minift.distributed.world import put, whole
 from minift.errors import InputError
 from minift.formats.files import Spec
 from minift.formats.opened import check_finite, open_tensors
 from minift.formats.pt_file import write_pt
 from minift.formats.safetensors_file import write_safetensors
-from minift.links import check_links
 from minift.model import Linear, Llama
+from minift.storage.adapters import ADAPTER_FILE
+from minift.storage.links import check_links
 from minift.values import check_number, read_json
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minift.attention import Mask, attend, block_mask
 from minift.cache import KVCache, RecordedCache
 from minift.config import LONGEST_WRITTEN_OUT, LlamaConfig
 from minift.errors import InputError
-from minift.layer import Shared, Weights, share, written_layer
+from minift.kernels.attention import Mask, attend, block_mask
+from minift.kernels.layer import Shared, Weights, share, written_layer
 from minift.rope import apply_rope, rope_tables
 
 _HAS_FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # what F.rms_norm calls; not public
@@ -198,7 +198,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def written_out(self, x: Tensor, shared: Shared, wanted: Tensor | None = None) -> Tensor:
-        """`forward` without a cache in fewer operations, for plain matrices on a CPU (`layer.py`)."""
+        """`forward` without a cache in fewer operations, for plain matrices on a CPU (`kernels/layer.py`)."""
         attention, mlp = self.self_attn, self.mlp
         weights = Weights(
             self.input_layernorm.weight,
@@ -234,7 +234,7 @@ class Llama(nn.Module):
         config: its shape.
         checkpoint_activations: recompute each layer's activations in the backward pass instead of keeping them
             (Chen et al., arXiv 1604.06174): memory of one layer instead of all, for one more forward pass.
-        written_out: go through short rows by `layer.py`, where there is no cache: the same in fewer operations.
+        written_out: go through short rows by `kernels/layer.py`, where there is no cache: the same in fewer operations.
     """
 
     def __init__(self, config: LlamaConfig):

@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minift.encode import encode_documents
+from minift.data.encode import encode_documents
+from minift.data.stream import DocumentStream, check_settings
 from minift.errors import InputError
 from minift.prompts import Pair, Template
-from minift.stream import DocumentStream, check_settings
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 
 IGNORE = -100  # the target of a position that is not to be learned; the value PyTorch's cross-entropy skips
 PADDING = -1  # the document id of a position that belongs to no document

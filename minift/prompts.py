@@ -28,8 +28,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minift.data.records import Record, Skipped, find_files, scan
 from minift.errors import InputError
-from minift.records import Record, Skipped, find_files, scan
 
 # The names under which data sets hold a question and its answer, in the order in which they are looked for.
 FIELDS = (

@@ -11,7 +11,7 @@
 
 What the service hides can be read: `train` is `jobs.finetune`, a call is `generate.generate`, and `evaluate` hands out
 what `evaluate.compare` found on the held-out pairs. Only names, and the keys of what `evaluate` returns, are the
-service's. Read next: `jobs.py`.
+service's. Read next: `runs/finetune.py`.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from typing import Any, overload
 
 import torch
 
-from minift import jobs
 from minift.checkpoint import load_model, save_model
 from minift.config import FINETUNE, TrainConfig, model_path
+from minift.data.records import Skipped, scan
 from minift.errors import InputError, RunError
 from minift.generate import generate
-from minift.machine import choose_device
 from minift.prompts import CARRIED_MARKERS, Pair, Template, template_named
-from minift.records import Skipped, scan
-from minift.tokenizer import check_fit, load_tokenizer
+from minift.runs import finetune as jobs
+from minift.runs.machine import choose_device
+from minift.tokenizer.base import check_fit, load_tokenizer
 from minift.values import check_number
 
 TEMPLATE_FILE = "template.txt"
@@ -181,7 +181,7 @@ class BasicModelRunner:
 
         Args:
             is_public: who may see the result at the service; here nobody else can.
-            out: a folder to make, which keeps the pairs and the run (`jobs.py`); by default a temporary one.
+            out: a folder to make, which keeps the pairs and the run (`runs/finetune.py`); by default a temporary one.
             options: those of `TrainConfig`, as `minift finetune` has them: epochs, steps, lr, batch_size, …
 
         Raises:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from minift.distributed import Objective, World
+from minift.distributed.world import Objective, World
 from minift.model import Llama
 from minift.optim import AdamW
 from minift.pack import PageBatches, PairBatches

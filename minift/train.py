@@ -10,7 +10,7 @@ Mixed precision: the weights stay float32; under `torch.autocast` the matrix pro
 float16 cannot hold small gradients, so a `GradScaler` multiplies the loss by a large number first. The order is then
 fixed: unscale → clip → step → update. A step whose gradients overflowed is skipped, and the schedule does not advance.
 
-Several processes (`distributed.py`) take the same steps together: each has its share of every micro-batch, the targets
+Several processes (`distributed/world.py`) take the same steps together: each has its share of every micro-batch, the targets
 are counted and the gradients added up over all of them, and whatever is measured is measured after that.
 
 Source of mixed precision: Micikevicius et al. (arXiv 1710.03740). Read next: `checkpoint.py`.
@@ -30,7 +30,7 @@ from torch import nn
 
 from minift.checkpoint import save_best, save_step
 from minift.config import TrainConfig
-from minift.distributed import (
+from minift.distributed.world import (
     Objective,
     World,
     first_not_finite,
@@ -41,15 +41,15 @@ from minift.distributed import (
     whole,
 )
 from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
-from minift.heap import keep_freed_memory
-from minift.machine import autocast, choose_dtype, choose_written_out
+from minift.kernels.malloc import keep_freed_memory
 from minift.model import Llama
 from minift.optim import learning_rate, make_optimizer
 from minift.pack import IGNORE, Batch, PageBatches, PairBatches
-from minift.progress import Best, metrics_file, progress_bar, record_of, show
+from minift.runs.machine import autocast, choose_dtype, choose_written_out
+from minift.runs.progress import Best, metrics_file, progress_bar, record_of, show
+from minift.runs.stop import StopSignal
 from minift.state import TrainState
-from minift.stop import StopSignal
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from minift.values import check_number
 
 
@@ -126,7 +126,7 @@ def start_state(
     """The state of a run before its first step.
 
     torch's own random numbers start from the config's seed, too, on each rank from another. On a CPU, what this process
-    frees from now on stays with it (`heap.py`).
+    frees from now on stays with it (`kernels/malloc.py`).
 
     Args:
         model: where it will be trained, with its weights; for `fsdp` on "meta", without any (see `distributed.fill`).

@@ -20,7 +20,7 @@ from torch import Tensor
 from minift.checkpoint import save_model
 from minift.config import LlamaConfig, bundled
 from minift.model import Llama
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -42,7 +42,7 @@ IMPORTED_BY_RUNS = (
     "torch.utils.data",
     "torch.utils.checkpoint",
     "sentencepiece",
-    "minift.jobs",
+    "minift.runs.finetune",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
 )

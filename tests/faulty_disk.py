@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from minift.atomic import remove_leftovers, write_file
 from minift.checkpoint import check_step, load_model, load_step, save_model, save_step, step_folders
 from minift.config import bundled
 from minift.errors import InputError, RunError
-from minift.tokenizer import load_tokenizer
+from minift.storage.atomic import remove_leftovers, write_file
+from minift.tokenizer.base import load_tokenizer
 from tests.conftest import small_model
 from tests.test_checkpoint import new_state, take_steps
 

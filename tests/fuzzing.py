@@ -28,12 +28,12 @@ from hypothesis import strategies as st
 
 from minift.checkpoint import save_model
 from minift.cli import main
-from minift.convert import convert
 from minift.errors import InputError, one_line
+from minift.formats.convert import convert
 from minift.formats.huggingface import write_huggingface
 from minift.formats.opened import open_tensors
 from minift.lora import LoRAConfig, adapter_weights, add_lora, write_peft
-from minift.tokenizer import Tokenizer, train_tokenizer
+from minift.tokenizer.base import Tokenizer, train_tokenizer
 from tests.conftest import small_model
 
 EXAMPLES = int(os.environ.get("MINIFT_FUZZ_EXAMPLES", "0"))  # inputs of a target; 0: those of the suite

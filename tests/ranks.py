@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minift.distributed import World, join
+from minift.distributed.world import World, join
 
 
 def run_ranks(size: int, parallel: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -25,7 +25,7 @@ from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import IGNORE, Batch, Example, PairBatches, collate
 from minift.state import TrainState
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from minift.train import Plan, train, train_step
 from tests.conftest import small_model
 

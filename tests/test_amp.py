@@ -25,12 +25,12 @@ from torch.autograd.graph import saved_tensors_hooks
 import minift.train
 from minift.config import TrainConfig
 from minift.errors import InputError, RunError
-from minift.machine import COMPILING_PAYS, autocast, check_compiler, choose_compile, choose_device, choose_dtype
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, Example, PairBatches
+from minift.runs.machine import COMPILING_PAYS, autocast, check_compiler, choose_compile, choose_device, choose_dtype
 from minift.state import TrainState
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from minift.train import Plan, StepResult, start_state, train, train_step
 from tests.conftest import small_model
 

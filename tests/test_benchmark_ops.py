@@ -1,6 +1,6 @@
 """The promise of `python -m benchmarks ops`: its variants compute the same, and its costs are those of the formulas.
 
-FLOPs are held against PyTorch's own counter and against `minift/flops.py`, bytes against formulas written out here, and
+FLOPs are held against PyTorch's own counter and against `minift/costs/flops.py`, bytes against formulas written out here, and
 the textbook twins against what trains, in value and in gradient.
 """
 
@@ -22,8 +22,8 @@ from benchmarks import arguments, ops, record, roof, roofline, timing
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
 from minift.config import LONGEST_WRITTEN_OUT, LlamaConfig, TrainConfig
+from minift.costs.flops import forward_flops_per_token
 from minift.errors import InputError
-from minift.flops import forward_flops_per_token
 from minift.pack import Example, PairBatches
 from minift.train import start_state
 from tests.conftest import SMALL

@@ -16,8 +16,8 @@ import minift.train
 from benchmarks import ladder, peers, process, roof, soak
 from benchmarks.timing import in_turn_order
 from minift.config import PRETRAIN, LlamaConfig
+from minift.costs.flops import training_flops_per_token
 from minift.errors import InputError
-from minift.flops import training_flops_per_token
 from tests.test_benchmarks import run_here
 
 TINY = LlamaConfig.preset("stories260k")

@@ -20,7 +20,7 @@ from benchmarks import arguments, data, process, prose
 from benchmarks.__main__ import BENCHMARKS, main
 from minift.config import bundled
 from minift.errors import InputError
-from minift.tokenizer import load_tokenizer
+from minift.tokenizer.base import load_tokenizer
 from tests.conftest import ROOT, SMALL
 from tests.test_stream import write_jsonl
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from minift import reference
 from minift.cache import KVCache
 from minift.config import RopeScaling
-from minift.decode import NARROW, Decoder, _Products, _width
 from minift.errors import InputError
 from minift.generate import generate
-from minift.graph import GraphDecoder
+from minift.kernels.decode import NARROW, Decoder, _Products, _width
+from minift.kernels.graph import GraphDecoder
 from minift.model import Llama
 from minift.pack import PADDING
 from tests.conftest import random_model, random_tokens, to_transformers

@@ -16,9 +16,7 @@ from typing import IO, Any
 import pytest
 import torch
 
-from minift import atomic
 from minift.checkpoint import load_model, load_step, save_model, save_step, step_folders
-from minift.checksums import CHECKSUMS, check_model
 from minift.cli import main
 from minift.config import LlamaConfig, TrainConfig
 from minift.errors import InputError, RunError
@@ -26,7 +24,9 @@ from minift.formats import files, native
 from minift.model import Llama
 from minift.pack import Example, PairBatches
 from minift.state import TrainState
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.storage import atomic
+from minift.storage.checksums import CHECKSUMS, check_model
+from minift.tokenizer.base import Tokenizer, load_tokenizer
 from minift.train import start_state, train_step
 from tests.conftest import small_model
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from minift.choices import ChoiceQuestion, choice_scores, choose, read_choices
 from minift.cli import main
+from minift.data.records import read_records
 from minift.errors import InputError
+from minift.evaluation.choices import ChoiceQuestion, choice_scores, choose, read_choices
 from minift.model import Llama
 from minift.prompts import TEMPLATES
-from minift.records import read_records
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import small_model
 from tests.test_evaluate import plain_nll
 from tests.test_stream import write_jsonl

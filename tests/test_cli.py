@@ -1,4 +1,4 @@
-"""The promise of `cli.py`: thin commands that do what their help says, on bundled and on real input.
+"""The promise of `cli/__init__.py`: thin commands that do what their help says, on bundled and on real input.
 
 Output is compared with what the library gives for the same arguments; that every field of `TrainConfig` is a flag is
 shown by giving them all and reading back the run's settings.
@@ -22,7 +22,7 @@ from minift.cli import main
 from minift.config import FINETUNE, PRETRAIN, TrainConfig
 from minift.model import Llama
 from minift.reference import greedy
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer, load_tokenizer
 from tests.conftest import ROOT, SMALL, small_model
 from tests.test_stream import write_jsonl
 

@@ -27,16 +27,16 @@ from minift.checkpoint import (
     weights_of,
 )
 from minift.config import TrainConfig
-from minift.convert import convert
-from minift.distributed import World, fill, own_part, put, whole
+from minift.costs.flops import count_parameters, training_memory
+from minift.costs.scaling import communication
+from minift.distributed.shards import _Unpickler
+from minift.distributed.world import World, fill, own_part, put, whole
 from minift.errors import InputError
-from minift.flops import count_parameters, training_memory
+from minift.formats.convert import convert
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, Example, PairBatches
-from minift.scaling import communication
-from minift.shards import _Unpickler
 from minift.state import TrainState
 from minift.train import Plan, start_state, train_step, validation_loss
 from tests.conftest import small_model

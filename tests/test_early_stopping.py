@@ -14,7 +14,7 @@ import torch
 
 from minift import load_model
 from minift.cli import main
-from minift.progress import Best
+from minift.runs.progress import Best
 from tests.test_stream import write_jsonl
 
 

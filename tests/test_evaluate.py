@@ -1,4 +1,4 @@
-"""The promise of `evaluate.py`: its numbers are what their names say, whatever the batches they were computed in.
+"""The promise of `evaluation/evaluate.py`: its numbers are what their names say, whatever the batches they were computed in.
 
 Scores of words are checked against values worked out by hand, likelihoods against plain loops over all logits and
 against `transformers`, and the comparison's two sides against each model evaluated alone.
@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from minift import evaluate as module
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
-from minift.evaluate import (
+from minift.data.stream import DocumentStream
+from minift.evaluation import evaluate as module
+from minift.evaluation.evaluate import (
     EXTRA_TOKENS,
     Answer,
     Likelihood,
@@ -36,8 +37,7 @@ from minift.model import Llama
 from minift.pack import IGNORE, collate
 from minift.prompts import TEMPLATES, Pair, read_pairs, template_named
 from minift.reference import greedy
-from minift.stream import DocumentStream
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import small_model, to_transformers
 from tests.test_stream import write_jsonl
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from minift.config import FINETUNE, TrainConfig
-from minift.explain import XRay, explain
+from minift.look.explain import XRay, explain
+from minift.look.report import visible, xray_table
 from minift.model import Llama
 from minift.pack import IGNORE, PADDING, Example, PairBatches, collate, encode_pair
 from minift.prompts import Pair, template_named
-from minift.report import visible, xray_table
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from minift.train import start_state, train_step
 from tests.conftest import small_model
 from tests.test_stream import write_jsonl

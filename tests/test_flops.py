@@ -1,4 +1,4 @@
-"""The promise of `flops.py` and `minift info`: what a model costs on paper is what it costs.
+"""The promise of `costs/flops.py` and `minift info`: what a model costs on paper is what it costs.
 
 Parameters are counted in real models, and against the published totals. Operations are counted by PyTorch's
 `FlopCounterMode`, which sees every matrix product, to the last one; a text that is generated token by token makes
@@ -24,8 +24,7 @@ from benchmarks.alive import Alive
 from minift.cache import KVCache
 from minift.cli import main
 from minift.config import PRESETS, PRETRAIN, LlamaConfig, TrainConfig
-from minift.convert import convert
-from minift.flops import (
+from minift.costs.flops import (
     count_parameters,
     forward_flops_per_token,
     inference_memory,
@@ -33,12 +32,13 @@ from minift.flops import (
     training_flops_per_token,
     training_memory,
 )
+from minift.formats.convert import convert
 from minift.formats.files import TensorFile
 from minift.loss import _all_rows_at_once_, next_token_loss
-from minift.machine import choose_written_out
 from minift.model import Llama
 from minift.pack import Batch, Example, PairBatches
-from minift.progress import record_of
+from minift.runs.machine import choose_written_out
+from minift.runs.progress import record_of
 from minift.train import start_state, train_step
 from tests.conftest import small_model
 

@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 
 from minift.checkpoint import check_step, load_model
 from minift.config import FINETUNE
+from minift.costs.info import info, info_text
 from minift.formats.opened import is_finite, open_tensors
-from minift.info import info, info_text
-from minift.jobs import finetune_job, pretrain_job
-from minift.run_folder import read_run
-from minift.tokenizer import load_tokenizer
+from minift.runs.finetune import finetune_job, pretrain_job
+from minift.runs.folder import read_run
+from minift.tokenizer.base import load_tokenizer
 from tests.fuzzing import (
     CHANGES,
     EDITS,

@@ -1,4 +1,4 @@
-"""The promise of `heap.py`: freed memory is not asked of the system again. Told by the system's page faults."""
+"""The promise of `kernels/malloc.py`: freed memory is not asked of the system again. Told by the system's page faults."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minift import heap
 from minift.config import TrainConfig
+from minift.kernels import malloc as heap
 from minift.train import start_state
 from tests.conftest import small_model
 
@@ -22,7 +22,7 @@ PAGES = 64 * 2**20 // 4_096  # of a block of 64 MiB
 FAULTS = """
 import resource
 import torch
-from minift.heap import keep_freed_memory
+from minift.kernels.malloc import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

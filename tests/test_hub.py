@@ -10,7 +10,7 @@ import pytest
 from minift import bundled, load_model
 from minift.config import model_path
 from minift.errors import InputError
-from minift.hub import cache_folder, cached, is_hub_name
+from minift.storage.names import cache_folder, cached, is_hub_name
 
 
 @pytest.fixture

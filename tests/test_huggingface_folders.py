@@ -29,7 +29,7 @@ from minift.config import bundled
 from minift.errors import InputError
 from minift.formats import open_model
 from minift.formats.huggingface import write_huggingface
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer, load_tokenizer
 from tests.conftest import random_model
 from tests.test_stream import write_jsonl
 from tests.test_tokenizer import TEXTS, noise

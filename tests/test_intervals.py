@@ -11,8 +11,8 @@ import statistics
 import numpy as np
 import pytest
 
-from minift import intervals
-from minift.intervals import Score, difference, exponential
+from minift.evaluation import intervals
+from minift.evaluation.intervals import Score, difference, exponential
 
 
 def test_a_score_is_a_ratio_of_sums() -> None:

@@ -12,9 +12,9 @@ from benchmarks.lessons import forgetting
 from benchmarks.lessons.forgetting import PAGES
 from minift.checkpoint import load_model
 from minift.config import model_path
+from minift.data.stream import DocumentStream
 from minift.errors import InputError
-from minift.stream import DocumentStream
-from minift.tokenizer import load_tokenizer
+from minift.tokenizer.base import load_tokenizer
 from tests.test_benchmarks import run_here
 
 

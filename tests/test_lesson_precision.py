@@ -55,7 +55,7 @@ def test_a_lost_update_is_one_below_half_a_unit_in_the_last_place() -> None:
     from minift.config import bundled, model_path
     from minift.pack import collate, encode_pairs
     from minift.prompts import read_all_pairs, template_named
-    from minift.tokenizer import load_tokenizer
+    from minift.tokenizer.base import load_tokenizer
 
     tokenizer = load_tokenizer(model_path("bundled"))
     pairs = read_all_pairs([bundled("pairs.jsonl")])[:8]

@@ -17,9 +17,9 @@ from minift import load_model, load_tokenizer, save_model
 from minift.cache import KVCache
 from minift.cli import main
 from minift.config import FINETUNE, LORA_TARGETS
-from minift.decode import Decoder
 from minift.errors import InputError
 from minift.generate import generate
+from minift.kernels.decode import Decoder
 from minift.lora import (
     LoRAConfig,
     LoRALinear,

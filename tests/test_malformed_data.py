@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 
 from minift.cli import main
+from minift.data.records import FEW, MAX_LINE, SHOWN, TEXT_PART, Skipped, read_records, scan
+from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.prompts import read_all_pairs
-from minift.records import FEW, MAX_LINE, SHOWN, TEXT_PART, Skipped, read_records, scan
-from minift.stream import DocumentStream
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import SMALL
 from tests.test_stream import PACKINGS, pack, write_jsonl
 
@@ -487,7 +487,7 @@ def test_noise_ends_in_documents_or_a_named_refusal(tmp_path: Path) -> None:
 @pytest.fixture
 def spoiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Four small files with 5 unusable records: at both ends and between, and one file cut off. More is borne here."""
-    monkeypatch.setattr("minift.records.BEARABLE", 0.5)
+    monkeypatch.setattr("minift.data.records.BEARABLE", 0.5)
     rng = random.Random(9)
     a = write_jsonl(tmp_path / "a.jsonl", [BAD, *texts(*range(10)), b"", b'{"text": ""}', *texts(*range(10, 15))])
     b = write_jsonl(tmp_path / "b.jsonl.zst", [*texts(*range(20, 35)), b"\xff"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.loss import next_token_loss
 from minift.model import Llama
@@ -26,8 +27,7 @@ from minift.pack import (
     encode_pairs,
 )
 from minift.prompts import TEMPLATES, Pair
-from minift.stream import DocumentStream
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import small_model
 from tests.test_stream import write_jsonl
 

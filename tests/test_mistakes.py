@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from minift.cli import main
-from minift.evaluate import Answer, Evaluation, Likelihood, Question
-from minift.mistakes import mistakes, repetition
+from minift.evaluation.evaluate import Answer, Evaluation, Likelihood, Question
+from minift.evaluation.mistakes import mistakes, repetition
+from minift.look.report import mistake_lines
 from minift.pack import Example
 from minift.prompts import Pair
-from minift.report import mistake_lines
 from tests.test_stream import write_jsonl
 
 

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from minift import reference
-from minift.attention import attend, block_mask
 from minift.cache import KVCache
+from minift.data.stream import DocumentStream
+from minift.kernels.attention import attend, block_mask
 from minift.loss import batch_loss, next_token_loss
 from minift.model import FLEX_LENGTH, Llama
 from minift.pack import IGNORE, PADDING, Batch, Example, PageBatches, collate
-from minift.stream import DocumentStream
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import small_model
 from tests.test_stream import write_jsonl
 

@@ -20,8 +20,8 @@ from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.config import bundled
 from minift.errors import InputError
-from minift.tokenizer import Tokenizer, load_tokenizer
-from minift.tokenizer_json import _repeats_what_varies
+from minift.tokenizer.base import Tokenizer, load_tokenizer
+from minift.tokenizer.huggingface import _repeats_what_varies
 from tests.conftest import ROOT, small_model
 from tests.test_stream import write_jsonl
 

@@ -18,13 +18,13 @@ from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.config import TrainConfig
 from minift.errors import InputError, RunError
-from minift.evaluate import compare
+from minift.evaluation.evaluate import compare
 from minift.generate import generate, stream
 from minift.loss import next_token_loss
 from minift.pack import IGNORE, Batch
 from minift.prompts import Pair, template_named
 from minift.state import TrainState
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from minift.train import train_step, validation_loss
 from tests.conftest import small_model
 from tests.test_checkpoint import bits, new_state, same

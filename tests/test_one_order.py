@@ -1,4 +1,4 @@
-"""The promise of `stream.py`, `encode.py` and `pack.py`: one order of the data, whatever the workers and the ranks.
+"""The promise of `data/stream.py`, `data/encode.py` and `pack.py`: one order of the data, whatever the workers and the ranks.
 
 Batches of all ranks are put together, taken apart into documents at BOS, and counted. What was saved at every document
 and at every batch is written to a file, read back, and continued by another number of workers and ranks; it has to go
@@ -30,13 +30,13 @@ import numpy as np
 import pytest
 import torch
 
-from minift import encode, records, stream
 from minift.cli import main
+from minift.data import encode, records, stream
+from minift.data.records import Skipped
+from minift.data.stream import DocumentStream
 from minift.errors import InputError, RunError
 from minift.pack import Batch, Example, PageBatches, PairBatches
-from minift.records import Skipped
-from minift.stream import DocumentStream
-from minift.tokenizer import Tokenizer, train_tokenizer
+from minift.tokenizer.base import Tokenizer, train_tokenizer
 from tests.conftest import ROOT, SMALL
 from tests.test_stream import write_jsonl
 
@@ -995,7 +995,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(
     # It goes on with the batch behind the last step, not behind what the workers had read.
     state = torch.load(out / f"step_{taken:06d}" / "training.pt", weights_only=True)["batches"]
     settings = json.loads((out / "config.json").read_text())["inputs"]
-    from minift.tokenizer import load_tokenizer
+    from minift.tokenizer.base import load_tokenizer
 
     tokenizer = load_tokenizer(settings["tokenizer"])
     expected = PageBatches(DocumentStream(settings["data"], shuffle_buffer=20), tokenizer, 4, 32, isolate=True)

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from minift.config import FINETUNE, LlamaConfig, TrainConfig
-from minift.explain import XRay, explain
+from minift.look.explain import XRay, explain
+from minift.look.pages.run import comparison_page
+from minift.look.pages.xray import xray_page
+from minift.look.report import visible
 from minift.pack import Example, encode_pair
-from minift.pages.run import comparison_page
-from minift.pages.xray import xray_page
 from minift.prompts import Pair, template_named
-from minift.report import visible
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import SMALL, small_model
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -259,7 +259,7 @@ def test_a_comparison(context: BrowserContext, tmp_path: Path) -> None:
 
 @everywhere
 def test_the_report_of_a_run(context: BrowserContext, tmp_path: Path, small_checkpoint: Path) -> None:
-    from minift.jobs import finetune, finetune_job
+    from minift.runs.finetune import finetune, finetune_job
 
     data = tmp_path / "pairs <b>.jsonl"
     lines = [{"question": f"What is {i}?", "answer": f"It is {i}. <i>"} for i in range(12)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minift.data.records import read_records
 from minift.errors import InputError
 from minift.pack import encode_pairs
 from minift.prompts import (
@@ -23,8 +24,7 @@ from minift.prompts import (
     read_pairs,
     template_named,
 )
-from minift.records import read_records
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.test_stream import write_jsonl
 
 ALPACA = (

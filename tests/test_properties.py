@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from minift.checkpoint import load_model, load_step, save_model, save_step
 from minift.config import TrainConfig, bundled
-from minift.convert import convert
+from minift.data.stream import DocumentStream
 from minift.errors import InputError
+from minift.formats.convert import convert
 from minift.pack import IGNORE, Batch, Example, PageBatches, PairBatches, encode_pairs
 from minift.prompts import TEMPLATES, Pair, template_named
 from minift.state import TrainState
-from minift.stream import DocumentStream
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer, load_tokenizer
 from minift.train import start_state, train_step
 from tests.conftest import small_model
 from tests.test_checkpoint import bits, same

@@ -23,11 +23,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minift import distributed
 from minift.checkpoint import load_model
 from minift.config import FINETUNE, TrainConfig
+from minift.distributed import world as distributed
 from minift.errors import RunError
-from minift.jobs import finetune, finetune_job
+from minift.runs.finetune import finetune, finetune_job
 from tests.conftest import IMPORTED_BY_RUNS, ROOT
 from tests.ranks import as_rank, free_port
 from tests.test_stream import write_jsonl

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from minift.cli import _parser, main
-from minift.cli_train import train_options
+from minift.cli.train import train_options
 from minift.config import FINETUNE, PRETRAIN, LlamaConfig
-from minift.flops import count_parameters, training_memory
-from minift.jobs import finetune, finetune_job, pretrain, pretrain_job
-from minift.pages.curves import COLUMNS, Curves, curves_of, powers_of_ten, svg, thinned, ticks
-from minift.pages.document import data, text
-from minift.pages.run import run_command, run_page
-from minift.report import size
+from minift.costs.flops import count_parameters, training_memory
+from minift.look.pages.curves import COLUMNS, Curves, curves_of, powers_of_ten, svg, thinned, ticks
+from minift.look.pages.document import data, text
+from minift.look.pages.run import run_command, run_page
+from minift.look.report import size
+from minift.runs.finetune import finetune, finetune_job, pretrain, pretrain_job
 from tests.conftest import SMALL
 from tests.test_stream import write_jsonl
 

@@ -23,7 +23,7 @@ import torch
 
 from minift.checkpoint import load_model, step_folders
 from minift.cli import main
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import ROOT, SMALL
 from tests.test_stream import write_jsonl
 

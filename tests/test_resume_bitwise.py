@@ -30,15 +30,17 @@ from typing import Any
 import pytest
 import torch
 
-from minift import encode, jobs, train
+from minift import train
 from minift.checkpoint import check_step, step_folders
-from minift.checksums import CHECKSUMS
 from minift.cli import main
+from minift.data import encode
+from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.pack import PageBatches
-from minift.run_folder import read_run
-from minift.stream import DocumentStream
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.runs import finetune as jobs
+from minift.runs.folder import read_run
+from minift.storage.checksums import CHECKSUMS
+from minift.tokenizer.base import Tokenizer, load_tokenizer
 from tests.conftest import IMPORTED_BY_RUNS, ROOT, SMALL
 from tests.test_stream import write_jsonl
 

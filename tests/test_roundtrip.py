@@ -1,4 +1,4 @@
-"""The promise of `formats/` and `convert.py`: a model that goes from format to format is the same model, to the bit.
+"""The promise of `formats/` and `formats/convert.py`: a model that goes from format to format is the same model, to the bit.
 
 Nothing here is read or written by minift alone. Hugging Face's files are made and looked into with `safetensors`,
 Meta's shards and `.pt` files with plain `torch`, llama2.c's with `struct` and NumPy; and the logits of what was
@@ -36,13 +36,13 @@ from torch import Tensor
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.config import LlamaConfig, RopeScaling
-from minift.convert import convert
 from minift.errors import InputError, RunError
 from minift.formats import files, huggingface, llama2c, meta, open_model
+from minift.formats.convert import convert
 from minift.formats.native import write_pt
 from minift.formats.opened import Opened, parameter_shapes, to_half_split, to_interleaved
 from minift.model import Llama
-from minift.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from minift.tokenizer.base import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from tests.conftest import ROOT, random_model, random_tokens, small_model
 
 # Every size divides by four ranks.
@@ -1395,7 +1395,7 @@ def test_llama2cs_own_tokenizer_file(small_checkpoint: Path, place: Path, tokeni
         begin += 8 + length
         lengths.append(length)
         piece = processor.id_to_piece(id).replace("▁", " ").encode()
-        assert text == (b"\n" + piece + b"\n" if id in (1, 2) else piece)  # as `tokenizer.py` of llama2.c has it
+        assert text == (b"\n" + piece + b"\n" if id in (1, 2) else piece)  # as `tokenizer/base.py` of llama2.c has it
         assert score == np.float32(processor.GetScore(id))
     assert begin == len(data)
     assert longest == max(lengths)
@@ -1533,7 +1533,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from minift.checkpoint import load_model
-from minift.convert import convert
+from minift.formats.convert import convert
 from minift.model import Llama
 
 def status(key):

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from minift import BasicModelRunner, bundled, jobs, load_model, save_model
+from minift import BasicModelRunner, bundled, load_model, save_model
 from minift.config import FINETUNE
 from minift.errors import InputError
 from minift.generate import generate
 from minift.model import Llama
-from minift.tokenizer import Tokenizer
+from minift.runs import finetune as jobs
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import ROOT
 
 RECORDS = [{"question": f"What is number {i}?", "answer": f"Number {i} is {i * i}."} for i in range(12)]

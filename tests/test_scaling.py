@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from minift.config import LlamaConfig
-from minift.flops import count_parameters, training_flops_per_token
-from minift.scaling import ALONE, CARD_FLOPS, LINK, NETWORK_BANDWIDTH, Collective, communication, plan
+from minift.costs.flops import count_parameters, training_flops_per_token
+from minift.costs.scaling import ALONE, CARD_FLOPS, LINK, NETWORK_BANDWIDTH, Collective, communication, plan
 from tests.conftest import ROOT
 
 SEVEN = LlamaConfig.preset("llama2-7b")

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minift import attention as fused
 from minift import reference
 from minift.config import LlamaConfig, RopeScaling, TrainConfig
 from minift.generate import sample
+from minift.kernels import attention as fused
 from minift.loss import _a_few_rows_at_a_time_, _all_rows_at_once_, next_token_loss, target_scores
 from minift.model import MLP, Attention, Llama, RMSNorm
 from minift.optim import learning_rate, make_optimizer, parameter_groups

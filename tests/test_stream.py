@@ -1,4 +1,4 @@
-"""The promise of `stream.py`: every document of a corpus, once an epoch, in order, from any point on, in little memory.
+"""The promise of `data/stream.py`: every document of a corpus, once an epoch, in order, from any point on, in little memory.
 
 Files are written here, in every form that is known, and read back; a resumed stream is compared with one that was
 never stopped, at every document; an endless file shows that nothing is read that is not asked for. Standard input is
@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 
 from minift.cli import main
+from minift.data.records import TEXT_PART, find_files, read_records
+from minift.data.stream import DocumentStream
 from minift.errors import InputError
-from minift.records import TEXT_PART, find_files, read_records
-from minift.stream import DocumentStream
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import ROOT, SMALL
 
 PACKINGS = ["", ".gz", ".zst"]

@@ -1,4 +1,4 @@
-"""The promise of `survey.py` and `data format`: numbers that can be counted again, and files that train the same way.
+"""The promise of `data/survey.py` and `data format`: numbers that can be counted again, and files that train the same way.
 
 Lengths are taken once more with SentencePiece itself, and medians, percentiles and classes with plain Python on all of
 them. A file that `data format` writes is read as finetuning reads it, and must give the very ids of the original.
@@ -17,12 +17,12 @@ import sentencepiece
 
 from minift.cli import main
 from minift.config import bundled
+from minift.data.records import find_files
+from minift.data.stream import DocumentStream
+from minift.data.survey import Lengths, survey
 from minift.pack import encode_pairs
 from minift.prompts import TEMPLATES, choose_template, read_all_pairs
-from minift.records import find_files
-from minift.stream import DocumentStream
-from minift.survey import Lengths, survey
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.test_stream import write_jsonl
 
 

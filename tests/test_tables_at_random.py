@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from minift.data.tables import array_items, csv_rows
 from minift.errors import InputError
-from minift.tables import array_items, csv_rows
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -1,4 +1,4 @@
-"""The promise of `tokenizer.py`: text becomes ids and comes back, to the character, and no text can forge a control id.
+"""The promise of `tokenizer/base.py`: text becomes ids and comes back, to the character, and no text can forge a control id.
 
 Every property is checked with the bundled vocabulary, with one trained here and, where real inputs are at hand, with
 Llama 2's own. The ids are compared with what SentencePiece itself gives for the same file.
@@ -15,7 +15,7 @@ import sentencepiece
 from minift.cli import main
 from minift.config import bundled
 from minift.errors import InputError
-from minift.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from minift.tokenizer.base import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "What is the capital of Mexico?",

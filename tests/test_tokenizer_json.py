@@ -1,4 +1,4 @@
-"""The promise of `tokenizer_json.py`: a model's own tokenizer gives here what it gives everywhere else, to the id.
+"""The promise of `tokenizer/huggingface.py`: a model's own tokenizer gives here what it gives everywhere else, to the id.
 
 Five kinds are tried. Four are a `tokenizer.json`: byte-level pieces as Llama 3 and as SmolLM have them, Llama 2's file
 as `make_json` writes it, and Metaspace, which marks only a text's first word. The others are SentencePiece models, the
@@ -27,14 +27,14 @@ from minift import reference
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.config import LlamaConfig, bundled
-from minift.convert import convert
+from minift.data.stream import DocumentStream
 from minift.errors import InputError
+from minift.formats.convert import convert
 from minift.generate import generate, stream
 from minift.model import Llama
 from minift.pack import PageBatches, encode_pair
 from minift.prompts import TEMPLATES, Pair
-from minift.stream import DocumentStream
-from minift.tokenizer import (
+from minift.tokenizer.base import (
     TOKENIZER_FILES,
     SentencePieceTokenizer,
     TextStream,
@@ -42,7 +42,7 @@ from minift.tokenizer import (
     check_fit,
     load_tokenizer,
 )
-from minift.tokenizer_json import JsonTokenizer, make_json
+from minift.tokenizer.huggingface import JsonTokenizer, make_json
 from tests.conftest import SMALL, small_model
 from tests.test_stream import write_jsonl
 

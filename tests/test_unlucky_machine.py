@@ -26,7 +26,7 @@ from minift.cli import main
 from minift.config import LlamaConfig
 from minift.errors import InputError, is_out_of_memory, out_of_memory
 from minift.formats.llama2c import HEADER_BYTES, order
-from minift.lock import LOCK, locked
+from minift.storage.lock import LOCK, locked
 from tests.conftest import ROOT
 from tests.test_stream import write_jsonl
 
@@ -109,7 +109,7 @@ def test_of_two_runs_that_begin_at_once_one_is_done_and_one_is_told(words: list[
 
 def test_a_lock_keeps_other_processes_out_and_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    held = f"from pathlib import Path; from minift.lock import locked\nwith locked(Path({str(folder)!r})): pass"
+    held = f"from pathlib import Path; from minift.storage.lock import locked\nwith locked(Path({str(folder)!r})): pass"
     with locked(folder):
         other = subprocess.run([sys.executable, "-c", held], env=ENV, capture_output=True, text=True)
         assert "another run is writing it" in other.stderr
@@ -179,7 +179,7 @@ def test_the_steps_before_memory_ran_out_are_saved(
 def limited(megabytes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `minift …` with so much address space beyond what its imports have taken."""
     script = (
-        "import resource, sys, torch, minift.jobs, minift.runner; from minift.cli import main\n"
+        "import resource, sys, torch, minift.runs.finetune, minift.runner; from minift.cli import main\n"
         "status = open('/proc/self/status', encoding='utf-8').read().split()\n"
         f"limit = int(status[status.index('VmSize:') + 1]) * 1024 + {megabytes} * 2**20\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"

@@ -35,12 +35,12 @@ from torch import Tensor
 
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
-from minift.convert import convert
 from minift.errors import LONGEST, InputError, RunError, one_line
 from minift.formats import huggingface, open_model
+from minift.formats.convert import convert
 from minift.formats.huggingface import write_huggingface
 from minift.formats.opened import open_tensors
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer, load_tokenizer
 from tests.conftest import ROOT, small_model
 
 MOMENT = 3.0  # seconds that a refusal may take on a busy machine; most take a hundredth of one

@@ -1,4 +1,4 @@
-"""The promise of `word_cache.py`: the ids are SentencePiece's own, to the last one, or the cache is not used.
+"""The promise of `tokenizer/word_cache.py`: the ids are SentencePiece's own, to the last one, or the cache is not used.
 
 Random texts of what is hard (runs of spaces, other white space, "▁" itself, bytes, long words) go through both, for the
 bundled vocabulary, one that is trained here, and Llama 2's. Vocabularies of other kinds are trained, one habit apart
@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from minift import word_cache
 from minift.config import bundled
 from minift.errors import InputError
-from minift.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from minift.word_cache import WordCache, fits
+from minift.tokenizer import word_cache
+from minift.tokenizer.base import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from minift.tokenizer.word_cache import WordCache, fits
 from tests.conftest import ROOT
 
 EDGES = [

@@ -1,4 +1,4 @@
-"""The promise of `layer.py`: a decoder layer whose passes are written out has the values and gradients of its twin.
+"""The promise of `kernels/layer.py`: a decoder layer whose passes are written out has the values and gradients of its twin.
 
 The twin is `model.DecoderLayer` under autograd, which `test_slow_twins.py` and `test_hf_parity.py` hold against others.
 Finite differences hold the gradients once more, and know neither.
@@ -13,13 +13,13 @@ from torch import Tensor
 
 import minift.model
 from minift.config import FINETUNE, LlamaConfig, TrainConfig
-from minift.layer import Weights, share, written_layer
+from minift.kernels.layer import Weights, share, written_layer
 from minift.lora import LoRAConfig, add_lora
 from minift.loss import batch_loss
-from minift.machine import autocast, choose_written_out
 from minift.model import DecoderLayer, Llama
 from minift.pack import Batch, Example, collate
 from minift.rope import rope_tables
+from minift.runs.machine import autocast, choose_written_out
 from minift.train import start_state
 
 SHAPE = {

@@ -19,7 +19,7 @@ import torch
 from minift.checkpoint import save_model
 from minift.cli import main
 from minift.config import TrainConfig
-from minift.tokenizer import Tokenizer
+from minift.tokenizer.base import Tokenizer
 from tests.conftest import SMALL, small_model
 from tests.test_stream import write_jsonl
 

@@ -32,7 +32,7 @@ from minift.loss import batch_loss
 from minift.model import Llama
 from minift.pack import Example, collate, encode_pairs
 from minift.prompts import read_all_pairs, template_named
-from minift.tokenizer import load_tokenizer
+from minift.tokenizer.base import load_tokenizer
 from minift.values import check_number
 
 CHUNK = 512  # targets whose logits exist at the same time

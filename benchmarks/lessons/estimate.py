@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.lessons.chart import Point
-from minift.intervals import Score
+from minift.evaluation.intervals import Score
 
 
 def mean(values: Sequence[float]) -> dict[str, Any]:

@@ -29,12 +29,12 @@ from benchmarks.lessons.chart import Chart
 from data import generate as pages
 from minift.checkpoint import load_model
 from minift.config import FINETUNE, model_path
+from minift.look.report import size
 from minift.loss import batch_hidden, batch_loss, target_scores
-from minift.machine import autocast, choose_device, choose_dtype
 from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
-from minift.report import size
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.runs.machine import autocast, choose_device, choose_dtype
+from minift.tokenizer.base import Tokenizer, load_tokenizer
 from minift.values import check_number
 
 PLACES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))  # tokens of B, from the first on

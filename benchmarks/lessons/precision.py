@@ -29,12 +29,12 @@ from benchmarks.lessons.chart import Chart, Point
 from minift.checkpoint import load_model
 from minift.config import FINETUNE, LlamaConfig, TrainConfig, bundled, model_path
 from minift.loss import batch_loss
-from minift.machine import autocast
 from minift.model import DecoderLayer, Llama
 from minift.pack import Batch, PairBatches, encode_pairs
 from minift.prompts import read_all_pairs, template_named
 from minift.rope import rope_tables
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.runs.machine import autocast
+from minift.tokenizer.base import Tokenizer, load_tokenizer
 from minift.train import start_state, train_step
 from minift.values import check_number
 

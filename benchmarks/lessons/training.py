@@ -8,13 +8,13 @@ from itertools import islice
 from typing import Any
 
 from minift.config import TrainConfig
-from minift.evaluate import answer_questions, make_questions
-from minift.machine import choose_device, choose_dtype
+from minift.evaluation.evaluate import answer_questions, make_questions
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, PageBatches, PairBatches, encode_pairs
 from minift.prompts import Pair, template_named
-from minift.tokenizer import Tokenizer
+from minift.runs.machine import choose_device, choose_dtype
+from minift.tokenizer.base import Tokenizer
 from minift.train import start_state, train_step
 
 

@@ -18,7 +18,7 @@ from minift.formats.llama2c import open_llama2c
 from minift.formats.meta import open_meta
 from minift.formats.native import open_native
 from minift.formats.opened import Opened
-from minift.links import check_links, check_name
+from minift.storage.links import check_links, check_name
 from minift.values import read_json
 
 FORMATS = ("native", "hf", "meta", "llama2c")

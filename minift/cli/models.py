@@ -1,0 +1,266 @@
+"""The commands that use a model: `minift generate|compare|evaluate|convert|info`. See `cli/__init__.py`."""
+
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from minift.cli.parts import MODEL_HELP, add_command, json_text, load, write_json, write_texts
+from minift.config import TrainConfig, model_path
+from minift.errors import InputError, one_line
+from minift.look.report import mistake_lines, samples, score_lines, size, table
+from minift.values import check_number
+
+FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def add_generate(commands: Any) -> None:
+    """`minift generate`."""
+    command = add_command(commands, "generate", _generate, "let a model continue a prompt; prints what it adds")
+    command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
+    command.add_argument("--prompt", required=True, metavar="TEXT")
+    command.add_argument("--template", default="plain", metavar="NAME", help="put the prompt into a template (plain)")
+    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest (0)")
+    command.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among the N likeliest (0: all)")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="… among the likeliest that make up X (1)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+
+
+def _generate(options: dict[str, Any]) -> int:
+    import torch
+
+    from minift.generate import stream
+    from minift.prompts import Pair, choose_template, template_named
+    from minift.tokenizer.base import TextStream
+
+    check_number("seed", options["seed"], least=0)
+    model, tokenizer = load(options["model"], options["device"])
+    pair = Pair(options["prompt"].rstrip(), answer="")  # as in training: no prompt ends in a space
+    name = options["template"]
+    if pair.question or name == "auto":  # no question, no conflict: a text from its beginning, or an empty template
+        name = choose_template(name, [pair])
+    prompt, _ = template_named(name).format(pair)
+    ids = stream(
+        model,
+        tokenizer.encode(prompt),
+        options["max_new_tokens"],
+        options["temperature"],
+        options["top_k"],
+        options["top_p"],
+        torch.Generator(model.device).manual_seed(options["seed"]),
+    )
+    text, shown, waiting = TextStream(tokenizer), False, ""
+    for id in chain(ids, [None]):
+        waiting += text.end() if id is None else text.add(id)
+        ready = waiting.rstrip()  # no blank lines around the text: white space is shown when something follows it
+        if ready:
+            print(ready if shown else ready.lstrip(), end="", flush=True)
+            shown, waiting = True, waiting[len(ready) :]
+    print()
+    return 0
+
+
+def add_compare(commands: Any) -> None:
+    """`minift compare`."""
+    command = add_command(commands, "compare", _compare, "two models side by side on held-out pairs")
+    command.add_argument("before", metavar="BEFORE", help=MODEL_HELP)
+    command.add_argument("after", metavar="AFTER", help=MODEL_HELP)
+    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="held-out pairs, JSON Lines")
+    command.add_argument("--template", default="auto", metavar="NAME")
+    command.add_argument("--show", type=int, default=4, metavar="N", help="samples to print (4)")
+    command.add_argument("--json", metavar="FILE", help="write the scores and all samples to FILE")
+    command.add_argument("--html", metavar="FILE", help="write a page to look at in a browser")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+
+
+def _compare(options: dict[str, Any]) -> int:
+    from minift.evaluation.evaluate import compare
+    from minift.look.pages.run import comparison_page
+    from minift.prompts import choose_template, read_all_pairs, template_named
+
+    check_number("show", options["show"], least=0)
+    pairs = read_all_pairs(options["data"])
+    template = choose_template(options["template"], pairs)
+    before, after = (load(options[name], options["device"]) for name in ("before", "after"))
+    result = {"template": template, **compare(before, after, pairs, template_named(template))}
+    print(f"{table(result)}\n\n{samples(result, options['show'])}")
+    texts = {}
+    if options["html"] is not None:
+        words = ["minift", "compare", options["before"], options["after"], "--data", *options["data"]]
+        command = shlex.join([*words, "--template", options["template"]])
+        texts[options["html"]] = comparison_page(result, [model.config for model, _ in (before, after)], command)
+    if options["json"] is not None:
+        texts[options["json"]] = json_text(result)
+    write_texts(texts)
+    return 0
+
+
+def add_evaluate(commands: Any) -> None:
+    """`minift evaluate`."""
+    command = add_command(commands, "evaluate", _evaluate, "score a model on held-out pairs, choices, or pages")
+    command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
+    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="pairs, multiple choice, or pages")
+    command.add_argument("--template", default="auto", metavar="NAME")
+    command.add_argument("--text-field", default="text", metavar="NAME", help="key of a page's text (text)")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a page's window (256)")
+    command.add_argument("--mistakes", type=int, default=0, metavar="N", help="list N answers of each kind of mistake")
+    command.add_argument("--json", metavar="FILE", help="write the scores to FILE")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+
+
+def _evaluate(options: dict[str, Any]) -> int:
+    from minift.data.records import STDIN, find_files, read_records
+    from minift.evaluation.choices import has_choices
+    from minift.prompts import has_pair
+
+    check_number("mistakes", options["mistakes"], least=0)
+    model, tokenizer = load(options["model"], options["device"])
+    files = find_files(options["data"])
+    if STDIN in files:
+        raise InputError("-: standard input can be read only once; evaluate has to look at its data first")
+    first = next(read_records(files[0]), None)
+    if first is not None and has_choices(first):
+        scores = _evaluate_choices(model, tokenizer, files, options)
+    elif first is not None and not has_pair(first) and options["text_field"] in first.values:
+        scores = _evaluate_pages(model, tokenizer, options)
+    else:
+        scores = _evaluate_pairs(model, tokenizer, options)
+    write_json(options["json"], scores)
+    return 0
+
+
+def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from minift.evaluation.evaluate import evaluate, make_questions
+    from minift.evaluation.mistakes import mistakes
+    from minift.prompts import choose_template, read_all_pairs, template_named
+
+    pairs = read_all_pairs(options["data"])
+    template = template_named(choose_template(options["template"], pairs))
+    questions, skipped = make_questions(pairs, template, tokenizer, model.config.max_position_embeddings - 1)
+    found = evaluate(model, tokenizer, questions)
+    scores = {**found.to_dict(), "skipped": skipped}
+    print(score_lines(scores))
+    if options["mistakes"]:
+        scores["mistakes"] = mistakes(questions, found, options["mistakes"])
+        print(f"\n{mistake_lines(scores['mistakes'])}")
+    return scores
+
+
+def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from minift.data.records import Skipped
+    from minift.data.stream import DocumentStream
+    from minift.evaluation.evaluate import likelihood_scores, page_likelihoods, values
+
+    positions = model.config.max_position_embeddings
+    window = min(256, positions) if options["max_length"] is None else options["max_length"]
+    check_number("max_length", window, least=1, below=positions + 1)
+    stream = DocumentStream(options["data"], options["text_field"], epochs=1, skipped=Skipped())
+    found = list(page_likelihoods(model, stream, tokenizer, window))
+    scores = {**values({**likelihood_scores(found)}), "n": len(found)}
+    print(score_lines(scores))
+    return scores
+
+
+def _evaluate_choices(model: Any, tokenizer: Any, files: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
+    from minift.data.records import read_records
+    from minift.evaluation.choices import choice_scores, choose, read_choices
+    from minift.evaluation.evaluate import values
+    from minift.prompts import Pair, choose_template, template_named
+
+    questions = read_choices(chain.from_iterable(map(read_records, files)))
+    name = choose_template(options["template"], [Pair(one.question, "", where=one.where) for one in questions])
+    found = choose(model, tokenizer, questions, template_named(name))
+    scores = {**values({**choice_scores(questions, found)}), "n": len(questions)}
+    print(score_lines(scores))
+    return scores
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def add_convert(commands: Any) -> None:
+    """`minift convert`."""
+    command = add_command(commands, "convert", _convert, "write a model in another format")
+    command.add_argument("source", metavar="SRC", help=MODEL_HELP)
+    command.add_argument("destination", metavar="DST", help="a folder to make; for llama2c a file")
+    command.add_argument("--to", required=True, metavar="native|hf|meta|llama2c")
+    command.add_argument("--dtype", metavar="|".join(FILE_DTYPES), help="of the weights written (the source's)")
+    command.add_argument("--shards", type=int, default=1, metavar="N", help="for meta: model-parallel shards (1)")
+    command.add_argument(
+        "--llama2c-version", type=int, default=0, metavar="0|1", help="of its header: 0, the legacy one (0), or 1"
+    )
+    command.add_argument("--tokenizer", metavar="DIR|FILE", help="put this tokenizer with it (the source's)")
+    command.add_argument("--force", action="store_true", help="replace a checkpoint that DST already is")
+
+
+def _convert(options: dict[str, Any]) -> int:
+    import torch
+
+    from minift.formats.convert import convert
+    from minift.formats.files import dtype_name
+
+    name, out = options["dtype"], options["destination"]
+    if name is not None and name not in FILE_DTYPES:
+        raise InputError(f"--dtype is {name!r}; choose from {', '.join(FILE_DTYPES)}")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up on a kill as on Ctrl-C
+    try:
+        result = convert(
+            model_path(options["source"]),
+            out,
+            options["to"],
+            getattr(torch, name) if name else None,
+            options["shards"],
+            options["llama2c_version"],
+            options["tokenizer"],
+            options["force"],
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for note in result.notes:
+        print(f"note: {one_line(note)}", file=sys.stderr)
+    total, nbytes = (sum(getattr(spec, what) for spec in result.specs.values()) for what in ("numel", "nbytes"))
+    kinds = " and ".join(sorted({dtype_name(spec.dtype) for spec in result.specs.values()}))
+    print(f"saved: {out} ({options['to']}, from {result.opened.format}; {total:,} parameters, {kinds}, {size(nbytes)})")
+    return 0
+
+
+def add_info(commands: Any) -> None:
+    """`minift info`."""
+    command = add_command(commands, "info", _info, "what a model is, and what it costs: parameters, FLOPs, memory")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="DIR", help=MODEL_HELP)
+    which.add_argument("--config", metavar="NAME|FILE", help="only a shape: a preset's name, or a config.json")
+    command.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows that the ledger counts (1)")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (all positions, up to 4096)")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="that the ledger is for")
+    command.add_argument("--world", type=int, metavar="N", help="add a plan on paper for N H200s")
+    command.add_argument("--json", metavar="FILE", help="write the same to FILE, in bytes")
+
+
+def _info(options: dict[str, Any]) -> int:
+    import torch
+
+    from minift.costs.info import info, info_text
+
+    device = TrainConfig(device=options["device"]).device  # it need not be here: this is on paper
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    result = info(
+        model_path(options["model"]) if options["model"] else None,
+        options["config"],
+        options["batch_size"],
+        options["max_length"],
+        device,
+        options["world"],
+    )
+    print(info_text(result))
+    write_json(options["json"], result)
+    return 0

@@ -1,0 +1,177 @@
+"""What a model is and what it costs, without going through its weights: the numbers behind `minift info`.
+
+    minift info --model bundled
+    minift info --config llama2-7b --batch-size 4 --max-length 2048
+
+Read next: `costs/flops.py`, where the formulas are.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minift.costs.flops import (
+    BYTES,
+    count_parameters,
+    forward_flops_per_token,
+    inference_memory,
+    training_flops_per_token,
+    training_memory,
+)
+from minift.costs.scaling import ALONE, CARD_BYTES, plan
+from minift.errors import InputError
+from minift.formats import Opened, open_model, shape_named
+from minift.formats.files import dtype_name
+from minift.look.report import size
+from minift.tokenizer.base import SentencePieceTokenizer, check_fit, load_tokenizer, tokenizer_files
+from minift.values import check_number
+
+
+def info(
+    model: Path | None,
+    config: str | None = None,
+    batch_size: int = 1,
+    length: int | None = None,
+    device: str = "cpu",
+    world: int | None = None,
+) -> dict[str, Any]:
+    """Everything that can be said of a model, or of a shape alone, as plain values.
+
+    Args:
+        model: a model of any format; its names and shapes are checked.
+        config: instead of a model, a preset's name or a `config.json`.
+        batch_size, length: of what the ledger of memory counts; by default one text of all the model's positions, at
+            most 4,096.
+        device: the kind of machine that the ledger of training is for, cpu or cuda.
+        world: for how many H200s there is to be a plan.
+
+    Raises:
+        InputError: for a model that cannot be opened, an unknown preset, or a length that the model does not have.
+    """
+    opened = open_model(model) if model is not None else None
+    shape = opened.config if opened is not None else shape_named(str(config))
+    length = min(shape.max_position_embeddings, 4_096) if length is None else length
+    check_number("batch_size", batch_size, least=1)
+    check_number("max_length", length, least=1, below=shape.max_position_embeddings + 1)
+    if world is not None:
+        check_number("world", world, least=1)
+    parameters = count_parameters(shape)
+    found = plan(shape, world, length, batch_size) if world else None
+    return {
+        **(_file_facts(opened) if opened is not None else {"config": str(config)}),
+        "shape": shape.to_dict(),
+        "parameters": parameters.total,
+        "parameters_without_embedding": parameters.without_embedding,
+        "tied": shape.tie_word_embeddings,
+        "batch_size": batch_size,
+        "length": length,
+        "forward_flops_per_token": forward_flops_per_token(shape, length),
+        "training_flops_per_token": training_flops_per_token(shape, length),
+        "device": device,
+        "training_memory": {dtype: training_memory(shape, dtype, batch_size, length, device=device) for dtype in BYTES},
+        **({"plan": vars(found) if found else None} if world else {}),
+        "inference_memory": {dtype: inference_memory(shape, dtype, batch_size, length) for dtype in BYTES},
+    }
+
+
+def _file_facts(opened: Opened) -> dict[str, Any]:
+    dtypes: dict[str, int] = {}
+    for spec in opened.specs.values():
+        name = dtype_name(spec.dtype)
+        dtypes[name] = dtypes.get(name, 0) + spec.nbytes
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    try:
+        tokenizer = load_tokenizer(opened.path)
+        check_fit(opened.config, tokenizer)
+        kind = "SentencePiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizer.json"
+        said = f"{kind}, {tokenizer.vocab_size:,} ids"
+    except InputError as error:
+        said = f"none that can be used ({error})" if tokenizer_files(folder) else "none"
+    return {
+        "model": str(opened.path),
+        "format": opened.format,
+        "files": [file.path.name for file in opened.files],
+        "stored": dtypes,
+        "tokenizer": said,
+        "notes": list(opened.notes),
+    }
+
+
+def info_text(result: Mapping[str, Any]) -> str:
+    """The numbers of `info` as a page of text."""
+    shape = result["shape"]
+    lines = []
+    if "model" in result:
+        stored = ", ".join(f"{size(nbytes)} in {dtype}" for dtype, nbytes in result["stored"].items())
+        files = result["files"]
+        lines += [("model", f"{result['model']} ({result['format']})")]
+        lines += [("weights", f"{stored}; {files[0] if len(files) == 1 else f'{len(files)} files'}")]
+        lines += [("tokenizer", result["tokenizer"])]
+        lines += [("note", note) for note in result["notes"]]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    kind = "multi-head" if heads == kv_heads else "multi-query" if kv_heads == 1 else "grouped-query"
+    scaling = shape["rope_scaling"]
+    rope = f"base {shape['rope_theta']:,.0f}"
+    if scaling:
+        original = scaling["original_max_position_embeddings"]
+        rope += f", scaled by {scaling['factor']:g} from {original:,} positions (llama3)"
+    embedding = result["parameters"] - result["parameters_without_embedding"]
+    matrices = "embedding and head are one matrix" if result["tied"] else "embedding and head are two matrices"
+    batch, length = result["batch_size"], result["length"]
+    lines += [
+        ("layers", f"{shape['num_hidden_layers']} of width {shape['hidden_size']:,}"),
+        ("attention", f"{heads} heads of {shape['head_dim']}, {kv_heads} for keys and values ({kind})"),
+        ("feed-forward", f"{shape['intermediate_size']:,} (SwiGLU)"),
+        ("vocabulary", f"{shape['vocab_size']:,}; {matrices}"),
+        ("positions", f"{shape['max_position_embeddings']:,}; RoPE {rope}"),
+        ("parameters", f"{result['parameters']:,}"),
+        ("  without embedding", f"{result['parameters_without_embedding']:,} ({embedding:,} in it)"),
+        (f"FLOPs a token (T = {length:,})", f"{_si(result['forward_flops_per_token'])} forward"),
+        ("", f"{_si(result['training_flops_per_token'])} in training"),
+    ]
+    width = max(len(name) for name, _ in lines) + 2
+    text = [f"{name:<{width}}{value}" for name, value in lines]
+    text += ["", *_ledger(f"training on {result['device']}, {batch} x {length:,} tokens", result["training_memory"])]
+    text += ["(weights, gradients and moments stay in float32; the dtype is that of the arithmetic)"]
+    text += ["", *_ledger(f"inference, {batch} x {length:,} tokens", result["inference_memory"])]
+    if "plan" in result:
+        text += ["", *_plan_lines(result["plan"])]
+    return "\n".join(text)
+
+
+def _plan_lines(plan: Mapping[str, Any] | None) -> list[str]:
+    if plan is None:
+        return ["so many H200s cannot hold it: not even a part of the model for each, and one text"]
+    inside, between = (size(int(nbytes)) for nbytes in plan["sent_bytes"])
+    talk, compute = plan["communication_seconds"], plan["compute_seconds"]
+    return [
+        f"on {plan['cards']:,} H200s, on paper (bfloat16, activations recomputed, a micro-batch on each)",
+        f"  {plan['parallel']}; memory of a card {size(plan['card_bytes'])} of {size(int(CARD_BYTES))}",
+        f"  a card sends {inside} inside its node and {between} between nodes",
+        f"  that takes {talk:.2f} s a step, beside {compute:.2f} s of arithmetic",
+        f"  expected MFU {plan['mfu']:.2f} (one card alone: {ALONE:.2f}, assumed)",
+    ]
+
+
+def _ledger(title: str, ledgers: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A table with a column for each dtype, and a line for each thing that takes memory."""
+    rows: dict[str, dict[str, int]] = {}
+    for dtype, ledger in ledgers.items():
+        for name, nbytes in ledger.items():
+            rows.setdefault(name, {})[dtype] = nbytes
+    rows["in all"] = {dtype: sum(ledger.values()) for dtype, ledger in ledgers.items()}
+    width = max(map(len, [title, *rows])) + 2
+    lines = [f"{title:<{width}}" + "".join(f"{dtype:>11}" for dtype in ledgers)]
+    for name, row in rows.items():
+        cells = "".join(f"{size(row[dtype]) if dtype in row else '-':>11}" for dtype in ledgers)
+        lines.append(f"{name:<{width}}{cells}")
+    return lines
+
+
+def _si(value: float) -> str:
+    """1234567.0 → "1.23 M"."""
+    units = ["", " k", " M", " G"]
+    while value >= 1_000 and len(units) > 1:
+        value /= 1_000
+        del units[0]
+    return f"{value:.3g}{units[0]}"

@@ -1,0 +1,179 @@
+"""What a corpus is like, before it is trained on: how many documents and tokens, how long they are, what is unusable.
+
+Lengths are counted, not kept: the table of how often each occurs is small however large the corpus is, and medians and
+percentiles read from it are exact.
+
+    minift data stats 'data/pages/*.json.gz'
+    minift data stats data/pairs.jsonl
+
+Read next: `prompts.py`.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from minift.data.records import SHOWN, Record, scan
+from minift.errors import InputError, one_line
+from minift.prompts import Pair, Template, choose_template, has_pair, scan_pairs, template_named
+from minift.tokenizer.base import Tokenizer
+
+BAR = 40  # characters of the histogram's longest bar
+
+
+def survey(
+    files: Sequence[Path], tokenizer: Tokenizer, text_field: str = "text", template: str = "auto"
+) -> dict[str, Any]:
+    """Count the documents of pages, or the pairs of an instruction set (if the first record is a pair).
+
+    Returns:
+        `kind` ("documents" or "pairs"), how many there are under that name, `malformed` and what is wrong with the
+        `first_malformed`; then for `characters` and `tokens` (of pairs also `prompt_tokens` and `answer_tokens`, with
+        BOS and EOS) their `total`, `min`, `median`, `mean`, `p90`, `p99` and `max`; and `histogram`, rows of
+        (least, most, documents) by tokens. Pairs have the name of their `template`.
+
+    Raises:
+        InputError: when there is no usable record at all, or for an unknown template.
+    """
+    items = chain.from_iterable(scan(file) for file in files)
+    usable: list[Record] = []
+    faults: list[InputError] = []
+    for item in items:  # up to the first usable record, which tells the kind
+        if isinstance(item, Record):
+            usable.append(item)
+            break
+        faults.append(item)
+    if not usable:
+        raise faults[0] if faults else InputError(f"{files[0]}: holds no records")
+    rest = chain(faults, usable, items)
+    if has_pair(usable[0]) and text_field not in usable[0].values:
+        return _survey_pairs(rest, tokenizer, template)
+    return _survey_pages(rest, tokenizer, text_field)
+
+
+class Lengths:
+    """How often each length occurs."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[int] = Counter()
+
+    def add(self, length: int) -> None:
+        """Count one more of this length."""
+        self.counts[length] += 1
+
+    def summary(self) -> dict[str, float]:
+        """Total, mean, extremes and percentiles (the smallest length that so many do not exceed)."""
+        n, total = self.counts.total(), sum(length * count for length, count in self.counts.items())
+        return {
+            "total": total,
+            "min": min(self.counts),
+            "median": self._percentile(0.5),
+            "mean": total / n,
+            "p90": self._percentile(0.9),
+            "p99": self._percentile(0.99),
+            "max": max(self.counts),
+        }
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(least, most, how many), in classes whose borders are powers of two."""
+        classes: Counter[int] = Counter()
+        for length, count in self.counts.items():
+            classes[length.bit_length()] += count
+        return [(2**bits // 2, 2**bits - 1, classes[bits]) for bits in range(min(classes), max(classes) + 1)]
+
+    def _percentile(self, share: float) -> int:
+        left = share * self.counts.total()
+        for length in sorted(self.counts):
+            left -= self.counts[length]
+            if left <= 0:
+                return length
+        return max(self.counts)
+
+
+def _survey_pages(items: Any, tokenizer: Tokenizer, text_field: str) -> dict[str, Any]:
+    characters, tokens, faults = Lengths(), Lengths(), _Faults()
+    for item in items:
+        try:
+            if isinstance(item, InputError):
+                raise item
+            text = item.text(text_field)
+        except InputError as fault:
+            faults.add(fault)
+            continue
+        characters.add(len(text))
+        tokens.add(len(tokenizer.encode(text, bos=True, eos=True, special=False)))
+    columns = {"characters": characters, "tokens": tokens}
+    return _result("documents", faults, columns)
+
+
+def _survey_pairs(items: Any, tokenizer: Tokenizer, template: str) -> dict[str, Any]:
+    pairs: list[Pair] = []
+    faults = _Faults()
+    for item in scan_pairs(items):
+        if isinstance(item, InputError):
+            faults.add(item)
+        else:
+            pairs.append(item)
+    name = choose_template(template, pairs)
+    columns = {key: Lengths() for key in ("characters", "tokens", "prompt_tokens", "answer_tokens")}
+    for pair in pairs:
+        _add_pair(columns, pair, template_named(name), tokenizer)
+    return {"template": name, **_result("pairs", faults, columns)}
+
+
+def _add_pair(columns: dict[str, Lengths], pair: Pair, template: Template, tokenizer: Tokenizer) -> None:
+    prompt, answer = template.format(pair)
+    lengths = len(tokenizer.encode(prompt)), len(tokenizer.encode_continuation(answer, eos=True, special=False))
+    columns["characters"].add(len(prompt) + len(answer))
+    columns["tokens"].add(sum(lengths))
+    columns["prompt_tokens"].add(lengths[0])
+    columns["answer_tokens"].add(lengths[1])
+
+
+class _Faults:
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, fault: InputError) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(one_line(fault))
+
+
+def _result(kind: str, faults: _Faults, columns: dict[str, Lengths]) -> dict[str, Any]:
+    if not columns["characters"].counts:
+        raise InputError(faults.first[0])
+    return {
+        "kind": kind,
+        kind: columns["characters"].counts.total(),
+        "malformed": faults.count,
+        "first_malformed": faults.first,
+        **{name: lengths.summary() for name, lengths in columns.items()},
+        "histogram": columns["tokens"].histogram(),
+    }
+
+
+def survey_text(result: dict[str, Any]) -> str:
+    """A survey as aligned text, with a bar for each class of lengths."""
+    kind = result["kind"]
+    keys = ("total", "min", "median", "mean", "p90", "p99", "max")
+    lines = [f"{kind:<16}{result[kind]:>16,}", f"{'malformed':<16}{result['malformed']:>16,}"]
+    lines += [f"  {fault}" for fault in result["first_malformed"]]
+    if "template" in result:
+        lines.append(f"{'template':<16}{result['template']:>16}")
+    lines += ["", f"{'':<16}" + f"{keys[0]:>16}" + "".join(f"{key:>11}" for key in keys[1:])]
+    for name in ("characters", "tokens", "prompt_tokens", "answer_tokens"):
+        if name in result:
+            row = result[name]
+            cells = [f"{row['total']:>16,}"] + [f"{row[key]:>11,.{int(key == 'mean')}f}" for key in keys[1:]]
+            lines.append(f"{name.replace('_', ' '):<16}" + "".join(cells))
+    lines.append(f"{'characters a token':<20}{result['characters']['total'] / result['tokens']['total']:>12.2f}")
+    lines += ["", f"{kind} by tokens"]
+    most = max(count for _, _, count in result["histogram"])
+    for least, greatest, count in result["histogram"]:
+        bar = "#" * max(round(BAR * count / most), count > 0)
+        lines.append(f"{least:>9,} - {greatest:<9,} {count:>12,}  {bar}".rstrip())
+    return "\n".join(lines)

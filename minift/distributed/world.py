@@ -1,0 +1,332 @@
+"""One loop, many processes: all that differs when `torchrun` starts several of them.
+
+    torchrun --nproc-per-node 2 -m minift finetune --out runs/two
+    torchrun --nproc-per-node 8 -m minift finetune --model ~/models/Llama-2-7b-hf --parallel fsdp …
+
+Each process (its number is its *rank*) takes its share of every batch, and the loop in `train.py` is the same. A
+gradient is a sum over targets, so it does not matter who computes which part, if only the parts are added up once and
+divided by the targets of *all* ranks. There are two ways to keep the weights:
+
+* `ddp` (Li et al., "PyTorch Distributed", arXiv 2006.15704): every rank holds all of them. In the backward pass of a
+  window's last micro-batch the gradients are added up over the ranks (an *all-reduce*), some megabytes at a time while
+  the rest is still being computed. Then all ranks take the same step.
+* `fsdp` (Zhao et al., "PyTorch FSDP", arXiv 2304.11277; ZeRO, arXiv 1910.02054): every rank holds 1/N of each matrix,
+  of its gradient and of its moments. A layer's weights are put together (an *all-gather*) just before it is computed,
+  and let go behind it; its gradient is added up and split again (a *reduce-scatter*). A model may so be larger than the
+  memory of one GPU: it is built without memory, and each rank keeps its own rows of the checkpoint.
+
+What is not PyTorch's own here is how the ranks agree: on the number of targets, on stopping, on whose error is told.
+
+Read next: `costs/flops.py`, which says what it costs.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from minift.errors import InputError, RunError, one_line
+from minift.loss import batch_loss
+from minift.model import Llama
+from minift.pack import Batch
+
+# In which all processes must have come together: they have read nothing by then, so only a lost one takes longer.
+GATHERING = timedelta(minutes=5)
+METADATA = ".metadata"  # in a folder of shards: what lies where
+
+
+class OtherRankError(RunError):
+    """Another rank cannot go on, and says why itself."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. By default there is only this one.
+
+    Attributes:
+        rank: which of them this is.
+        size: how many there are.
+        parallel: how they keep the weights, ddp or fsdp; None for a process of its own.
+        device: where this rank computes, and what it sends comes from.
+    """
+
+    rank: int = 0
+    size: int = 1
+    parallel: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes files and shows how far the run is."""
+        return self.rank == 0
+
+    def total(self, *values: float) -> list[float]:
+        """The sums of some numbers over all ranks; exact for integers below 2⁵³. Every rank must ask."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def any(self, this: bool) -> bool:
+        """Whether it is so on at least one rank. Every rank must ask."""
+        return bool(self.total(this)[0])
+
+    def agree(self, failure: Exception | None) -> None:
+        """Go on only if nobody failed. Every rank must ask.
+
+        Raises:
+            Exception: this rank's failure; OtherRankError where the failure is another's.
+        """
+        if self.any(failure is not None):
+            raise failure or OtherRankError("another process of this run cannot go on")
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain value of every rank, by rank. Every rank must ask."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of those that `torchrun` starts."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints: the main rank, or one that is alone."""
+    return not started_by_torchrun() or os.environ["RANK"] == "0"
+
+
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` has started the run again."""
+    return started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def join(parallel: str, device: torch.device) -> Iterator[World]:
+    """Be one of the processes that torchrun has started; without it, a world of one.
+
+    Only the main rank prints. When some fail, the first of them says why: an error that all have in common is shown
+    once, and that a process was lost is told only where nobody knows more.
+
+    Args:
+        parallel: ddp, fsdp, or auto for ddp under torchrun.
+        device: the kind of device; a rank on GPUs takes the one that torchrun gives it.
+
+    Raises:
+        InputError: for `parallel` without torchrun, or more ranks than GPUs.
+        RunError: when the others do not come, or one of them is gone.
+        SystemExit: for an error that another rank has told.
+    """
+    if not started_by_torchrun():
+        if parallel != "auto":
+            ways = "torchrun --nproc-per-node N -m minift …, or --parallel auto for this one alone"
+            raise InputError(f"--parallel {parallel} is for several processes: {ways}")
+        yield World(device=device)
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"{local + 1} processes, but {torch.cuda.device_count()} GPUs; lower --nproc-per-node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=GATHERING))
+    except dist.DistError:
+        size = int(os.environ["WORLD_SIZE"])
+        waited = f"waited {GATHERING.total_seconds():.0f} seconds for the {size} processes of this run"
+        raise RunError(f"{waited}, and not all have come; they need the same MASTER_ADDR and MASTER_PORT") from None
+    # torchrun's store may outlive a failed attempt, with the addresses of processes that are gone in it.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    world = World(rank, size, "fsdp" if parallel == "fsdp" else "ddp", device)
+    try:
+        with nullcontext() if world.is_main else _silent():
+            yield world
+    except OtherRankError:
+        raise SystemExit(1) from None
+    except (InputError, RunError) as error:
+        if not _first_to_say(store, f"{rank}: {one_line(error)}"):
+            raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+        raise
+    except RuntimeError as error:
+        if not _lost_contact(error):
+            raise
+        message = "another process of this run has ended; what was saved can be continued with --resume"
+        if not _first_to_say(store, f"{rank}: {message}"):
+            raise SystemExit(1) from None
+        raise RunError(message) from None
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    """Whether a rank that was to answer is gone: as NCCL and gloo say it."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "connection", "socket"))
+
+
+def _first_to_say(store: dist.Store, mine: str) -> bool:
+    """Whether nobody has said yet why the run ends: the first writes it down where all ranks can read it."""
+    try:
+        return store.compare_set("why the run ends", "", mine) == mine.encode()
+    except RuntimeError:  # the store went with the rank that kept it: better twice than never
+        return True
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """A batch to its loss, as a module: to DDP and FSDP a forward pass is one call, which ends where gradients begin.
+
+    Attributes:
+        model: the Llama.
+    """
+
+    def __init__(self, model: Llama):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, chunk: int) -> tuple[Tensor, Tensor]:
+        """(nll_sum, n_tokens) of one micro-batch."""
+        return batch_loss(self.model, batch, chunk)
+
+
+def replicate(model: Llama, world: World) -> nn.Module:
+    """The objective of a model that every rank holds: gradients are *added up* over the ranks.
+
+    (DDP by itself would take their mean, which is right only where all ranks have as many targets.)
+    """
+    where = [world.device] if world.device.type == "cuda" else None
+    replicas = DistributedDataParallel(Objective(model), device_ids=where, gradient_as_bucket_view=True)
+    replicas.register_comm_hook(None, _add_up)
+    return replicas
+
+
+def _add_up(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def shard(model: Llama, world: World, dtype: torch.dtype) -> nn.Module:
+    """The objective of a model of which every rank holds a part: a layer at a time is put together.
+
+    The matrices of layers travel in the dtype of the arithmetic, which halves what is sent and is what autocast would
+    make of them; gradients are added up in float32. Embedding, head and last norm stay whole between the forward and
+    the backward pass, in float32: the loss needs them between the two.
+
+    Args:
+        model: on any device; on "meta" it takes no memory, and `fill` gives it its weights.
+        dtype: of the arithmetic; float32 or float64 sends weights as they are.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    low = dtype in (torch.bfloat16, torch.float16)
+    narrow = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if low else MixedPrecisionPolicy()
+    objective = Objective(model)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=narrow)
+    fully_shard(objective, mesh=mesh, reshard_after_forward=False)
+    for module in (objective, *model.layers):  # a sum over the ranks, not a mean
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return objective
+
+
+@torch.no_grad()
+def fill(model: Llama, world: World, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Give a sharded model that has no memory yet its weights: of each tensor, this rank's rows.
+
+    Args:
+        weights: whole tensors by name, each of which is let go before the next is made.
+    """
+    model.to_empty(device=world.device)
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights:
+        put(parameters[name], tensor)
+
+
+@torch.no_grad()
+def put(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a parameter; where it is sharded, this rank's part of it."""
+    parameter.copy_(like(parameter, whole.to(parameter.device, parameter.dtype)))
+
+
+def like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor, sharded as a parameter is. Nothing is sent: every rank has it whole, and keeps its part."""
+    if not hasattr(parameter, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded. Every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a step folder was written by the ranks of a sharded run (`distributed/shards.py`)."""
+    return (folder / METADATA).is_file()
+
+
+def micro_batch(objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """The context of a micro-batch's forward and backward pass. Only in the window's last one gradients are sent."""
+    if isinstance(objective, DistributedDataParallel):
+        return nullcontext() if last else objective.no_sync()
+    sharded: Any = objective
+    if hasattr(sharded, "set_requires_gradient_sync"):
+        sharded.set_requires_gradient_sync(last)
+        sharded.set_is_last_backward(last)
+    return nullcontext()
+
+
+def release(objective: nn.Module) -> None:
+    """Behind a forward pass without a backward one: let go what FSDP has put together for it."""
+    sharded: Any = objective
+    if hasattr(sharded, "reshard"):
+        sharded.reshard()
+
+
+def first_not_finite(model: Llama, world: World) -> str | None:
+    """Which weight, or else whose gradient, is the first that holds NaN or infinity. Every rank must ask."""
+    named = [(name, parameter) for name, parameter in model.named_parameters()]
+    found = [not bool(own_part(parameter.detach()).isfinite().all()) for _, parameter in named]
+    found += [p.grad is not None and not bool(own_part(p.grad).isfinite().all()) for _, p in named]
+    totals = world.total(*found)
+    names = [f"the weight {name}" for name, _ in named] + [f"the gradient of {name}" for name, _ in named]
+    return next((name for name, total in zip(names, totals, strict=True) if total), None)

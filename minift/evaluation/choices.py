@@ -1,0 +1,134 @@
+"""Multiple choice: which of the given answers does a model find likeliest?
+
+A benchmark such as ARC gives a question and four answers. A model is not asked to say a letter: each answer is put
+behind the question, as its answer is in training, and the log-probabilities of its ids are summed. The likeliest wins.
+
+Sums favour short answers, as every further id costs something. So there is a second score in which each sum is divided
+by the bytes of its answer. (By its ids would depend on the tokenizer.) Which of the two is fairer depends on the
+answers; tables of results usually say "acc" and "acc_norm".
+
+    {"question": "Which gas do plants take in?", "choices": ["carbon dioxide", "helium"], "answer": 0}
+    {"question": …, "choices": {"text": ["carbon dioxide", "helium"], "label": ["A", "B"]}, "answerKey": "A"}
+
+    minift evaluate --model bundled --data arc.jsonl
+
+Source: Clark et al., "ARC" (arXiv 1803.05457); Brown et al., "GPT-3" (arXiv 2005.14165), section 2.4, on normalising.
+Read next: `evaluation/mistakes.py`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minift.data.records import Record
+from minift.errors import InputError
+from minift.evaluation.evaluate import example_scores
+from minift.evaluation.intervals import Score
+from minift.model import Llama
+from minift.pack import Example
+from minift.prompts import Pair, Template
+from minift.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class ChoiceQuestion:
+    """A question, the answers to choose from, and which of them is right (from 0)."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    where: str = ""
+
+
+def has_choices(record: Record) -> bool:
+    """Whether a record is a multiple-choice question."""
+    return "choices" in record.values and "question" in record.values
+
+
+def read_choices(records: Iterable[Record]) -> list[ChoiceQuestion]:
+    """Multiple-choice questions, in order.
+
+    Raises:
+        InputError: with `file:line`, for a record that is none.
+    """
+    questions = [_read_choice(record) for record in records]
+    if not questions:
+        raise InputError("no multiple-choice question to score")
+    return questions
+
+
+def _read_choice(record: Record) -> ChoiceQuestion:
+    values, where = record.values, record.where
+    for key in ("question", "choices"):
+        if key not in values:
+            raise InputError(f"{where}: no key {key!r}; its keys: {', '.join(values) or 'none'}")
+    question = values["question"]
+    choices: Any = values["choices"]
+    labels: Any = [chr(ord("A") + i) for i in range(26)]
+    labelled = isinstance(choices, dict)
+    if isinstance(choices, dict):
+        choices, labels = choices.get("text"), choices.get("label")
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{where}: 'question' is not a text, or blank")
+    if not _are_texts(choices) or len(choices) < 2:
+        raise InputError(f"{where}: 'choices' must be at least two texts, or have them under 'text'")
+    if not _are_texts(labels) or (labelled and len(labels) != len(choices)):
+        raise InputError(f"{where}: 'choices' must have a 'label' for each 'text'")
+    answer = values.get("answer", values.get("answerKey"))
+    return ChoiceQuestion(question.rstrip(), tuple(choices), _index(answer, choices, labels, where), where)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
+
+
+def _index(answer: Any, choices: Sequence[str], labels: Sequence[str], where: str) -> int:
+    """Which choice an answer names: by its place, its label, or its text."""
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return answer
+    for names in (labels[: len(choices)], choices):
+        if isinstance(answer, str) and names.count(answer) == 1:
+            return names.index(answer)
+    raise InputError(f"{where}: 'answer' is {answer!r}; it must be a place (from 0), a label or the text of a choice")
+
+
+def choose(
+    model: Llama, tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion], template: Template, batch_size: int = 64
+) -> list[list[tuple[float, int]]]:
+    """For each question and each of its choices: the summed log-probability in nats, and the bytes of its text.
+
+    Raises:
+        InputError: with `file:line`, for a question that is too long for the model.
+    """
+    limit = model.config.max_position_embeddings
+    examples, sizes = [], []
+    for question in questions:
+        for choice in question.choices:
+            prompt, answer = template.format(Pair(question.question, choice.strip(), where=question.where))
+            # Without EOS: whether an answer ends here is not what is asked.
+            ids = tokenizer.encode(prompt), tokenizer.encode_continuation(answer, eos=False, special=False)
+            example = Example(*ids)
+            if len(example) > limit:
+                raise InputError(f"{question.where}: takes {len(example)} positions; the model has {limit}")
+            examples.append(example)
+            sizes.append(len(choice.strip().encode()))
+    scored = iter(zip(example_scores(model, examples, batch_size), sizes, strict=True))
+    found = []
+    for question in questions:
+        of_choices = [next(scored) for _ in question.choices]
+        found.append([(-score.nll, size) for score, size in of_choices])
+    return found
+
+
+def choice_scores(
+    questions: Sequence[ChoiceQuestion], found: Sequence[Sequence[tuple[float, int]]]
+) -> dict[str, Score]:
+    """`accuracy` by the sums, and `accuracy_normalised` by the sums over the bytes. The first of equals is taken."""
+    ones = [1.0] * len(questions)
+    right: dict[str, list[float]] = {"accuracy": [], "accuracy_normalised": []}
+    for question, choices in zip(questions, found, strict=True):
+        sums = [total for total, _ in choices]
+        means = [total / size for total, size in choices]
+        right["accuracy"].append(float(sums.index(max(sums)) == question.answer))
+        right["accuracy_normalised"].append(float(means.index(max(means)) == question.answer))
+    return {name: Score(values, ones) for name, values in right.items()}

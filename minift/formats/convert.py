@@ -1,0 +1,241 @@
+"""A checkpoint of one format written as another, one tensor at a time.
+
+Converting is reading and writing: `formats/` opens what there is and gives each tensor under minift's name and in
+minift's layout, and the writer of the other format asks for one after the other. So only a few tensors are in memory,
+whatever the model's size, and any two formats go together. The weights' bits are kept, unless a dtype is asked for.
+
+    minift convert bundled my-model --to hf
+
+The result appears whole or not at all: it is written under another name, flushed, and renamed.
+Read next: `generate.py`.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minift.checkpoint import save_tokenizer
+from minift.errors import InputError, RunError
+from minift.formats import FORMATS, Opened, open_model, recognise
+from minift.formats.files import Spec, dtype_name
+from minift.formats.huggingface import write_huggingface
+from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
+from minift.formats.meta import SIDECAR, unsaid, write_meta
+from minift.formats.native import write_native
+from minift.formats.opened import is_finite
+from minift.storage.atomic import write_file, write_folder
+from minift.storage.links import check_name
+from minift.tokenizer.base import TOKENIZER_FILES, Tokenizer, check_fit, load_tokenizer, tokenizer_files
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` has done.
+
+    Attributes:
+        opened: the source.
+        specs: dtype and shape of every tensor that was written.
+        notes: what a user should know about it.
+    """
+
+    opened: Opened
+    specs: dict[str, Spec]
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str,
+    dtype: torch.dtype | None = None,
+    shards: int = 1,
+    version: int = 0,
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+) -> Converted:
+    """Write the model at `source` in another format.
+
+    Args:
+        destination: a folder that does not exist; for llama2c a file.
+        to: native, hf, meta or llama2c.
+        dtype: of the weights that are written; None keeps each tensor's, bit for bit (llama2c is always float32).
+        shards: model-parallel shards of the meta format.
+        version: of llama2c's header: 0 (legacy) or 1.
+        tokenizer: a tokenizer to put with the model, in place of the one that lies with it.
+        force: replace a checkpoint that is already there.
+
+    Raises:
+        InputError: for a source that is no model, a destination that exists, or what the format cannot say.
+        RunError: when the disk refuses.
+    """
+    source, destination = Path(source), Path(destination).resolve()
+    if to not in FORMATS:
+        raise InputError(f"--to is {to!r}; choose from {', '.join(FORMATS)}")
+    if shards != 1 and to != "meta":
+        raise InputError(f"--shards is for --to meta, not for {to}")
+    if version and to != "llama2c":
+        raise InputError(f"--llama2c-version is for --to llama2c, not for {to}")
+    if version not in HEADER_BYTES:
+        raise InputError(f"--llama2c-version is {version}; choose 0 (legacy) or 1")
+    check_name(destination)
+    _check_destination(source.resolve(), destination, to, force)
+    opened = open_model(source)
+    specs = _specs(opened, to, dtype)
+    found, files, notes = _find_tokenizer(source, opened, tokenizer)
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    if to == "meta" and opened.config.tie_word_embeddings:
+        nbytes += specs["embed_tokens.weight"].nbytes  # Meta's format has the head as well
+    _check_room(destination, nbytes)
+
+    def save_beside(folder: Path) -> None:
+        if found is not None:
+            save_tokenizer(folder, found, to)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+    with tqdm(total=nbytes * shards, unit="B", unit_scale=True, desc=f"to {to}", disable=None, delay=1) as progress:
+        read = partial(_read, opened, specs, progress)
+        if to == "llama2c":
+            beside = _tokenizer_beside(destination.parent, save_beside)
+            write_file(destination, lambda file: write_llama2c(file, opened.config, read, version), beside)
+        else:
+            write: Callable[..., None] = {"native": write_native, "hf": write_huggingface, "meta": write_meta}[to]
+            options = {"shards": shards} if to == "meta" else {}
+
+            def fill(folder: Path) -> None:
+                save_beside(folder)
+                write(folder, opened.config, specs, read, **options)
+
+            write_folder(destination, fill)
+    if to == "meta":
+        notes += unsaid(opened.config)
+    return Converted(opened, specs, (*opened.notes, *notes))
+
+
+def _read(opened: Opened, specs: dict[str, Spec], progress: tqdm, name: str) -> Tensor:
+    """A tensor in the dtype in which it is written. Raises InputError when it does not fit that dtype's range."""
+    tensor = opened.read(name)
+    progress.update(specs[name].nbytes)
+    if tensor.dtype == specs[name].dtype:
+        return tensor
+    converted = tensor.to(specs[name].dtype)
+    if not is_finite(converted):
+        source, dtype = opened.sources[name], dtype_name(converted.dtype)
+        raise InputError(f"{source.files[0].path}: tensor {source.name} has values beyond the range of {dtype}")
+    return converted
+
+
+def _specs(opened: Opened, to: str, dtype: torch.dtype | None) -> dict[str, Spec]:
+    if to == "llama2c":
+        if dtype not in (None, torch.float32):
+            raise InputError("llama2c's files hold float32; leave --dtype out")
+        if dtype is None and any(spec.dtype == torch.float64 for spec in opened.specs.values()):
+            raise InputError("llama2c's files hold float32, these weights are float64; round them with --dtype float32")
+        dtype = torch.float32
+    return {name: Spec(dtype or spec.dtype, spec.shape) for name, spec in opened.specs.items()}
+
+
+def _check_destination(source: Path, destination: Path, to: str, force: bool) -> None:
+    """Refuse to write over anything but, with `force`, a checkpoint."""
+    if destination == source or destination in source.parents:
+        raise InputError(f"{destination}: is where the source is; choose another destination")
+    if not destination.exists():
+        return
+    if not force:
+        raise InputError(f"{destination}: exists; choose another name, or add --force to replace it")
+    if not destination.is_dir() and not destination.is_file():
+        raise InputError(f"{destination}: is neither a file nor a folder; --force does not replace that")
+    if destination.is_dir() == (to == "llama2c"):
+        kind = "folder" if destination.is_dir() else "file"
+        raise InputError(f"{destination}: is a {kind}; --to {to} does not write one")
+    if destination.is_dir() and any(destination.iterdir()) and recognise(destination) is None:
+        raise InputError(f"{destination}: holds something that is not a model; --force does not replace that")
+    for entry in sorted(destination.iterdir()) if destination.is_dir() else ():
+        if entry.is_dir() or not any(fnmatch(entry.name, pattern) for pattern in _BELONGS):
+            raise InputError(f"{entry}: is no part of a checkpoint and would be lost; --force does not replace that")
+    if destination.is_file():
+        try:
+            open_llama2c(destination)
+        except InputError as error:
+            raise InputError(f"{error}; --force does not replace that") from None
+
+
+# What a checkpoint may consist of: only such files are given up when one is replaced.
+_BELONGS = (
+    *TOKENIZER_FILES,
+    "tokenizer.bin",
+    "model.pt",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "consolidated.*.pth",
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    SIDECAR,
+    "README.md",
+    "LICENSE*",
+    ".gitattributes",
+)
+
+
+def _check_room(destination: Path, nbytes: int) -> None:
+    place = next(parent for parent in destination.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise RunError(f"{destination}: needs {nbytes / 1e9:.2f} GB; the disk has {free / 1e9:.2f} GB free")
+
+
+def _find_tokenizer(
+    source: Path, opened: Opened, named: str | Path | None
+) -> tuple[Tokenizer | None, dict[str, bytes], tuple[str, ...]]:
+    """The tokenizer that goes with a model; or, where it cannot be read here, its files as they are; and notes."""
+    if named is not None:
+        tokenizer = load_tokenizer(named)
+        check_fit(opened.config, tokenizer)
+        return tokenizer, {}, ()
+    folder = source if source.is_dir() else source.parent
+    files = tokenizer_files(folder)
+    if not files:
+        return None, {}, ("there is no tokenizer beside it, and so none beside the result (--tokenizer names one)",)
+    try:
+        tokenizer = load_tokenizer(source)
+        check_fit(opened.config, tokenizer)
+        return tokenizer, {}, ()
+    except InputError as error:
+        if source.is_file():  # what lies beside a file need not belong to it
+            return None, {}, (f"the tokenizer beside it is left out: {error}",)
+        return None, files, (f"the tokenizer's files are copied as they are: {error}",)
+
+
+def _tokenizer_beside(folder: Path, save: Callable[[Path], None]) -> Callable[[], None]:
+    """Save a tokenizer beside a llama2.c file, unless another one is there: it may belong to another model.
+
+    Raises InputError in that case, with `force`, too.
+    """
+    staging = folder / ".tokenizer.partial"
+
+    def put() -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            save(staging)
+            ours = {file.name: file.read_bytes() for file in staging.iterdir()}
+            for name in (*TOKENIZER_FILES, "tokenizer.bin") if ours else ():
+                there = folder / name
+                if there.exists() and there.read_bytes() != ours.get(name):
+                    raise InputError(f"{there}: another tokenizer is there; choose another folder")
+            for file in staging.iterdir():
+                file.replace(folder / file.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    return put
