@@ -2,7 +2,7 @@
 
 `python -m benchmarks ops` times what trains against these. (The twins of `minift/reference.py` are there to be right:
 they loop over indices, and a step of them would take hours.) They give what the functions that train give, in value,
-gradient and dtype; `tests/test_benchmark_ops.py` holds them to it. Two need no function: the embedding is
+gradient and dtype; `tests/benchmarks/test_ops.py` holds them to it. Two need no function: the embedding is
 `weight[tokens]`, and a projection `x @ weight.T`.
 
 Legend: B batch, T tokens of a row, N = B·T, D model width, H query heads, K key/value heads, C head width, V

@@ -15,7 +15,7 @@ wrong, and one is easy to make slow.
 
 The plain version is `reference.cross_entropy`; the two are held together by
 
-    python -m pytest tests/test_slow_twins.py -k loss
+    python -m pytest tests/way/test_slow_twins.py -k loss
 
 and `python -m benchmarks loss` measures it beside PyTorch's own, which is chunked, too.
 

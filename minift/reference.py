@@ -2,7 +2,7 @@
 
 Nothing here is used by training. Each function computes what its fast twin computes in the most direct way there is,
 with loops where the formula has an index, so that a reader can check it by eye and a test can check the fast
-one against it, in value and in gradient (`tests/test_slow_twins.py`).
+one against it, in value and in gradient (`tests/way/test_slow_twins.py`).
 
     here                     fast twin
     rms_norm                 model.RMSNorm

@@ -2,7 +2,7 @@
 
 Its plain definition is `reference.attention`; the two are held together by
 
-    python -m pytest tests/test_slow_twins.py tests/test_no_leakage.py -k attention
+    python -m pytest tests/way/test_slow_twins.py tests/way/test_no_leakage.py -k attention
 
 Legend: B batch, T tokens of the input, S tokens that can be attended to, H query heads, K key/value heads, C head
 width. `model.Attention` calls it. Read next: `kernels/layer.py`.

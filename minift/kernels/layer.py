@@ -13,7 +13,7 @@ quarter. Written out there are half as many:
 
 The numbers are those of `model.DecoderLayer`, its twin, to rounding. They are held together by
 
-    python -m pytest tests/test_written_layer.py
+    python -m pytest tests/kernels/test_written_layer.py
 
 Legend: b rows of a batch, T tokens of a row, N = b · T, D model width, H query heads, K key/value heads, R = H / K, C
 head width, F feed-forward width. Read next: `loss.py`.

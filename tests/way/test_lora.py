@@ -1,0 +1,381 @@
+"""An adapter changes a model by (alpha / r) B A, and by nothing else; `peft` and minift read each other's.
+
+Held here: at first the model is the base, to the bit; gradients against the dense matrix's; merged against unmerged;
+what is trained and what is saved; runs that are resumed; folders that `peft` writes, and that it reads; one line for
+an adapter that does not fit.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minift import load_model, load_tokenizer, save_model
+from minift.cache import KVCache
+from minift.cli import main
+from minift.config import FINETUNE, LORA_TARGETS
+from minift.errors import InputError
+from minift.generate import generate
+from minift.kernels.decode import Decoder
+from minift.lora import (
+    LoRAConfig,
+    LoRALinear,
+    adapter_weights,
+    add_lora,
+    has_adapter,
+    merge,
+    merged_weights,
+    put_peft,
+    write_peft,
+)
+from minift.loss import next_token_loss
+from minift.model import Llama
+from minift.optim import make_optimizer
+from tests.helpers import small_model, to_transformers, write_jsonl
+
+CONFIG = LoRAConfig(rank=3, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
+TOKENS = torch.randint(3, 97, (2, 17), generator=torch.Generator().manual_seed(4))
+
+
+def adapted(config: LoRAConfig = CONFIG, dtype: torch.dtype = torch.float64, begun: bool = True, **shape: Any) -> Llama:
+    """A small model with adapters; with B away from zero, as after some training, if it has `begun`."""
+    model = small_model(dtype=dtype, **shape)
+    generator = torch.Generator().manual_seed(1)
+    add_lora(model, config, generator)
+    if begun:
+        for name, tensor in adapter_weights(model).items():
+            if name.endswith("lora_B"):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("targets", [LORA_TARGETS, ("k_proj",)], ids=["all", "one"])
+@torch.no_grad()
+def test_at_first_the_model_is_the_base(targets: tuple[str, ...], dtype: torch.dtype) -> None:
+    """To the bit; and where adapters are is what was asked for."""
+    model = adapted(LoRAConfig(8, 16.0, targets), dtype, begun=False)
+    assert torch.equal(model(TOKENS), small_model(dtype=dtype)(TOKENS))
+    wrapped = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    assert wrapped == set(targets)
+    assert float(adapter_weights(model)["layers.0.self_attn.k_proj.lora_A"].abs().max()) > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_are_those_of_the_dense_formula(tied: bool) -> None:
+    """∂B = (alpha / r) ∂W Aᵀ and ∂A = (alpha / r) Bᵀ ∂W, with ∂W of a plain model of the merged weights."""
+    model = adapted(tie_word_embeddings=tied)
+    dense = small_model(dtype=torch.float64, tie_word_embeddings=tied)
+    dense.load_state_dict(merged_weights(model))
+    targets = TOKENS.roll(-1, 1)
+    for one in (model, dense):
+        next_token_loss(one.hidden(TOKENS), one.head_weight, targets)[0].backward()
+    gradients = {name: parameter.grad for name, parameter in dense.named_parameters()}
+    seen = 0
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            wanted = gradients[f"{name}.weight"]
+            assert wanted is not None
+            assert module.scale == 2.0
+            torch.testing.assert_close(module.lora_B.grad, 2.0 * wanted @ module.lora_A.T, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(module.lora_A.grad, 2.0 * module.lora_B.T @ wanted, rtol=1e-9, atol=1e-12)
+            seen += 1
+    assert seen == 6
+    assert all(p.grad is None for name, p in model.named_parameters() if ".lora_" not in name)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@torch.no_grad()
+def test_merged_equals_unmerged(dtype: torch.dtype, tolerance: float) -> None:
+    """And is an ordinary model again, all of whose weights can be trained."""
+    model = adapted(dtype=dtype)
+    before = model(TOKENS)
+    assert float((before - small_model(dtype=dtype)(TOKENS)).abs().max()) > 0.1
+    weights = merged_weights(model)
+    merge(model)
+    assert not has_adapter(model)
+    assert float((model(TOKENS) - before).abs().max()) <= tolerance * float(before.abs().max())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == {
+        name: tuple(tensor.shape) for name, tensor in small_model().state_dict().items()
+    }
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_generating_and_saving_know_the_adapters(tmp_path: Path) -> None:
+    """Decoding one text, which goes around the modules, and a checkpoint, which has no place for them."""
+    model = adapted(dtype=torch.float32)
+    caches = [KVCache(model.config, 1, 20, torch.device("cpu"), torch.float32) for _ in range(2)]
+    for cache in caches:
+        model(TOKENS[:1, :5], cache=cache)
+    found, wanted = Decoder(model, caches[0], 5).logits(7), model(torch.tensor([[7]]), cache=caches[1])[0, 0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    save_model(tmp_path / "merged", model)
+    assert has_adapter(model)  # as it was
+    loaded = load_model(tmp_path / "merged")
+    torch.testing.assert_close(loaded(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
+    assert generate(loaded, [[1, 5, 9]], 12) == generate(model, [[1, 5, 9]], 12)
+
+
+def test_the_optimizer_holds_the_adapters_alone() -> None:
+    model = adapted()
+    optimizer = make_optimizer(model, FINETUNE)
+    held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert held == sum(tensor.numel() for tensor in adapter_weights(model).values())
+    sizes = {"q_proj": (24, 24), "v_proj": (24, 12), "down_proj": (40, 24)}
+    assert held == 2 * sum(3 * (n + m) for n, m in sizes.values())
+
+
+def test_dropout_is_for_training() -> None:
+    model = adapted(LoRAConfig(3, 6.0, LORA_TARGETS, dropout=0.5))
+    with torch.no_grad():
+        model.eval()
+        assert torch.equal(model(TOKENS), model(TOKENS))
+        model.train()
+        assert not torch.equal(model(TOKENS), model(TOKENS))
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> list[str]:
+    folder = tmp_path_factory.mktemp("lora")
+    pairs = [{"question": f"What is {i}?", "answer": f"It is number {i * 7 % 10}."} for i in range(24)]
+    data, test = write_jsonl(folder / "a.jsonl", pairs[:16]), write_jsonl(folder / "b.jsonl", pairs[16:])
+    found = ["finetune", "--model", small_checkpoint, "--data", data, "--test", test, "--batch-size", 8]
+    found += ["--lr", "0.02", "--schedule", "constant", "--dtype", "float32", "--device", "cpu", "--eval-every", 3]
+    found += ["--lora-rank", 4, "--lora-dropout", 0.2, "--lora-targets", "q_proj, up_proj", "--warmup", 0]
+    return [str(word) for word in found]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    assert main([*words, "--out", str(out), "--steps", "12", "--save-every", "4"]) == 0
+    return out
+
+
+def test_a_run_changes_its_targets_only(run: Path, small_checkpoint: Path) -> None:
+    """`final/` is the base with the adapters in it, and so is `adapter/`, for which the base is named."""
+    base, final = load_model(small_checkpoint).state_dict(), load_model(run / "final").state_dict()
+    changed = {name.split(".")[-2] for name in base if not torch.equal(base[name], final[name])}
+    assert changed == {"q_proj", "up_proj"}
+    assert load_tokenizer(run / "adapter").vocab_size == load_tokenizer(small_checkpoint).vocab_size
+    sizes = {file.name: file.stat().st_size for file in (run / "step_000008").iterdir()}
+    assert "model.pt" not in sizes  # of the weights a step saves what it changes
+    assert sizes["adapter.pt"] + sizes["training.pt"] < (run / "final" / "model.pt").stat().st_size / 2
+    pytest.importorskip("safetensors")
+    loaded = load_model(run / "adapter").state_dict()
+    for name in final:
+        torch.testing.assert_close(loaded[name], final[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("saved", [4, 8, 12])
+def test_a_run_that_was_killed_ends_the_same(run: Path, tmp_path: Path, saved: int) -> None:
+    """Dropout included; the metrics, too."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    for name in ("final", "adapter"):
+        shutil.rmtree(out / name)
+    for folder in out.glob("step_*"):
+        if int(folder.name[5:]) > saved:
+            shutil.rmtree(folder)
+    assert main(["finetune", "--resume", "--out", str(out)]) == 0
+    ours, theirs = load_model(out / "final").state_dict(), load_model(run / "final").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (out, run)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_base_that_has_changed_is_noticed(
+    run: Path, words: list[str], small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters are for the weights that they were trained beside."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(small_checkpoint, base)
+    words = [str(base) if word == str(small_checkpoint) else word for word in words]
+    assert main([*words, "--out", str(out), "--steps", "4", "--save-every", "2"]) == 0
+    shutil.rmtree(out / "final")
+    model = load_model(base)
+    with torch.no_grad():
+        model.embed_tokens.weight[5, 5] += 1e-3
+    save_model(base, model, load_tokenizer(base))
+    assert main(["finetune", "--resume", "--out", str(out)]) == 2
+    assert "the model that the run began with has changed" in capsys.readouterr().err
+
+
+def test_the_best_adapters_are_kept(words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [*words, "--lr", "1", "--lora-targets", ",".join(LORA_TARGETS)]
+    assert main([*words, "--out", str(out), "--steps", "90", "--patience", "1"]) == 0
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < len(records)
+    assert main([*words, "--out", str(tmp_path / "short"), "--steps", str(best)]) == 0
+    ours, theirs = load_model(out / "final").state_dict(), load_model(tmp_path / "short" / "final").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_damaged_adapter_is_passed_over(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "adapter")
+    file = out / "step_000012" / "adapter.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (out / "step_000008" / "adapter.pt").unlink()
+    assert main(["finetune", "--resume", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "step_000012/adapter.pt: damaged" in shown
+    assert "step_000008/adapter.pt: missing" in shown
+    assert "continues behind step 4 " in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora-alpha", "8"], "lora_alpha is given, but no lora_rank"),
+        (["--lora-rank", "4", "--lora-targets", "q_proj,lm_head"], "lora_targets has 'lm_head'; choose from q_proj"),
+        (["--lora-rank", "4", "--lora-targets", " , "], "lora_targets is empty"),
+        (["--lora-rank", "4", "--lora-dropout", "1"], "lora_dropout is 1.0; it must be below 1"),
+        (["--lora-rank", "-1"], "lora_rank is -1"),
+        (["--lora-rank", "4", "--lora-alpha", "0"], "lora_alpha is 0.0"),
+    ],
+)
+def test_wrong_options(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "--steps", "1", "--out", str(tmp_path / "run"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# Folders of `peft` ----------------------------------------------------------------------------------------------------
+
+
+def peft_model(model: Llama, config: LoRAConfig) -> Any:
+    """The same base in `transformers`, with `peft`'s own adapters."""
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(to_transformers(model), options)
+
+
+@pytest.mark.parametrize("targets", [LORA_TARGETS, ("q_proj", "v_proj")], ids=["all", "two"])
+@torch.no_grad()
+def test_peft_reads_what_minift_writes(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    peft = pytest.importorskip("peft")
+    config = LoRAConfig(4, 12.0, targets)
+    model = adapted(config, torch.float32)
+    write_peft(tmp_path, adapter_weights(model), config, base="somewhere")
+    theirs = peft.PeftModel.from_pretrained(to_transformers(small_model()), tmp_path)
+    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS), rtol=1e-4, atol=1e-4)
+    assert float((model(TOKENS) - small_model()(TOKENS)).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@torch.no_grad()
+def test_minift_reads_what_peft_writes(tmp_path: Path, safe: bool) -> None:
+    base = small_model()
+    theirs = peft_model(base, CONFIG)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(generator=torch.Generator().manual_seed(5))
+    theirs.save_pretrained(tmp_path / "adapter", safe_serialization=safe)
+    wanted = theirs(TOKENS).logits
+    put_peft(tmp_path / "adapter", base)
+    torch.testing.assert_close(base(TOKENS), wanted, rtol=1e-4, atol=1e-4)
+
+    save_model(tmp_path / "base", small_model())
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
+    loaded = load_model(tmp_path / "adapter")
+    assert not has_adapter(loaded)
+    torch.testing.assert_close(loaded(TOKENS), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True; minift implements False"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; minift implements 'LORA'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']; minift implements None"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
+        ({"r": "eight"}, "r is 'eight'"),
+        ({"r": 0}, "lora_rank is 0"),
+        ({"target_modules": "all-linear"}, "target_modules is 'all-linear'; it must be a list of names"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules has 'embed_tokens'; known: q_proj"),
+        ({"target_modules": ["q_proj"]}, "has an adapter layers.0.mlp.down_proj.lora_A; it is for another model"),
+        ({"r": 5}, "adapter layers.0.self_attn.q_proj.lora_A is [3, 24], and this model's is [5, 24]"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    pytest.importorskip("safetensors")
+    write_peft(tmp_path, adapter_weights(adapted()), CONFIG, base="somewhere")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(InputError) as caught:
+        put_peft(tmp_path, small_model())
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"hidden_size": 32}, "is for another model"),
+        ({"num_hidden_layers": 3}, "has no adapter layers.2.mlp.down_proj.lora_A; it is for another model"),
+        ({"num_hidden_layers": 1}, "has an adapter layers.1.mlp.down_proj.lora_A; it is for another model"),
+    ],
+)
+def test_an_adapter_for_another_model(tmp_path: Path, shape: dict[str, Any], message: str) -> None:
+    pytest.importorskip("safetensors")
+    write_peft(tmp_path, adapter_weights(adapted()), CONFIG, base="somewhere")
+    with pytest.raises(InputError, match=message):
+        put_peft(tmp_path, small_model(**shape))
+
+
+@torch.no_grad()
+def test_an_adapter_on_an_adapter(tmp_path: Path) -> None:
+    """Both are merged, one after the other; but a chain that leads back to itself is refused."""
+    pytest.importorskip("safetensors")
+    save_model(tmp_path / "base", small_model())
+    for name, base in (("one", "base"), ("two", "one")):
+        (tmp_path / name).mkdir()
+        write_peft(tmp_path / name, adapter_weights(adapted(dtype=torch.float32)), CONFIG, str(tmp_path / base))
+    wanted = small_model()
+    for _ in range(2):
+        put_peft(tmp_path / "one", wanted)
+        merge(wanted)
+    assert torch.equal(load_model(tmp_path / "two")(TOKENS), wanted(TOKENS))
+    file = tmp_path / "one" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "two")}))
+    with pytest.raises(InputError, match="leads back to"):
+        load_model(tmp_path / "two")
+
+
+def test_an_adapter_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_peft(tmp_path, adapter_weights(adapted()), CONFIG, base=str(tmp_path / "gone"))
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "Why?"]) == 2
+    assert f"{tmp_path / 'gone'}: no such file or folder" in capsys.readouterr().err
+    for command in (["info", "--model", str(tmp_path)], ["convert", str(tmp_path), str(tmp_path / "x"), "--to", "hf"]):
+        assert main(command) == 2
+        assert f"{tmp_path}: is an adapter, no whole model" in capsys.readouterr().err
+    (tmp_path / "adapter_model.safetensors").unlink()
+    save_model(tmp_path / "gone", small_model())
+    with pytest.raises(InputError, match=r"an adapter without its weights"):
+        load_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="base_model_name_or_path does not name"):
+        load_model(tmp_path)
