@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from minift.config import DEVICES, DTYPES, PRETRAIN, LlamaConfig, TrainConfig
-from minift.errors import InputError
-from minift.extras import need
+from minift.errors import InputError, need
 from minift.runs import machine
 from minift.values import check_number
 

@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import arguments, process, prose, record
-from minift.config import model_path
 from minift.data.records import find_files, read_records
 from minift.errors import InputError
+from minift.storage.names import model_path
 
 SHARDS = 4
 BATCH_SIZE, LENGTH = 16, 1_024
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _train_tokenizer(files: list[Path], pieces: int, folder: Path) -> str:
     """A vocabulary of the first TRAINED_ON characters of the first shards. Returns its file."""
-    from minift.tokenizer.base import train_tokenizer
+    from minift.tokenizer.sentencepiece import train_tokenizer
 
     def texts() -> Iterator[str]:
         characters = 0
@@ -116,8 +116,9 @@ def _train_tokenizer(files: list[Path], pieces: int, folder: Path) -> str:
 
 def _write_fast_tokenizer(name: str, folder: Path) -> int:
     """Write the same vocabulary as a fast tokenizer's file. Returns how many pieces it has."""
-    from minift.tokenizer.base import SentencePieceTokenizer, load_tokenizer
-    from minift.tokenizer.huggingface import json_file
+    from minift.tokenizer.load import load_tokenizer
+    from minift.tokenizer.save import json_file
+    from minift.tokenizer.sentencepiece import SentencePieceTokenizer
 
     tokenizer = load_tokenizer(model_path(name))
     if not isinstance(tokenizer, SentencePieceTokenizer):
@@ -130,9 +131,10 @@ def _measure(name: str, tokenizer: str, scratch: str, *files: str) -> dict[str, 
     """In a fresh process: seconds from the first file to the last token, with everything loaded before."""
     if name.startswith("datasets"):
         return _measure_datasets(name, scratch, files)
+    from minift.data.batches import PageBatches
     from minift.data.stream import DocumentStream
-    from minift.pack import PageBatches
-    from minift.tokenizer.base import SentencePieceTokenizer, load_tokenizer
+    from minift.tokenizer.load import load_tokenizer
+    from minift.tokenizer.sentencepiece import SentencePieceTokenizer
 
     loaded = load_tokenizer(model_path(tokenizer))
     assert isinstance(loaded, SentencePieceTokenizer)

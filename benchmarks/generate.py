@@ -35,10 +35,9 @@ from minift.config import LlamaConfig, TrainConfig
 from minift.costs.flops import BYTES, count_parameters, forward_flops_per_token
 from minift.errors import InputError
 from minift.generate import stream
-from minift.look.report import size
 from minift.model import Llama
 from minift.runs.machine import choose_device, choose_dtype
-from minift.values import check_number
+from minift.values import check_number, size
 
 CONFIGS = ("smollm2-135m", "stories15m")
 SIDES = ("minift", "transformers", "transformers, bare loop", "transformers, compiled")

@@ -18,17 +18,19 @@ from typing import Any
 import torch
 
 from benchmarks import arguments
-from minift.config import LlamaConfig, TrainConfig, bundled, model_path
+from minift.config import LlamaConfig, TrainConfig
+from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.loss import batch_states, next_token_loss
 from minift.model import Llama
 from minift.optim import learning_rate
-from minift.pack import Batch, PageBatches
+from minift.pack import Batch
 from minift.runs.machine import autocast
-from minift.state import TrainState
-from minift.tokenizer.base import load_tokenizer
-from minift.train import StepResult, start_state
+from minift.runs.start import start_state
+from minift.storage.names import bundled, model_path
+from minift.tokenizer.load import load_tokenizer
+from minift.train import StepResult, TrainState
 from minift.values import check_number
 
 STEPS = 1_000  # of the run that is measured the beginning of: the schedule depends on it

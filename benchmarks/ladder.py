@@ -37,7 +37,8 @@ from minift.config import LlamaConfig, TrainConfig
 from minift.costs.flops import training_flops_per_token
 from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
-from minift.train import start_state, train_step
+from minift.runs.start import start_state
+from minift.train import train_step
 
 RUNGS = ("naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ heap", "+ layer", "+ packing", "+ compile")
 CPU_ONLY = ("+ heap", "+ layer")
@@ -103,9 +104,9 @@ def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Calla
     if "+ loss" not in has:
         minift.loss.next_token_loss = _textbook_loss
     if "+ heap" not in has:
-        minift.train.keep_freed_memory = lambda: False
+        minift.runs.start.keep_freed_memory = lambda: False
     if "+ layer" not in has:
-        minift.train.choose_written_out = lambda model, config, device: False
+        minift.runs.start.choose_written_out = lambda model, config, device: False
     config = config.replace(
         dtype=config.dtype if "+ AMP" in has else "float32", compile="+ compile" in has, pack="+ packing" in has
     )

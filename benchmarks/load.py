@@ -26,11 +26,11 @@ from torch import Tensor
 
 from benchmarks import arguments, process, record
 from minift.config import LlamaConfig
-from minift.extras import need
+from minift.errors import need
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.opened import parameter_shapes
-from minift.look.report import size
+from minift.values import size
 
 TOKENS = 8  # of the forward pass that touches every weight
 

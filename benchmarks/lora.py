@@ -18,10 +18,13 @@ from typing import Any
 
 from benchmarks import arguments, process, record
 from minift.checkpoint import load_model
-from minift.config import FINETUNE, model_path
+from minift.config import FINETUNE
 from minift.errors import InputError
-from minift.look.report import number, size
+from minift.look.report import number
 from minift.runs import finetune as jobs
+from minift.runs.machine import choose_device
+from minift.storage.names import model_path
+from minift.values import size
 
 BYTES_A_NUMBER = 12  # a gradient and two moments, in float32
 
@@ -75,7 +78,7 @@ def _measure(words: str) -> dict[str, Any]:
         "trained": changed[0],
         "parameters": changed[1],
         "gradient_and_moment_bytes": BYTES_A_NUMBER * changed[0],
-        "peak_bytes": process.peak_of(jobs.choose_device(config).type),
+        "peak_bytes": process.peak_of(choose_device(config).type),
         "steps": len(seconds),
         "step_seconds": record.spread(seconds),
         "scores": result["after"],

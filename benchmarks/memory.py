@@ -29,7 +29,7 @@ from benchmarks.job import Job, add_data_arguments, begin, pages, settings, take
 from minift.config import LlamaConfig
 from minift.costs.flops import training_memory
 from minift.errors import InputError
-from minift.look.report import size
+from minift.values import size
 
 SHAPES = ["stories15m:16x256", "smollm2-135m:4x512"]
 TOLERANCE = 0.1

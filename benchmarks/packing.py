@@ -13,14 +13,18 @@ from typing import Any
 import torch
 
 from benchmarks import arguments, record
-from minift.config import FINETUNE, LlamaConfig, bundled, model_path
+from minift.config import FINETUNE, LlamaConfig
+from minift.data.batches import PairBatches
+from minift.data.pairs import read_all_pairs
 from minift.model import Llama
-from minift.pack import Batch, PairBatches, encode_pairs
-from minift.prompts import choose_template, read_all_pairs, template_named
+from minift.pack import Batch, encode_pairs
+from minift.prompts import choose_template, template_named
 from minift.runs.machine import choose_device, choose_dtype
-from minift.state import TrainState
-from minift.tokenizer.base import check_fit, load_tokenizer
-from minift.train import start_state, train_step
+from minift.runs.start import start_state
+from minift.storage.names import bundled, model_path
+from minift.tokenizer.base import check_fit
+from minift.tokenizer.load import load_tokenizer
+from minift.train import TrainState, train_step
 
 WINDOWS = 4  # different batches that are stepped over in turn
 

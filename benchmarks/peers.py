@@ -34,11 +34,11 @@ import torch
 from benchmarks import arguments, process, record, roof, side
 from benchmarks.timing import in_turn_order, paired_ratio
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
-from minift.costs.flops import training_flops_per_token
+from minift.costs.flops import data_sheet_flops, training_flops_per_token
 from minift.errors import InputError
 from minift.model import Llama
-from minift.runs.machine import data_sheet_flops
-from minift.train import start_state, train_step
+from minift.runs.start import start_state
+from minift.train import train_step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

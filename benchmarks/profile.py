@@ -39,7 +39,7 @@ from benchmarks.job import Job, prepare, take_step
 from benchmarks.job import add_arguments as add_job_arguments
 from benchmarks.timing import wait_for
 from minift.errors import InputError
-from minift.look.report import size
+from minift.values import size
 
 WARMUP = 3  # steps before any that is measured
 PYTHON = "Python, between the operators"

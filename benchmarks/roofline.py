@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift.extras import need
+from minift.errors import need
 
 # Of Okabe and Ito's colours, which the colour-blind can tell apart; the shapes differ, too.
 STYLES = {"naive": ("#D55E00", "v"), "used": ("#0072B2", "o"), "compiled": ("#009E73", "s")}

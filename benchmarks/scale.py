@@ -24,10 +24,12 @@ import torch
 from benchmarks import arguments, process, record, side
 from benchmarks.timing import in_turn_order, paired_ratio
 from minift.config import LlamaConfig, TrainConfig
-from minift.distributed.world import World, fill, join
+from minift.distributed.sharding import fill
+from minift.distributed.world import World, join
 from minift.errors import InputError
 from minift.model import Llama
-from minift.train import start_state, train_step
+from minift.runs.start import start_state
+from minift.train import train_step
 
 WARM_UP = 2  # steps that do not count
 LEARNING_RATE = 1e-4

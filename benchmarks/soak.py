@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks import arguments, record
 from benchmarks.process import ROOT
 from minift.errors import InputError
-from minift.look.report import size
+from minift.values import size
 
 WARM_UP = 0.1  # of the time, which does not count: caches and the allocator fill up
 LOOK = 2.0  # seconds between two looks at a process

@@ -28,9 +28,8 @@ from benchmarks import arguments, record, roof
 from benchmarks.job import PARTS, STEPS, Job, prepare, take_step
 from benchmarks.job import add_arguments as add_job_arguments
 from benchmarks.timing import paired_ratio, wait_for
-from minift.costs.flops import training_flops_per_token
+from minift.costs.flops import data_sheet_flops, training_flops_per_token
 from minift.optim import learning_rate
-from minift.runs.machine import data_sheet_flops
 from minift.train import train_step
 
 WARMUP = 2  # steps of each kind that do not count

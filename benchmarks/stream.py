@@ -15,7 +15,7 @@ from itertools import cycle
 from typing import Any
 
 from benchmarks import arguments, process, prose, record
-from minift.look.report import size
+from minift.values import size
 
 UNIQUE = 24  # megabytes of text, before it comes again
 
@@ -57,10 +57,10 @@ def _endless(lines: list[bytes], nbytes: float) -> Iterator[bytes]:
 
 def _measure() -> dict[str, Any]:
     """In a fresh process: the peak of its memory while it makes batches of what it is fed."""
-    from minift.config import bundled
+    from minift.data.batches import PageBatches
     from minift.data.stream import DocumentStream
-    from minift.pack import PageBatches
-    from minift.tokenizer.base import load_tokenizer
+    from minift.storage.names import bundled
+    from minift.tokenizer.load import load_tokenizer
 
     stream = DocumentStream(["-"], epochs=1, shuffle_buffer=10_000)
     tokens, start = 0, time.perf_counter()

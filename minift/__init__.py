@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from minift.checkpoint import save_model as save_model
     from minift.config import LlamaConfig as LlamaConfig
     from minift.config import TrainConfig as TrainConfig
-    from minift.config import bundled as bundled
     from minift.model import Llama as Llama
     from minift.runner import BasicModelRunner as BasicModelRunner
+    from minift.storage.names import bundled as bundled
     from minift.tokenizer.base import Tokenizer as Tokenizer
-    from minift.tokenizer.base import load_tokenizer as load_tokenizer
+    from minift.tokenizer.load import load_tokenizer as load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -33,11 +33,11 @@ _HOME = {
     "BasicModelRunner": "runner",
     "LlamaConfig": "config",
     "TrainConfig": "config",
-    "bundled": "config",
+    "bundled": "storage.names",
     "Llama": "model",
     "Tokenizer": "tokenizer.base",
     "load_model": "checkpoint",
-    "load_tokenizer": "tokenizer.base",
+    "load_tokenizer": "tokenizer.load",
     "save_model": "checkpoint",
 }
 __all__ = ["__version__", *_HOME]
@@ -47,3 +47,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"minift.{_HOME[name]}"), name)
     raise AttributeError(f"module 'minift' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from minift.errors import InputError
-from minift.storage.names import cached, is_hub_name
 from minift.values import build, check_number, read_json
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -357,30 +356,6 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         return dataclasses.asdict(self)
-
-
-def bundled(name: str) -> Path:
-    """The path of something that comes with minift: `base`, `pairs.jsonl` or `test.jsonl`.
-
-    An installed wheel has them inside the package, a checkout in `data/`. Raises InputError when neither does.
-    """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "bundled", package.parent / "data"):
-        if (folder / name).exists():
-            return folder / name
-    raise InputError(f"the bundled {name} is not installed; give --model and --data, or reinstall minift")
-
-
-def model_path(name: str | Path) -> Path:
-    """A model's folder or file: `name` itself; for "bundled" the base that comes with minift; for a name on Hugging
-    Face's hub its folder in the cache of this machine.
-
-    Raises:
-        InputError: for a name on the hub that is not in the cache.
-    """
-    if str(name) == "bundled":
-        return bundled("base")
-    return cached(str(name)) if is_hub_name(str(name)) else Path(name)
 
 
 # The two jobs' defaults. Finetuning: about 1,000 short pairs, seen 10 times. Pretraining: the bundled base's recipe.

@@ -5,6 +5,12 @@ minift itself and keeps its traceback. Library callers can catch it as a `ValueE
 """
 
 import re
+from importlib import import_module
+from types import ModuleType
+
+# Of each extra, as in pyproject.toml.
+_PACKAGES = {"hf": ("safetensors", "tokenizers"), "plot": ("matplotlib",), "zstd": ("zstandard",)}
+
 
 LONGEST = 1_000  # characters of a line; a file may hold a megabyte where a number should be
 
@@ -44,3 +50,21 @@ def one_line(text: object) -> str:
     words = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[3 - LONGEST // 2 :]}"
+
+
+def need(package: str, extra: str, what: str) -> ModuleType:
+    """The module of an optional package.
+
+    Args:
+        extra: the name of minift's extra that brings the package.
+        what: what cannot be read or written without it, for the message.
+
+    Raises:
+        InputError: when it is not installed.
+    """
+    try:
+        return import_module(package)
+    except ImportError:
+        raise InputError(
+            f"{what} needs the package {package}: pip install {' '.join(_PACKAGES[extra])} (the extra minift[{extra}])"
+        ) from None

@@ -24,23 +24,13 @@ Read next: `pack.py`.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minift.data.records import Record, Skipped, find_files, scan
 from minift.errors import InputError
 
-# The names under which data sets hold a question and its answer, in the order in which they are looked for.
-FIELDS = (
-    ("question", "answer"),
-    ("instruction", "response"),
-    ("instruction", "output"),
-    ("input", "output"),
-)
-TEXT_FIELD = "text"  # of a record without a question: its text is learned from the first word on
 CARRIED_MARKERS = ("### Answer:", "### Response:")
-METRICS = ("exact_match", "token_f1")
 
 
 @dataclass(frozen=True)
@@ -173,112 +163,6 @@ def template_named(name: str) -> Template:
     if Path(name).suffix == ".txt":
         return Template.from_file(name)
     raise InputError(f"unknown template {name!r}; known: auto, {', '.join(TEMPLATES)}, or a file of your own (.txt)")
-
-
-def read_pairs(path: str | Path, skipped: Skipped | None = None) -> list[Pair]:
-    """The instruction pairs of a JSON Lines file, in order.
-
-    Args:
-        skipped: counts what cannot be used; by default the first such record is raised.
-
-    Raises:
-        InputError: for an unreadable file, invalid JSON (`file:line`), a record whose fields are not there or not
-            text, a blank question, as far as `skipped` does not bear it; for a file without records.
-    """
-    skipped = skipped or Skipped(strict=True)
-    pairs: list[Pair] = []
-    before = skipped.skipped
-    for item in scan_pairs(scan(path)):
-        skipped.records += 1
-        if isinstance(item, InputError):
-            skipped.add(item)
-        else:
-            pairs.append(item)
-    if not pairs and skipped.skipped == before:
-        raise InputError(f"{path}: holds no records")
-    return pairs
-
-
-def scan_pairs(items: Iterable[Record | InputError]) -> Iterator[Pair | InputError]:
-    """The pairs of scanned records and, in the places of those that are none, what is wrong with them.
-
-    The first pair's fields are those of all.
-    """
-    fields: tuple[str, str] | None = None
-    for item in items:
-        if isinstance(item, InputError):
-            yield item
-            continue
-        try:
-            pair, fields = read_pair(item, fields)
-        except InputError as fault:
-            yield fault
-        else:
-            yield pair
-
-
-def read_all_pairs(sources: Iterable[str | Path], skipped: Skipped | None = None) -> list[Pair]:
-    """The pairs of several files, globs or folders. Raises what `find_files`, `read_pairs` and `skipped` raise."""
-    skipped = skipped or Skipped(strict=True)
-    pairs = [pair for file in find_files(sources) for pair in read_pairs(file, skipped)]
-    skipped.check()
-    return pairs
-
-
-def has_pair(record: Record) -> bool:
-    """Whether a record holds a question and an answer under one of the names in FIELDS."""
-    return any(question in record.values and answer in record.values for question, answer in FIELDS)
-
-
-def find_fields(record: Record) -> tuple[str, str]:
-    """The names under which a record holds its question and its answer, from FIELDS; ("", TEXT_FIELD) for a text.
-
-    Raises:
-        InputError: when it has none of them; the message lists the keys that are there.
-    """
-    for question, answer in FIELDS:
-        if question in record.values and answer in record.values:
-            return question, answer
-    if TEXT_FIELD in record.values:
-        return "", TEXT_FIELD
-    known = ", ".join([*(f"{question}/{answer}" for question, answer in FIELDS), TEXT_FIELD])
-    raise InputError(f"{record.where}: no usable fields in {sorted(record.values)}; known: {known}")
-
-
-def read_pair(record: Record, fields: tuple[str, str] | None = None) -> tuple[Pair, tuple[str, str]]:
-    """The pair of a record, and the names of the fields in which it stood.
-
-    Args:
-        fields: in which it must stand; by default the first of FIELDS that fit.
-
-    Raises:
-        InputError: with `file:line`, when a field is not there or not text, or the question is blank.
-    """
-    question_field, answer_field = fields or find_fields(record)
-
-    def text(key: str) -> str:
-        value = record.values.get(key)
-        if not isinstance(value, str):
-            state = "missing" if key not in record.values else f"{type(value).__name__}, not a text"
-            raise InputError(f"{record.where}: {key!r} is {state}")
-        return value
-
-    question = text(question_field) if question_field else ""
-    if question_field and not question.strip():
-        raise InputError(f"{record.where}: {question_field!r} is blank")
-    has_context = question_field == "instruction" and record.values.get("input")
-    metric = record.values.get("metric", "")
-    if metric not in ("", *METRICS):
-        raise InputError(f"{record.where}: metric is {metric!r}; known: {', '.join(METRICS)}")
-    pair = Pair(
-        question=question.rstrip(),
-        answer=text(answer_field).strip(),
-        context=text("input").rstrip() if has_context else "",
-        system=text("system").strip() if record.values.get("system") else "",
-        metric=metric,
-        where=record.where,
-    )
-    return pair, (question_field, answer_field)
 
 
 def templates_for(pair: Pair) -> list[str]:

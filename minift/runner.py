@@ -24,14 +24,16 @@ from typing import Any, overload
 import torch
 
 from minift.checkpoint import load_model, save_model
-from minift.config import FINETUNE, TrainConfig, model_path
+from minift.config import FINETUNE, TrainConfig
 from minift.data.records import Skipped, scan
 from minift.errors import InputError, RunError
 from minift.generate import generate
 from minift.prompts import CARRIED_MARKERS, Pair, Template, template_named
 from minift.runs import finetune as jobs
 from minift.runs.machine import choose_device
-from minift.tokenizer.base import check_fit, load_tokenizer
+from minift.storage.names import model_path
+from minift.tokenizer.base import check_fit
+from minift.tokenizer.load import load_tokenizer
 from minift.values import check_number
 
 TEMPLATE_FILE = "template.txt"

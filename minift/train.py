@@ -16,41 +16,46 @@ are counted and the gradients added up over all of them, and whatever is measure
 Source of mixed precision: Micikevicius et al. (arXiv 1710.03740). Read next: `checkpoint.py`.
 """
 
-import json
 import math
-import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from minift.checkpoint import save_best, save_step
 from minift.config import TrainConfig
-from minift.distributed.world import (
-    Objective,
-    World,
-    first_not_finite,
-    micro_batch,
-    release,
-    replicate,
-    shard,
-    whole,
-)
-from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
-from minift.kernels.malloc import keep_freed_memory
+from minift.data.batches import PageBatches, PairBatches
+from minift.distributed.sharding import Objective, first_not_finite, micro_batch, release, whole
+from minift.distributed.world import World
+from minift.errors import InputError
 from minift.model import Llama
-from minift.optim import learning_rate, make_optimizer
-from minift.pack import IGNORE, Batch, PageBatches, PairBatches
-from minift.runs.machine import autocast, choose_dtype, choose_written_out
-from minift.runs.progress import Best, metrics_file, progress_bar, record_of, show
-from minift.runs.stop import StopSignal
-from minift.state import TrainState
-from minift.tokenizer.base import Tokenizer
+from minift.optim import AdamW
+from minift.pack import IGNORE, Batch
+from minift.runs.machine import autocast
 from minift.values import check_number
+
+
+@dataclass
+class TrainState:
+    """Everything that changes during a run. What is saved, and what a resumed run gets back (`checkpoint.py`).
+
+    Attributes:
+        step: optimizer steps taken.
+        world: the processes that train it together.
+        objective: the model and its loss, as `world` takes them.
+    """
+
+    model: Llama
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler
+    batches: PairBatches | PageBatches
+    step: int = 0
+    world: World = field(default_factory=World)
+    objective: nn.Module = None  # type: ignore[assignment]  # made of the model, if it is not given
+
+    def __post_init__(self) -> None:
+        if self.objective is None:
+            self.objective = Objective(self.model)
 
 
 @dataclass(frozen=True)
@@ -120,52 +125,6 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def start_state(
-    model: Llama, batches: PairBatches | PageBatches, config: TrainConfig, world: World | None = None
-) -> TrainState:
-    """The state of a run before its first step.
-
-    torch's own random numbers start from the config's seed, too, on each rank from another. On a CPU, what this process
-    frees from now on stays with it (`kernels/malloc.py`).
-
-    Args:
-        model: where it will be trained, with its weights; for `fsdp` on "meta", without any (see `distributed.fill`).
-        world: the processes that train it together; by default this one alone.
-    """
-    world = world or World(device=model.device)
-    torch.manual_seed(config.seed + world.rank)
-    if model.device.type == "cpu":
-        keep_freed_memory()
-    model.checkpoint_activations = config.checkpoint_activations
-    model.written_out = world.parallel != "fsdp" and choose_written_out(model, config, world.device)
-    model.train()  # which only the dropout of adapters knows about
-    device = model.device.type
-    if config.compile:
-        _keep_less_for_the_backward_pass(device)
-        for layer in model.layers:  # all layers are alike: one is compiled, the others reuse its code
-            layer.compile()
-    scaler = torch.amp.GradScaler(device, enabled=config.dtype == "float16")
-    objective: nn.Module = Objective(model)
-    if world.parallel == "ddp":
-        objective = replicate(model, world)
-    elif world.parallel == "fsdp":
-        objective = shard(model, world, getattr(torch, choose_dtype(config, world.device)))
-    return TrainState(model, make_optimizer(model, config), scaler, batches, world=world, objective=objective)
-
-
-def _keep_less_for_the_backward_pass(device: str) -> None:
-    """Let the compiler compute again what costs it nothing: silu(gate) · up, and normalised inputs.
-
-    They are operands of matrix products, so by default it keeps them; but the loops of the backward pass read what they
-    are made of anyway. That is a quarter of a layer's activations, for no more time. The budget is a share of what it
-    would keep by default; at 0.85 a GPU would have to compute products again.
-    """
-    from torch._functorch import config as partitioner  # imports the compiler
-
-    if hasattr(partitioner, "activation_memory_budget"):  # not public
-        partitioner.activation_memory_budget = 0.85 if device == "cpu" else 0.95
-
-
 @dataclass(frozen=True)
 class Plan:
     """The length of a run: `steps` optimizer steps over `micro_batches` micro-batches, `grad_accum` in each window."""
@@ -190,94 +149,6 @@ class Plan:
         return min(self.grad_accum, self.micro_batches - step * self.grad_accum)
 
 
-def train(
-    state: TrainState,
-    plan: Plan,
-    config: TrainConfig,
-    tokenizer: Tokenizer,
-    validation: Sequence[Batch],
-    out: Path,
-) -> bool:
-    """Take the steps that are left of `plan`, writing `metrics.jsonl` and checkpoints into `out`.
-
-    With `config.patience`, the model of the lowest validation loss is kept in `out/best`, and the run ends when so many
-    evaluations have not found a lower one (Prechelt, "Early Stopping – But When?", 1998).
-
-    Returns:
-        True when the run is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
-
-    Raises:
-        RunError: when a gradient or weight is not finite any more, or memory is full.
-        InputError: for a bad record in the data. In both cases the steps before it are saved, unless memory is full
-            while other ranks go on: nobody would answer it.
-    """
-    saved, best = state.step, Best.of(out / "metrics.jsonl")
-    state.world.wait()  # all have read the same
-    if config.patience and best.evaluations_since >= config.patience:
-        return True
-    try:
-        with StopSignal() as stop, metrics_file(out, state.world) as metrics:
-            for record in _steps(state, plan, config, validation, stop):
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
-                if best.add(record) and config.patience:
-                    save_best(out / "best", state, tokenizer)
-                if config.patience and best.evaluations_since >= config.patience:
-                    return True
-                if _due(state.step, config.save_every, None):
-                    if state.world.is_main:
-                        os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
-                    _check_weights(state)
-                    save_step(out, state, tokenizer, config.keep)
-                    saved = state.step
-        _check_weights(state)
-    except Exception as error:
-        full = is_out_of_memory(error)
-        if not full and not isinstance(error, InputError | RunError):
-            raise
-        unsaved = saved != state.step and not (full and state.world.size > 1)
-        if unsaved and first_not_finite(state.model, state.world) is None:  # the steps before it are good
-            save_step(out, state, tokenizer, config.keep)
-        if full:
-            remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
-            raise RunError(f"step {state.step + 1}: {out_of_memory(error)}; {remedy}") from None
-        raise
-    done = state.step >= plan.steps
-    if not done and saved != state.step:
-        save_step(out, state, tokenizer, config.keep)
-    return done
-
-
-def _steps(
-    state: TrainState, plan: Plan, config: TrainConfig, validation: Sequence[Batch], stop: StopSignal
-) -> Iterator[dict[str, Any]]:
-    """Take the steps that are left, one at a time; yield what each has to report."""
-    micro_batches, world = iter(state.batches), state.world
-    with progress_bar(plan.steps, state) as bar:
-        while state.step < plan.steps and not world.any(stop.requested):
-            start = time.perf_counter()
-            place = state.batches.state_dict()
-            try:
-                window = _next_window(micro_batches, plan.window(state.step), world)
-                lr = learning_rate(state.step, plan.steps, config)
-                result = train_step(state, window, lr, config)
-                seconds = time.perf_counter() - start
-                if not result.stepped:
-                    _check_skipped(state, result)
-            except Exception:  # no step was made of this window: a resumed run draws it again
-                state.batches.load_state_dict(place)
-                raise
-            if not result.stepped:
-                bar.write(f"step {state.step + 1}: float16 overflowed; again, at scale {state.scaler.get_scale():g}")
-                continue
-            state.step += 1
-            record = record_of(state, result.loss, result.grad_norm, lr, window, seconds, config.dtype)
-            if validation and _due(state.step, config.eval_every, plan.steps):
-                record["validation_loss"] = validation_loss(state, validation, config)
-            show(bar, record)
-            yield record
-
-
 @torch.no_grad()
 def validation_loss(state: TrainState, batches: Sequence[Batch], config: TrainConfig) -> float:
     """Mean loss, in nats, over all targets of the held-out batches, without dropout. Ranks take them in turns."""
@@ -298,34 +169,3 @@ def validation_loss(state: TrainState, batches: Sequence[Batch], config: TrainCo
     if not total:
         raise InputError("the held-out batches have no target to be evaluated on")
     return nll / total
-
-
-def _next_window(micro_batches: Iterator[Batch], size: int, world: World) -> list[Batch]:
-    """The next micro-batches, if there are some for every rank."""
-    failure: Exception | None = None
-    window = []
-    try:
-        window = [next(micro_batches).to(world.device) for _ in range(size)]
-    except (InputError, RunError) as error:
-        failure = error
-    world.agree(failure)
-    return window
-
-
-def _due(step: int, every: int, last: int | None) -> bool:
-    return step == last or (every > 0 and step % every == 0)
-
-
-def _check_weights(state: TrainState) -> None:
-    """Raise RunError when a step has made weights that are no numbers: only the next one's loss would show it."""
-    culprit = first_not_finite(state.model, state.world)
-    if culprit is not None:
-        raise RunError(f"step {state.step} has made {culprit} infinite or NaN; lower --lr")
-
-
-def _check_skipped(state: TrainState, result: StepResult) -> None:
-    """float16 may skip steps until its scale fits; anything else that is not finite ends the run."""
-    if state.scaler.is_enabled() and state.scaler.get_scale() >= 1.0:
-        return
-    what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}, first in {result.culprit}"
-    raise RunError(f"step {state.step + 1} is not finite ({what}); lower --lr, or try another --dtype")

@@ -76,3 +76,12 @@ def build(cls: type[_Fields], values: dict[str, Any], where: str) -> _Fields:
         return cls(**values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units: 13_476_831_232 → "13.5 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1_000
+    return f"{nbytes:.3g} TB"

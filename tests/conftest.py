@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from minift.checkpoint import save_model
-from minift.config import bundled
-from minift.tokenizer.base import Tokenizer, load_tokenizer
+from minift.storage.names import bundled
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, small_model
 
 

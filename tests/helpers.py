@@ -14,10 +14,11 @@ from torch import Tensor
 
 from benchmarks.__main__ import BENCHMARKS
 from minift.config import LlamaConfig, TrainConfig
+from minift.data.batches import PairBatches
 from minift.model import Llama
-from minift.pack import Example, PairBatches
-from minift.state import TrainState
-from minift.train import start_state, train_step
+from minift.pack import Example
+from minift.runs.start import start_state
+from minift.train import TrainState, train_step
 
 TEXTS = [
     "What is the capital of Mexico?",

@@ -26,13 +26,14 @@ from torch import Tensor
 from benchmarks.lessons import estimate
 from benchmarks.lessons.chart import Chart
 from minift.checkpoint import load_model
-from minift.config import bundled, model_path
+from minift.data.pairs import read_all_pairs
 from minift.errors import InputError
 from minift.loss import batch_loss
 from minift.model import Llama
 from minift.pack import Example, collate, encode_pairs
-from minift.prompts import read_all_pairs, template_named
-from minift.tokenizer.base import load_tokenizer
+from minift.prompts import template_named
+from minift.storage.names import bundled, model_path
+from minift.tokenizer.load import load_tokenizer
 from minift.values import check_number
 
 CHUNK = 512  # targets whose logits exist at the same time

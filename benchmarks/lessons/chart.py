@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift.extras import need
+from minift.errors import need
 
 # Of Okabe and Ito's colours, which the colour-blind can tell apart; the shapes differ, too.
 STYLES = (("#0072B2", "o"), ("#D55E00", "v"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "^"), ("#56B4E9", "P"))

@@ -30,15 +30,17 @@ from benchmarks.lessons.side_by_side import side_by_side
 from benchmarks.lessons.training import finetune, right_answers, settings
 from benchmarks.process import ROOT
 from minift.checkpoint import load_model
-from minift.config import FINETUNE, bundled, model_path
+from minift.config import FINETUNE
+from minift.data.pairs import read_all_pairs
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.evaluation.evaluate import Likelihood, likelihood_scores, page_likelihoods
 from minift.evaluation.intervals import difference
 from minift.lora import LoRAConfig, add_lora
 from minift.model import Llama
-from minift.prompts import read_all_pairs
-from minift.tokenizer.base import Tokenizer, load_tokenizer
+from minift.storage.names import bundled, model_path
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
 from minift.values import check_number
 
 PAGES = ROOT / "data" / "pages"

@@ -25,11 +25,12 @@ from benchmarks.lessons.chart import Chart
 from benchmarks.lessons.side_by_side import side_by_side
 from benchmarks.lessons.training import finetune, right_answers, settings
 from minift.checkpoint import load_model
-from minift.config import FINETUNE, bundled, model_path
+from minift.config import FINETUNE
+from minift.data.pairs import read_all_pairs
 from minift.data.records import read_records
 from minift.errors import InputError
-from minift.prompts import read_all_pairs
-from minift.tokenizer.base import load_tokenizer
+from minift.storage.names import bundled, model_path
+from minift.tokenizer.load import load_tokenizer
 from minift.values import check_number
 
 NEAR = 0.05  # of exact match: what is so close to the best is good enough

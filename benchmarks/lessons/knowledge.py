@@ -38,14 +38,16 @@ from benchmarks.lessons.chart import Chart, Point
 from benchmarks.lessons.side_by_side import side_by_side
 from benchmarks.lessons.training import finetune, right_answers, settings, train_on
 from data import generate as pages
-from minift.config import FINETUNE, PRETRAIN, LlamaConfig, model_path
+from minift.config import FINETUNE, PRETRAIN, LlamaConfig
+from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.evaluation.evaluate import answer_questions, make_questions
 from minift.model import Llama
-from minift.pack import PageBatches
 from minift.prompts import Pair, template_named
-from minift.tokenizer.base import Tokenizer, load_tokenizer
+from minift.storage.names import model_path
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
 from minift.values import check_number
 
 SETTINGS = ("rounds", "width", "layers", "entities", "batch_size", "lr", "finetune_lr", "epochs", "own", "seed")

@@ -28,14 +28,15 @@ from benchmarks.lessons import estimate
 from benchmarks.lessons.chart import Chart
 from data import generate as pages
 from minift.checkpoint import load_model
-from minift.config import FINETUNE, model_path
-from minift.look.report import size
+from minift.config import FINETUNE
 from minift.loss import batch_hidden, batch_loss, target_scores
 from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
 from minift.runs.machine import autocast, choose_device, choose_dtype
-from minift.tokenizer.base import Tokenizer, load_tokenizer
-from minift.values import check_number
+from minift.storage.names import model_path
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
+from minift.values import check_number, size
 
 PLACES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))  # tokens of B, from the first on
 DOCUMENT = 32  # tokens of a document where the cost is measured

@@ -27,15 +27,20 @@ from torch import Tensor, nn
 
 from benchmarks.lessons.chart import Chart, Point
 from minift.checkpoint import load_model
-from minift.config import FINETUNE, LlamaConfig, TrainConfig, bundled, model_path
+from minift.config import FINETUNE, LlamaConfig, TrainConfig
+from minift.data.batches import PairBatches
+from minift.data.pairs import read_all_pairs
 from minift.loss import batch_loss
 from minift.model import DecoderLayer, Llama
-from minift.pack import Batch, PairBatches, encode_pairs
-from minift.prompts import read_all_pairs, template_named
+from minift.pack import Batch, encode_pairs
+from minift.prompts import template_named
 from minift.rope import rope_tables
 from minift.runs.machine import autocast
-from minift.tokenizer.base import Tokenizer, load_tokenizer
-from minift.train import start_state, train_step
+from minift.runs.start import start_state
+from minift.storage.names import bundled, model_path
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
+from minift.train import train_step
 from minift.values import check_number
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -8,14 +8,16 @@ from itertools import islice
 from typing import Any
 
 from minift.config import TrainConfig
+from minift.data.batches import PageBatches, PairBatches
 from minift.evaluation.evaluate import answer_questions, make_questions
 from minift.model import Llama
 from minift.optim import learning_rate
-from minift.pack import Batch, PageBatches, PairBatches, encode_pairs
+from minift.pack import Batch, encode_pairs
 from minift.prompts import Pair, template_named
 from minift.runs.machine import choose_device, choose_dtype
+from minift.runs.start import start_state
 from minift.tokenizer.base import Tokenizer
-from minift.train import start_state, train_step
+from minift.train import train_step
 
 
 def settings(defaults: TrainConfig, seed: int, **changes: Any) -> TrainConfig:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from minift.cli.parts import MODEL_HELP, add_command, write_json
-from minift.config import model_path
 from minift.errors import InputError, RunError, one_line
 from minift.look.report import shorten
+from minift.storage.names import model_path
 from minift.values import check_number
 
 PAGES_HELP = "files, globs or folders of JSON Lines or text, packed or not; - for standard input"
@@ -31,7 +31,7 @@ def add_tokenizer(commands: Any) -> None:
 def _tokenizer_train(options: dict[str, Any]) -> int:
     from minift.data.records import Skipped
     from minift.data.stream import DocumentStream
-    from minift.tokenizer.base import train_tokenizer
+    from minift.tokenizer.sentencepiece import train_tokenizer
 
     out = Path(options["out"])
     if out.exists():
@@ -48,7 +48,7 @@ def _tokenizer_train(options: dict[str, Any]) -> int:
 
 
 def _tokenizer_show(options: dict[str, Any]) -> int:
-    from minift.tokenizer.base import load_tokenizer
+    from minift.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(model_path(options["model"]))
     ids = tokenizer.encode(options["text"])
@@ -104,7 +104,7 @@ def _peek(options: dict[str, Any]) -> int:
 def _stats(options: dict[str, Any]) -> int:
     from minift.data.records import find_files
     from minift.data.survey import survey, survey_text
-    from minift.tokenizer.base import load_tokenizer
+    from minift.tokenizer.load import load_tokenizer
 
     files = find_files(options["data"])
     tokenizer = load_tokenizer(model_path(options["tokenizer"]))
@@ -115,8 +115,9 @@ def _stats(options: dict[str, Any]) -> int:
 
 
 def _format(options: dict[str, Any]) -> int:
+    from minift.data.pairs import read_all_pairs
     from minift.data.records import Skipped
-    from minift.prompts import TEMPLATES, choose_template, read_all_pairs, template_named, templates_for
+    from minift.prompts import TEMPLATES, choose_template, template_named, templates_for
     from minift.storage.atomic import write_file
 
     check_number("-n", options["n"], least=1)

@@ -74,8 +74,9 @@ def _explain(options: dict[str, Any]) -> int:
 
 def _pairs(options: dict[str, Any]) -> "list[Pair]":
     """What to look at: the text, the question with its answer, or some records of a file."""
+    from minift.data.pairs import scan_pairs
     from minift.data.records import find_files, scan
-    from minift.prompts import Pair, scan_pairs
+    from minift.prompts import Pair
 
     text, answer = options["text"], options["answer"]
     if (text is None) == (options["data"] is None):

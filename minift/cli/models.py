@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from minift.cli.parts import MODEL_HELP, add_command, json_text, load, write_json, write_texts
-from minift.config import TrainConfig, model_path
+from minift.config import TrainConfig
 from minift.errors import InputError, one_line
-from minift.look.report import mistake_lines, samples, score_lines, size, table
-from minift.values import check_number
+from minift.look.report import mistake_lines, samples, score_lines, table
+from minift.storage.names import model_path
+from minift.values import check_number, size
 
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -81,9 +82,10 @@ def add_compare(commands: Any) -> None:
 
 
 def _compare(options: dict[str, Any]) -> int:
+    from minift.data.pairs import read_all_pairs
     from minift.evaluation.evaluate import compare
     from minift.look.pages.run import comparison_page
-    from minift.prompts import choose_template, read_all_pairs, template_named
+    from minift.prompts import choose_template, template_named
 
     check_number("show", options["show"], least=0)
     pairs = read_all_pairs(options["data"])
@@ -116,9 +118,10 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: dict[str, Any]) -> int:
-    from minift.data.records import STDIN, find_files, read_records
+    from minift.data.pairs import has_pair
+    from minift.data.records import find_files, read_records
+    from minift.data.unpack import STDIN
     from minift.evaluation.choices import has_choices
-    from minift.prompts import has_pair
 
     check_number("mistakes", options["mistakes"], least=0)
     model, tokenizer = load(options["model"], options["device"])
@@ -137,9 +140,10 @@ def _evaluate(options: dict[str, Any]) -> int:
 
 
 def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from minift.data.pairs import read_all_pairs
     from minift.evaluation.evaluate import evaluate, make_questions
     from minift.evaluation.mistakes import mistakes
-    from minift.prompts import choose_template, read_all_pairs, template_named
+    from minift.prompts import choose_template, template_named
 
     pairs = read_all_pairs(options["data"])
     template = template_named(choose_template(options["template"], pairs))

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minift.config import TrainConfig, model_path
+from minift.config import TrainConfig
 from minift.errors import InputError
+from minift.storage.names import model_path
 
 MODEL_HELP = (
     "a model of any format (a minift, Hugging Face or Meta folder, a llama2.c .bin, an adapter's folder), "
@@ -78,7 +79,8 @@ def load(name: str, device: str) -> Any:
     """(model, tokenizer) of a checkpoint."""
     from minift.checkpoint import load_model
     from minift.runs.machine import choose_device
-    from minift.tokenizer.base import check_fit, load_tokenizer
+    from minift.tokenizer.base import check_fit
+    from minift.tokenizer.load import load_tokenizer
 
     path = model_path(name)
     where = choose_device(TrainConfig(device=device))

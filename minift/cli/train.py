@@ -11,9 +11,10 @@ from typing import Any, get_args, get_type_hints
 
 from minift.cli.parts import MODEL_HELP, add_command
 from minift.cli.streams import outlive_reader
-from minift.config import FINETUNE, PRETRAIN, TrainConfig, model_path
+from minift.config import FINETUNE, PRETRAIN, TrainConfig
 from minift.errors import InputError
 from minift.look.report import samples, table
+from minift.storage.names import model_path
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 FREE = ("workers", "keep", "strict", "parallel")  # that a run may change its mind about
@@ -98,7 +99,7 @@ def _finetune(options: dict[str, Any]) -> int:
 
 def _pretrain(options: dict[str, Any]) -> int:
     from minift.distributed.world import is_main_process
-    from minift.runs import finetune as jobs
+    from minift.runs import pretrain as jobs
 
     outlive_reader()
     out, resume = Path(options.pop("out")), options.pop("resume")

@@ -25,6 +25,8 @@ Read next: `costs/scaling.py`, for what several processes send each other.
 
 from dataclasses import dataclass
 
+import torch
+
 from minift.config import LONGEST_WRITTEN_OUT, LOSS_CHUNK, WIDE_HEAD, LlamaConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -178,3 +180,8 @@ def _activation_bytes(config: LlamaConfig, dtype: str, device: str, written_out:
     layer += 4 * H if written_out is None else low * H * written_out  # the sum of each softmax, or its weights
     layer += low * 4 * F  # gate, silu(gate), up, and their product
     return config.num_hidden_layers * layer + norm
+
+
+def data_sheet_flops(device: torch.device, dtype: str) -> float | None:
+    """What this machine's GPU could do at most, operations a second; None on a CPU, or where it is not known."""
+    return peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None

@@ -22,9 +22,10 @@ from minift.costs.scaling import ALONE, CARD_BYTES, plan
 from minift.errors import InputError
 from minift.formats import Opened, open_model, shape_named
 from minift.formats.files import dtype_name
-from minift.look.report import size
-from minift.tokenizer.base import SentencePieceTokenizer, check_fit, load_tokenizer, tokenizer_files
-from minift.values import check_number
+from minift.tokenizer.base import check_fit
+from minift.tokenizer.load import load_tokenizer, tokenizer_files
+from minift.tokenizer.sentencepiece import SentencePieceTokenizer
+from minift.values import check_number, size
 
 
 def info(

@@ -24,7 +24,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minift.data.records import STDIN, Lines, Record, Skipped, find_files, parse
+from minift.data.records import Lines, Record, Skipped, find_files, parse
+from minift.data.unpack import STDIN
 from minift.errors import InputError
 
 OPEN_SHARDS = 8  # shards that are read at the same time when shuffling

@@ -15,9 +15,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from minift.data.pairs import has_pair, scan_pairs
 from minift.data.records import SHOWN, Record, scan
 from minift.errors import InputError, one_line
-from minift.prompts import Pair, Template, choose_template, has_pair, scan_pairs, template_named
+from minift.prompts import Pair, Template, choose_template, template_named
 from minift.tokenizer.base import Tokenizer
 
 BAR = 40  # characters of the histogram's longest bar

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 
-from minift.distributed.world import METADATA
+from minift.distributed.sharding import METADATA
 from minift.errors import InputError
 
 # What a `.metadata` consists of, by module and name.

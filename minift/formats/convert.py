@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minift.checkpoint import save_tokenizer
 from minift.errors import InputError, RunError
 from minift.formats import FORMATS, Opened, open_model, recognise
 from minift.formats.files import Spec, dtype_name
@@ -32,7 +31,9 @@ from minift.formats.native import write_native
 from minift.formats.opened import is_finite
 from minift.storage.atomic import write_file, write_folder
 from minift.storage.links import check_name
-from minift.tokenizer.base import TOKENIZER_FILES, Tokenizer, check_fit, load_tokenizer, tokenizer_files
+from minift.tokenizer.base import Tokenizer, check_fit
+from minift.tokenizer.load import TOKENIZER_FILES, load_tokenizer, tokenizer_files
+from minift.tokenizer.save import save_tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.errors import InputError
-from minift.extras import need
+from minift.errors import InputError, need
 from minift.formats.files import Read, Specs, checked_bytes
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -204,12 +204,3 @@ def number(value: Any) -> str:
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     return f"{value:,.3f}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units: 13_476_831_232 → "13.5 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1_000
-    return f"{nbytes:.3g} TB"

@@ -22,12 +22,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minift.checkpoint import check_step, step_folders
 from minift.config import TrainConfig
 from minift.distributed.world import World
 from minift.errors import InputError
 from minift.look.pages.curves import png
 from minift.look.pages.run import read_metrics, run_page
+from minift.runs.steps import check_step, step_folders
 from minift.storage.atomic import write_file
 from minift.storage.links import check_name
 from minift.storage.lock import LOCK, locked

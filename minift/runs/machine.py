@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from minift.config import TrainConfig
-from minift.costs.flops import peak_flops
 from minift.errors import InputError
 from minift.model import Llama
 
@@ -53,11 +52,6 @@ def choose_dtype(config: TrainConfig, device: torch.device) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     in_hardware = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not public: guarded
     return "bfloat16" if in_hardware is not None and in_hardware() else "float32"
-
-
-def data_sheet_flops(device: torch.device, dtype: str) -> float | None:
-    """What this machine's GPU could do at most, operations a second; None on a CPU, or where it is not known."""
-    return peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
 def autocast(model: Llama, config: TrainConfig) -> AbstractContextManager[Any]:

@@ -14,11 +14,10 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm  # in a notebook, its own kind of bar
 
-from minift.costs.flops import training_flops_per_token
+from minift.costs.flops import data_sheet_flops, training_flops_per_token
 from minift.distributed.world import World
 from minift.pack import PADDING, Batch
-from minift.runs.machine import data_sheet_flops
-from minift.state import TrainState
+from minift.train import TrainState
 
 
 @dataclass

@@ -11,6 +11,10 @@ import re
 from pathlib import Path
 
 from minift.errors import InputError
+from minift.values import read_json
+
+ADAPTER_FILE = "adapter_config.json"  # as `peft` calls it
+
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -47,3 +51,59 @@ def cache_folder() -> Path:
             return Path(value).expanduser()
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("HF_HOME") or Path(caches) / "huggingface").expanduser() / "hub"
+
+
+def bundled(name: str) -> Path:
+    """The path of something that comes with minift: `base`, `pairs.jsonl` or `test.jsonl`.
+
+    An installed wheel has them inside the package, a checkout in `data/`. Raises InputError when neither does.
+    """
+    package = Path(__file__).resolve().parent.parent  # minift/
+    for folder in (package / "bundled", package.parent / "data"):
+        if (folder / name).exists():
+            return folder / name
+    raise InputError(f"the bundled {name} is not installed; give --model and --data, or reinstall minift")
+
+
+def model_path(name: str | Path) -> Path:
+    """A model's folder or file: `name` itself; for "bundled" the base that comes with minift; for a name on Hugging
+    Face's hub its folder in the cache of this machine.
+
+    Raises:
+        InputError: for a name on the hub that is not in the cache.
+    """
+    if str(name) == "bundled":
+        return bundled("base")
+    return cached(str(name)) if is_hub_name(str(name)) else Path(name)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is an adapter's, and no model's."""
+    return (path / ADAPTER_FILE).is_file() and not (path / "config.json").is_file()
+
+
+def base_of(folder: Path) -> Path:
+    """Where the model of an adapter is; it may be one with an adapter itself.
+
+    Raises:
+        InputError: when the config does not say, or an adapter is, by way of others, its own base.
+    """
+    base, seen = _base(folder), {folder.resolve()}
+    other = base
+    while is_adapter(other):
+        if other.resolve() in seen:
+            raise InputError(f"{folder / ADAPTER_FILE}: base_model_name_or_path leads back to {other}")
+        seen.add(other.resolve())
+        other = _base(other)
+    return base
+
+
+def _base(folder: Path) -> Path:
+    where = folder / ADAPTER_FILE
+    base = read_json(where).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{where}: base_model_name_or_path does not name the adapter's model")
+    path = model_path(base)
+    if not os.path.exists(path):  # unlike Path.exists, it takes any text: a name that is too long, half a character
+        raise InputError(f"{where}: base_model_name_or_path: {path}: no such file or folder")
+    return path

@@ -19,35 +19,15 @@ The added first space is why there are two ways to encode. `encode` is for a tex
 Source: Kudo & Richardson, "SentencePiece" (arXiv 1808.06226). Read next: `tokenizer/word_cache.py`.
 """
 
-import io
-import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from minift.config import LlamaConfig
 from minift.errors import InputError
-from minift.storage.adapters import base_of, is_adapter
-from minift.storage.links import check_links
-from minift.tokenizer.word_cache import WordCache, fits
-from minift.values import check_number
-
-# Everything that a tokenizer may consist of. All of it travels with every save, used here or not: chat templates and
-# added tokens are what other tools need to go on with the model.
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 class Tokenizer(ABC):
@@ -171,74 +151,6 @@ def _check_unicode(text: str) -> None:
         raise InputError("the text is not Unicode: it holds bytes that are not UTF-8, or half a character") from None
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """A `tokenizer.model`.
-
-    Args:
-        serialized: the bytes of that file.
-        files: further files that belong to it, by name.
-    """
-
-    def __init__(self, serialized: bytes, where: str = "tokenizer", files: Mapping[str, bytes] | None = None):
-        self.files = {**(files or {}), "tokenizer.model": serialized}
-        self.processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self.processor.LoadFromSerializedProto(serialized)
-            self.processor.id_to_piece(list(range(self.processor.vocab_size())))
-        except (RuntimeError, ValueError):  # ValueError: a piece that is not Unicode
-            raise InputError(f"{where}: not a SentencePiece model{_tiktoken_hint(serialized)}") from None
-        self.vocab_size = self.processor.vocab_size()
-        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise InputError(f"{where}: has no BOS or no EOS piece; minift needs both")
-        self._probe(where)
-
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The pieces as they stand in the vocabulary ("▁" is a space)."""
-        return [self.processor.id_to_piece(id) for id in self._checked(ids)]
-
-    def piece_id(self, piece: str) -> int | None:
-        """The id of a piece by its name, or None."""
-        id: int = self.processor.piece_to_id(piece)  # of an unknown one, the id of <unk>
-        return id if self.processor.id_to_piece(id) == piece else None
-
-    def _ids(self, text: str, special: bool) -> list[int]:
-        ids: list[int] = self.processor.encode(text)
-        return ids
-
-    @cached_property
-    def _words(self) -> WordCache | None:
-        return WordCache(self.processor) if fits(self.processor) else None
-
-    def _many_ids(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
-        if self._words is not None:
-            return self._words.encode(texts)
-        return [np.array(ids, np.int32) for ids in self.processor.encode(texts, num_threads=1)]
-
-    def _text(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
-
-
-def _tiktoken_hint(content: bytes) -> str:
-    """Llama 3's own `tokenizer.model` has the name, but lines of "base64 rank"."""
-    first = content[:100].split(b"\n")[0].split()
-    looks = len(first) == 2 and first[1].isdigit()
-    return " but tiktoken's ranks, as Llama 3 has them; put the model's tokenizer.json beside it" if looks else ""
-
-
-def tokenizer_bin(tokenizer: SentencePieceTokenizer) -> bytes:
-    """A vocabulary as llama2.c's `run.c` reads it: for each piece its score, its length and its bytes.
-
-    Source: `tokenizer/base.py` in karpathy/llama2.c.
-    """
-    processor, pieces = tokenizer.processor, []
-    for id, piece in enumerate(tokenizer.pieces(range(tokenizer.vocab_size))):
-        text = f"\n{piece}\n" if id in (tokenizer.bos_id, tokenizer.eos_id) else piece.replace("▁", " ")
-        pieces.append((processor.GetScore(id), text.encode()))
-    head = struct.pack("<I", max(len(text) for _, text in pieces))
-    return head + b"".join(struct.pack("<fI", score, len(text)) + text for score, text in pieces)
-
-
 class TextStream:
     """The text of ids that come one by one: shown as soon as it is certain, and never half a character.
 
@@ -272,59 +184,6 @@ class TextStream:
         return text
 
 
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The bytes of a folder's tokenizer files, by name."""
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model's folder, beside a model's `.bin` file, or in a tokenizer's own file.
-
-    Where a folder has both kinds, `tokenizer.json` counts: that is what `transformers` uses.
-
-    Raises:
-        InputError: when there is none, the file is damaged, or a `tokenizer.json` needs the `hf` extra.
-    """
-    path = Path(path)
-    named = not path.is_dir() and path.suffix != ".bin"  # the file itself, not something in its folder
-    folder = path if path.is_dir() else path.parent
-    file = path if named else next((folder / n for n in _KINDS if (folder / n).is_file()), None)
-    if file is None:
-        if is_adapter(folder):  # the tokenizer is that of the model which it is for
-            return load_tokenizer(base_of(folder))
-        raise InputError(
-            f"{folder}: has no tokenizer.model and no tokenizer.json; put the model's there "
-            "(or make a folder of both with minift convert --tokenizer)"
-        )
-    try:
-        if not named:
-            check_links(folder, () if path.is_dir() else TOKENIZER_FILES)
-        content = file.read_bytes()
-        files = tokenizer_files(folder)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
-    from minift.tokenizer.huggingface import JsonTokenizer, added_tokens, named_ids, with_added_tokens
-
-    if file.suffix == ".json":
-        if file.name != "tokenizer.json":
-            files = {"tokenizer.json": content}
-        try:
-            return JsonTokenizer(content.decode(), folder, files)
-        except UnicodeDecodeError:
-            raise InputError(f"{file}: not UTF-8 text") from None
-    if named:
-        return SentencePieceTokenizer(content, str(file))
-    tokenizer = SentencePieceTokenizer(content, str(file), files)
-    if any(id >= tokenizer.vocab_size for id in added_tokens(folder)):
-        return with_added_tokens(tokenizer, folder)
-    special = named_ids(folder, tokenizer.piece_id)
-    tokenizer.bos_id, tokenizer.eos_id = special.get("bos", tokenizer.bos_id), special.get("eos", tokenizer.eos_id)
-    return tokenizer
-
-
-_KINDS = ("tokenizer.json", "tokenizer.model")
-
-
 def check_fit(shape: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> None:
     """Raise InputError unless a tokenizer and a model belong together.
 
@@ -344,43 +203,3 @@ def check_fit(shape: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> 
         raise InputError(
             f"the model's eos_token_id is {shape.eos_token_id}, the tokenizer's is {tokenizer.eos_id}: they do not fit"
         )
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """A new BPE vocabulary of `vocab_size` pieces with byte fallback, made as Llama's was.
-
-    The first ids are those of Llama: 0 unknown, 1 BOS, 2 EOS, then the 256 bytes. Text is kept as it is (no
-    normalisation) and digits are separate pieces. Training is deterministic.
-
-    Args:
-        texts: the documents; they are read once, and their lines are held in memory.
-        vocab_size: pieces, the 259 above included.
-
-    Raises:
-        InputError: when there is no text, or too little for so many pieces.
-    """
-    check_number("vocab_size", vocab_size, least=1, below=2**24)  # the trainer counts up to it, however little text
-    lines = [line for text in texts for line in text.split("\n") if line]
-    if not lines:
-        raise InputError("no text to train a tokenizer on")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 20,
-            character_coverage=0.9999,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"cannot make {vocab_size} pieces from this text: {reason}") from None
-    return SentencePieceTokenizer(model.getvalue())

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from benchmarks.lessons import accumulation
 from minift.checkpoint import load_model
-from minift.config import model_path
 from minift.errors import InputError
 from minift.pack import Example
+from minift.storage.names import model_path
 from tests.helpers import run_here, small_model
 
 

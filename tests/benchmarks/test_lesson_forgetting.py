@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from benchmarks.lessons import forgetting
 from benchmarks.lessons.forgetting import PAGES
 from minift.checkpoint import load_model
-from minift.config import model_path
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
-from minift.tokenizer.base import load_tokenizer
+from minift.storage.names import model_path
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import run_here
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from benchmarks.lessons import estimate, how_many
-from minift.config import bundled
+from minift.data.pairs import read_all_pairs
 from minift.errors import InputError
-from minift.prompts import read_all_pairs
+from minift.storage.names import bundled
 from tests.helpers import run_here
 
 

@@ -52,10 +52,11 @@ def test_lost_updates(result: dict) -> None:
 def test_a_lost_update_is_one_below_half_a_unit_in_the_last_place() -> None:
     """AdamW's first update is the rate, up or down; bfloat16's neighbours of w are 2^(exponent - 7) apart."""
     from minift.checkpoint import load_model
-    from minift.config import bundled, model_path
+    from minift.data.pairs import read_all_pairs
     from minift.pack import collate, encode_pairs
-    from minift.prompts import read_all_pairs, template_named
-    from minift.tokenizer.base import load_tokenizer
+    from minift.prompts import template_named
+    from minift.storage.names import bundled, model_path
+    from minift.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(model_path("bundled"))
     pairs = read_all_pairs([bundled("pairs.jsonl")])[:8]

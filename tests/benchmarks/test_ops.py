@@ -23,9 +23,10 @@ from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
 from minift.config import LONGEST_WRITTEN_OUT, LlamaConfig, TrainConfig
 from minift.costs.flops import forward_flops_per_token
+from minift.data.batches import PairBatches
 from minift.errors import InputError
-from minift.pack import Example, PairBatches
-from minift.train import start_state
+from minift.pack import Example
+from minift.runs.start import start_state
 from tests.helpers import SMALL, run_here
 
 B, T = 2, 12

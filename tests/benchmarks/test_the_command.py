@@ -17,9 +17,9 @@ import pytest
 
 from benchmarks import arguments, data, process, prose
 from benchmarks.__main__ import BENCHMARKS, main
-from minift.config import bundled
 from minift.errors import InputError
-from minift.tokenizer.base import load_tokenizer
+from minift.storage.names import bundled
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, SMALL, run_here, write_jsonl
 
 

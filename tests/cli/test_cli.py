@@ -22,7 +22,8 @@ from minift.cli import main
 from minift.config import FINETUNE, PRETRAIN, TrainConfig
 from minift.model import Llama
 from minift.reference import greedy
-from minift.tokenizer.base import Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, SMALL, small_model, write_jsonl
 
 COMMANDS = ["finetune", "pretrain", "generate", "compare", "evaluate", "tokenizer", "data"]

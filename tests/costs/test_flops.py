@@ -32,14 +32,16 @@ from minift.costs.flops import (
     training_flops_per_token,
     training_memory,
 )
+from minift.data.batches import PairBatches
 from minift.formats.convert import convert
 from minift.formats.files import TensorFile
 from minift.loss import _all_rows_at_once_, next_token_loss
 from minift.model import Llama
-from minift.pack import Batch, Example, PairBatches
+from minift.pack import Batch, Example
 from minift.runs.machine import choose_written_out
 from minift.runs.progress import record_of
-from minift.train import start_state, train_step
+from minift.runs.start import start_state
+from minift.train import train_step
 from tests.helpers import small_model
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 
 from minift.cli import main
+from minift.data.pairs import read_all_pairs
 from minift.data.records import FEW, MAX_LINE, SHOWN, TEXT_PART, Skipped, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
-from minift.prompts import read_all_pairs
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import PACKINGS, SMALL, pack, write_jsonl
 

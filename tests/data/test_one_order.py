@@ -32,11 +32,13 @@ import torch
 
 from minift.cli import main
 from minift.data import encode, records, stream
+from minift.data.batches import PageBatches, PairBatches
 from minift.data.records import Skipped
 from minift.data.stream import DocumentStream
 from minift.errors import InputError, RunError
-from minift.pack import Batch, Example, PageBatches, PairBatches
-from minift.tokenizer.base import Tokenizer, train_tokenizer
+from minift.pack import Batch, Example
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.sentencepiece import train_tokenizer
 from tests.helpers import ROOT, SMALL, write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
@@ -994,7 +996,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(
     # It goes on with the batch behind the last step, not behind what the workers had read.
     state = torch.load(out / f"step_{taken:06d}" / "training.pt", weights_only=True)["batches"]
     settings = json.loads((out / "config.json").read_text())["inputs"]
-    from minift.tokenizer.base import load_tokenizer
+    from minift.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(settings["tokenizer"])
     expected = PageBatches(DocumentStream(settings["data"], shuffle_buffer=20), tokenizer, 4, 32, isolate=True)

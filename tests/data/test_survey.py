@@ -16,12 +16,13 @@ import pytest
 import sentencepiece
 
 from minift.cli import main
-from minift.config import bundled
+from minift.data.pairs import read_all_pairs
 from minift.data.records import find_files
 from minift.data.stream import DocumentStream
 from minift.data.survey import Lengths, survey
 from minift.pack import encode_pairs
-from minift.prompts import TEMPLATES, choose_template, read_all_pairs
+from minift.prompts import TEMPLATES, choose_template
+from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import write_jsonl
 

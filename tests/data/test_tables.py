@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from minift.data import tables
+from minift.data.pairs import read_pairs
 from minift.data.records import Record, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.data.tables import array_items
 from minift.errors import InputError
-from minift.prompts import read_pairs
 
 PAIRS = [{"question": "Name a fruit.", "answer": "Apple."}, {"question": "A colour, please:\n", "answer": 'Say "red".'}]
 

@@ -14,6 +14,7 @@ import torch
 
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
+from minift.data.pairs import read_pairs
 from minift.data.stream import DocumentStream
 from minift.evaluation import evaluate as module
 from minift.evaluation.evaluate import (
@@ -35,7 +36,7 @@ from minift.evaluation.evaluate import (
 from minift.loss import batch_loss
 from minift.model import Llama
 from minift.pack import IGNORE, collate
-from minift.prompts import TEMPLATES, Pair, read_pairs, template_named
+from minift.prompts import TEMPLATES, Pair, template_named
 from minift.reference import greedy
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import plain_nll, small_model, to_transformers, write_jsonl

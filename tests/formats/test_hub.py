@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from minift import bundled, load_model
-from minift.config import model_path
 from minift.errors import InputError
-from minift.storage.names import cache_folder, cached, is_hub_name
+from minift.storage.names import cache_folder, cached, is_hub_name, model_path
 
 
 @pytest.fixture

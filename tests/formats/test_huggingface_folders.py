@@ -25,11 +25,12 @@ from torch import Tensor
 
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
-from minift.config import bundled
 from minift.errors import InputError
 from minift.formats import open_model
 from minift.formats.huggingface import write_huggingface
-from minift.tokenizer.base import Tokenizer, load_tokenizer
+from minift.storage.names import bundled
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import TEXTS, noise, random_model, write_jsonl
 
 safetensors = pytest.importorskip("safetensors")

@@ -42,7 +42,9 @@ from minift.formats.convert import convert
 from minift.formats.native import write_pt
 from minift.formats.opened import Opened, parameter_shapes, to_half_split, to_interleaved
 from minift.model import Llama
-from minift.tokenizer.base import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.sentencepiece import SentencePieceTokenizer
 from tests.helpers import ROOT, random_model, random_tokens, small_model
 
 # Every size divides by four ranks.

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from minift.checkpoint import check_step, load_model, load_step, save_model, save_step, step_folders
-from minift.config import bundled
+from minift.checkpoint import load_model, save_model
 from minift.errors import InputError, RunError
+from minift.runs.steps import check_step, load_step, save_step, step_folders
 from minift.storage.atomic import remove_leftovers, write_file
-from minift.tokenizer.base import load_tokenizer
+from minift.storage.names import bundled
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import new_state, small_model, take_steps
 
 FAIL, FULL, LOSE = 1, 2, 3

@@ -32,8 +32,10 @@ from minift.errors import InputError, one_line
 from minift.formats.convert import convert
 from minift.formats.huggingface import write_huggingface
 from minift.formats.opened import open_tensors
-from minift.lora import LoRAConfig, adapter_weights, add_lora, write_peft
-from minift.tokenizer.base import Tokenizer, train_tokenizer
+from minift.formats.peft import write_peft
+from minift.lora import LoRAConfig, adapter_weights, add_lora
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.sentencepiece import train_tokenizer
 from tests.helpers import small_model
 
 EXAMPLES = int(os.environ.get("MINIFT_FUZZ_EXAMPLES", "0"))  # inputs of a target; 0: those of the suite

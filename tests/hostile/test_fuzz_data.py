@@ -30,12 +30,13 @@ pytest.importorskip("zstandard")
 import zstandard
 from hypothesis import strategies as st
 
+from minift.data.pairs import FIELDS, read_all_pairs
 from minift.data.records import Skipped, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.evaluation.choices import read_choices
 from minift.pack import IGNORE, PADDING, Example, collate, encode_pair, encode_pairs
-from minift.prompts import FIELDS, TEMPLATES, Pair, Template, choose_template, read_all_pairs, template_named
+from minift.prompts import TEMPLATES, Pair, Template, choose_template, template_named
 from minift.tokenizer.base import Tokenizer
 from tests.hostile.fuzzing import (
     ALIKE,

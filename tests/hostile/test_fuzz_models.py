@@ -22,13 +22,15 @@ pytest.importorskip("tokenizers")
 from hypothesis import example
 from hypothesis import strategies as st
 
-from minift.checkpoint import check_step, load_model
+from minift.checkpoint import load_model
 from minift.config import FINETUNE
 from minift.costs.info import info, info_text
 from minift.formats.opened import is_finite, open_tensors
-from minift.runs.finetune import finetune_job, pretrain_job
+from minift.runs.finetune import finetune_job
 from minift.runs.folder import read_run
-from minift.tokenizer.base import load_tokenizer
+from minift.runs.pretrain import pretrain_job
+from minift.runs.steps import check_step
+from minift.tokenizer.load import load_tokenizer
 from tests.hostile.fuzzing import (
     CHANGES,
     EDITS,

@@ -18,10 +18,11 @@ import pytest
 
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
-from minift.config import bundled
 from minift.errors import InputError
-from minift.tokenizer.base import Tokenizer, load_tokenizer
-from minift.tokenizer.huggingface import _repeats_what_varies
+from minift.storage.names import bundled
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.guard import _repeats_what_varies
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, small_model, write_jsonl
 
 # Everything by which Python could reach the network, start a program or run what stands in a file.
@@ -265,7 +266,7 @@ def test_a_step_folder_with_a_link_out_is_passed_over(small_checkpoint: Path, tm
     assert main([str(word) for word in (*words, "--out", out)]) == 0
     moved = (out / "step_000002" / "training.pt").rename(tmp_path / "training.pt")
     (out / "step_000002" / "training.pt").symlink_to(moved)
-    from minift.checkpoint import check_step
+    from minift.runs.steps import check_step
 
     with pytest.raises(InputError, match=r"training\.pt: is a link that leads out"):
         check_step(out / "step_000002")

@@ -40,7 +40,8 @@ from minift.formats import huggingface, open_model
 from minift.formats.convert import convert
 from minift.formats.huggingface import write_huggingface
 from minift.formats.opened import open_tensors
-from minift.tokenizer.base import Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, small_model
 
 MOMENT = 3.0  # seconds that a refusal may take on a busy machine; most take a hundredth of one

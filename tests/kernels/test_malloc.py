@@ -9,7 +9,7 @@ import torch
 
 from minift.config import TrainConfig
 from minift.kernels import malloc as heap
-from minift.train import start_state
+from minift.runs.start import start_state
 from tests.helpers import ROOT, small_model
 
 PAGES = 64 * 2**20 // 4_096  # of a block of 64 MiB

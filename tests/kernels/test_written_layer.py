@@ -20,7 +20,7 @@ from minift.model import DecoderLayer, Llama
 from minift.pack import Batch, Example, collate
 from minift.rope import rope_tables
 from minift.runs.machine import autocast, choose_written_out
-from minift.train import start_state
+from minift.runs.start import start_state
 
 SHAPE = {
     "vocab_size": 61,

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from minift.config import FINETUNE, TrainConfig
+from minift.data.batches import PairBatches
 from minift.look.explain import XRay, explain
 from minift.look.report import visible, xray_table
 from minift.model import Llama
-from minift.pack import IGNORE, PADDING, Example, PairBatches, collate, encode_pair
+from minift.pack import IGNORE, PADDING, Example, collate, encode_pair
 from minift.prompts import Pair, template_named
+from minift.runs.start import start_state
 from minift.tokenizer.base import Tokenizer
-from minift.train import start_state, train_step
+from minift.train import train_step
 from tests.helpers import small_model, write_jsonl
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -22,8 +22,9 @@ from minift.costs.flops import count_parameters, training_memory
 from minift.look.pages.curves import COLUMNS, Curves, curves_of, powers_of_ten, svg, thinned, ticks
 from minift.look.pages.document import data, text
 from minift.look.pages.run import run_command, run_page
-from minift.look.report import size
-from minift.runs.finetune import finetune, finetune_job, pretrain, pretrain_job
+from minift.runs.finetune import finetune, finetune_job
+from minift.runs.pretrain import pretrain, pretrain_job
+from minift.values import size
 from tests.helpers import SMALL, write_jsonl
 
 
@@ -96,7 +97,7 @@ def test_the_command_does_the_run_again(run: Path) -> None:
 
 
 def test_a_pretraining_run_has_a_page_too(tmp_path: Path) -> None:
-    from minift.config import bundled
+    from minift.storage.names import bundled
 
     (tmp_path / "shape.json").write_text(json.dumps({**SMALL, "vocab_size": 2_048}))
     pages = write_jsonl(

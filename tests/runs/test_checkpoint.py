@@ -16,14 +16,16 @@ from typing import IO, Any
 import pytest
 import torch
 
-from minift.checkpoint import load_model, load_step, save_model, save_step, step_folders
+from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.config import LlamaConfig
 from minift.errors import InputError, RunError
 from minift.formats import files, native
+from minift.runs.steps import load_step, save_step, step_folders
 from minift.storage import atomic
 from minift.storage.checksums import CHECKSUMS, check_model
-from minift.tokenizer.base import Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import bits, new_state, same, small_model, take_steps
 
 FILES = [CHECKSUMS, "config.json", "model.pt", "tokenizer.model"]

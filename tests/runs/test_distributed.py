@@ -17,28 +17,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minift.checkpoint import (
-    load_model,
-    load_step,
-    model_without_memory,
-    save_model,
-    save_step,
-    step_folders,
-    weights_of,
-)
+from minift.checkpoint import load_model, model_without_memory, save_model, weights_of
 from minift.config import TrainConfig
 from minift.costs.flops import count_parameters, training_memory
 from minift.costs.scaling import communication
+from minift.data.batches import PairBatches
+from minift.distributed.sharding import fill, own_part, put, whole
 from minift.distributed.shards import _Unpickler
-from minift.distributed.world import World, fill, own_part, put, whole
+from minift.distributed.world import World
 from minift.errors import InputError
 from minift.formats.convert import convert
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.optim import learning_rate
-from minift.pack import Batch, Example, PairBatches
-from minift.state import TrainState
-from minift.train import Plan, start_state, train_step, validation_loss
+from minift.pack import Batch, Example
+from minift.runs.start import start_state
+from minift.runs.steps import load_step, save_step, step_folders
+from minift.train import Plan, TrainState, train_step, validation_loss
 from tests.helpers import make_examples, small_model
 from tests.runs.ranks import alone, run_ranks
 

@@ -23,9 +23,8 @@ from minift.generate import generate, stream
 from minift.loss import next_token_loss
 from minift.pack import IGNORE, Batch
 from minift.prompts import Pair, template_named
-from minift.state import TrainState
 from minift.tokenizer.base import Tokenizer
-from minift.train import train_step, validation_loss
+from minift.train import TrainState, train_step, validation_loss
 from tests.helpers import bits, new_state, same, small_model, write_jsonl
 
 CONFIG = TrainConfig(steps=9, dtype="float32")

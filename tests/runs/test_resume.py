@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import torch
 
-from minift.checkpoint import load_model, step_folders
+from minift.checkpoint import load_model
 from minift.cli import main
+from minift.runs.steps import step_folders
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import ROOT, SMALL, write_jsonl
 

@@ -31,16 +31,17 @@ import pytest
 import torch
 
 from minift import train
-from minift.checkpoint import check_step, step_folders
 from minift.cli import main
 from minift.data import encode
+from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
-from minift.pack import PageBatches
 from minift.runs import finetune as jobs
 from minift.runs.folder import read_run
+from minift.runs.steps import check_step, step_folders
 from minift.storage.checksums import CHECKSUMS
-from minift.tokenizer.base import Tokenizer, load_tokenizer
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import IMPORTED_BY_RUNS, ROOT, SMALL, write_jsonl
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,11 @@ import pytest
 import sentencepiece
 
 from minift.cli import main
-from minift.config import bundled
 from minift.errors import InputError
-from minift.tokenizer.base import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from minift.storage.names import bundled
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from tests.helpers import TEXTS, noise
 
 KINDS = ("bundled", "trained", "llama2")

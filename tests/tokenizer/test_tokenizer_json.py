@@ -26,23 +26,21 @@ import minift.generate
 from minift import reference
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
-from minift.config import LlamaConfig, bundled
+from minift.config import LlamaConfig
+from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.formats.convert import convert
 from minift.generate import generate, stream
 from minift.model import Llama
-from minift.pack import PageBatches, encode_pair
+from minift.pack import encode_pair
 from minift.prompts import TEMPLATES, Pair
-from minift.tokenizer.base import (
-    TOKENIZER_FILES,
-    SentencePieceTokenizer,
-    TextStream,
-    Tokenizer,
-    check_fit,
-    load_tokenizer,
-)
-from minift.tokenizer.huggingface import JsonTokenizer, make_json
+from minift.storage.names import bundled
+from minift.tokenizer.base import TextStream, Tokenizer, check_fit
+from minift.tokenizer.huggingface import JsonTokenizer
+from minift.tokenizer.load import TOKENIZER_FILES, load_tokenizer
+from minift.tokenizer.make_json import make_json
+from minift.tokenizer.sentencepiece import SentencePieceTokenizer
 from tests.helpers import SMALL, small_model, write_jsonl
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from minift.config import bundled
 from minift.errors import InputError
+from minift.storage.names import bundled
 from minift.tokenizer import word_cache
-from minift.tokenizer.base import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from minift.tokenizer.word_cache import WordCache, fits
 from tests.helpers import ROOT
 

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from minift import reference
 from minift.config import TrainConfig
+from minift.data.batches import PairBatches
 from minift.model import Llama
 from minift.optim import learning_rate
-from minift.pack import IGNORE, Batch, Example, PairBatches, collate
-from minift.state import TrainState
+from minift.pack import IGNORE, Batch, Example, collate
+from minift.runs.loop import train
 from minift.tokenizer.base import Tokenizer
-from minift.train import Plan, train, train_step
+from minift.train import Plan, TrainState, train_step
 from tests.helpers import make_examples, small_model
 
 CONFIG = TrainConfig(steps=1, dtype="float32", device="cpu", clip=0.0, loss_chunk=7)

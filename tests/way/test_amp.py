@@ -24,14 +24,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import minift.train
 from minift.config import TrainConfig
+from minift.data.batches import PairBatches
 from minift.errors import InputError, RunError
 from minift.model import Llama
 from minift.optim import learning_rate
-from minift.pack import Batch, Example, PairBatches
+from minift.pack import Batch, Example
+from minift.runs.loop import train
 from minift.runs.machine import COMPILING_PAYS, autocast, check_compiler, choose_compile, choose_device, choose_dtype
-from minift.state import TrainState
+from minift.runs.start import start_state
 from minift.tokenizer.base import Tokenizer
-from minift.train import Plan, StepResult, start_state, train, train_step
+from minift.train import Plan, StepResult, TrainState, train_step
 from tests.helpers import small_model
 
 FLOAT32 = TrainConfig(steps=4, dtype="float32", device="cpu", lr=1e-3, warmup=2)

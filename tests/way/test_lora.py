@@ -18,19 +18,10 @@ from minift.cache import KVCache
 from minift.cli import main
 from minift.config import FINETUNE, LORA_TARGETS
 from minift.errors import InputError
+from minift.formats.peft import put_peft, write_peft
 from minift.generate import generate
 from minift.kernels.decode import Decoder
-from minift.lora import (
-    LoRAConfig,
-    LoRALinear,
-    adapter_weights,
-    add_lora,
-    has_adapter,
-    merge,
-    merged_weights,
-    put_peft,
-    write_peft,
-)
+from minift.lora import LoRAConfig, LoRALinear, adapter_weights, add_lora, has_adapter, merge, merged_weights
 from minift.loss import next_token_loss
 from minift.model import Llama
 from minift.optim import make_optimizer

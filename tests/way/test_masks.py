@@ -11,21 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from minift.data.batches import PageBatches, PairBatches
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.loss import next_token_loss
 from minift.model import Llama
-from minift.pack import (
-    IGNORE,
-    PADDING,
-    Batch,
-    Example,
-    PageBatches,
-    PairBatches,
-    collate,
-    encode_pair,
-    encode_pairs,
-)
+from minift.pack import IGNORE, PADDING, Batch, Example, collate, encode_pair, encode_pairs
 from minift.prompts import TEMPLATES, Pair
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import small_model, write_jsonl

@@ -24,11 +24,12 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from minift import reference
 from minift.cache import KVCache
+from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
 from minift.kernels.attention import attend, block_mask
 from minift.loss import batch_loss, next_token_loss
 from minift.model import FLEX_LENGTH, Llama
-from minift.pack import IGNORE, PADDING, Batch, Example, PageBatches, collate
+from minift.pack import IGNORE, PADDING, Batch, Example, collate
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import small_model, write_jsonl
 

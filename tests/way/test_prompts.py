@@ -11,19 +11,11 @@ from typing import Any
 
 import pytest
 
+from minift.data.pairs import FIELDS, find_fields, read_all_pairs, read_pairs
 from minift.data.records import read_records
 from minift.errors import InputError
 from minift.pack import encode_pairs
-from minift.prompts import (
-    FIELDS,
-    TEMPLATES,
-    Pair,
-    choose_template,
-    find_fields,
-    read_all_pairs,
-    read_pairs,
-    template_named,
-)
+from minift.prompts import TEMPLATES, Pair, choose_template, template_named
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import write_jsonl
 

@@ -17,16 +17,20 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minift.checkpoint import load_model, load_step, save_model, save_step
-from minift.config import TrainConfig, bundled
+from minift.checkpoint import load_model, save_model
+from minift.config import TrainConfig
+from minift.data.batches import PageBatches, PairBatches
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.formats.convert import convert
-from minift.pack import IGNORE, Batch, Example, PageBatches, PairBatches, encode_pairs
+from minift.pack import IGNORE, Batch, Example, encode_pairs
 from minift.prompts import TEMPLATES, Pair, template_named
-from minift.state import TrainState
-from minift.tokenizer.base import Tokenizer, load_tokenizer
-from minift.train import start_state, train_step
+from minift.runs.start import start_state
+from minift.runs.steps import load_step, save_step
+from minift.storage.names import bundled
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
+from minift.train import TrainState, train_step
 from tests.helpers import bits, same, small_model
 
 pytestmark = pytest.mark.slow

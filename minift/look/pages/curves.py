@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift.extras import need
+from minift.errors import need
 from minift.look.pages.document import text
 from minift.look.report import number
 

@@ -25,9 +25,9 @@ from minift.formats import open_model
 from minift.formats.opened import parameter_shapes
 from minift.look.pages.curves import curves_of, svg
 from minift.look.pages.document import document, table, text
-from minift.look.report import LABELS, number, size
+from minift.look.report import LABELS, number
 from minift.lora import LoRAConfig
-from minift.values import read_json
+from minift.values import read_json, size
 
 SHOWN = 100  # samples on a page; the rest are in the JSON
 

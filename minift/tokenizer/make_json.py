@@ -1,0 +1,91 @@
+"""A SentencePiece vocabulary as a tokenizer.json."""
+
+import json
+from typing import Any
+
+from minift.errors import InputError, need
+from minift.tokenizer.sentencepiece import SentencePieceTokenizer
+
+SPACE = "▁"
+
+
+def make_json(tokenizer: SentencePieceTokenizer) -> str:
+    """A SentencePiece BPE vocabulary as the text of a `tokenizer.json` that gives the same ids.
+
+    The merges are not in SentencePiece's file, but they follow from it: a piece can be made of any two pieces that
+    join to it, and the piece that comes first in the vocabulary is merged first.
+
+    Raises:
+        InputError: when the ids would differ (a unigram vocabulary, a normaliser), or without the `hf` extra.
+    """
+    tokenizers = need("tokenizers", "hf", "writing a tokenizer.json")
+    processor, size = tokenizer.processor, tokenizer.vocab_size
+    pieces = [processor.id_to_piece(id) for id in range(size)]
+    kept = [processor.IsControl(id) or processor.IsUnknown(id) for id in range(size)]
+    mergeable = {p: id for id, p in enumerate(pieces) if not kept[id] and not processor.IsByte(id)}
+    merges = []
+    for piece in sorted(mergeable, key=lambda piece: (-processor.GetScore(mergeable[piece]), mergeable[piece])):
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        splits = [pair for pair in splits if pair[0] in mergeable and pair[1] in mergeable]
+        merges += sorted(splits, key=lambda pair: (mergeable[pair[0]], mergeable[pair[1]]))
+    bos = pieces[tokenizer.bos_id]
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if tokenizer.encode("a", bos=False) != [mergeable.get("a")] else []
+    values = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(id, piece) for id, piece in enumerate(pieces) if kept[id]],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [*prefix, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[processor.unk_id()],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece: id for id, piece in enumerate(pieces)},
+            "merges": merges,
+        },
+    }
+    text = json.dumps(values, ensure_ascii=False)
+    _hold_against(tokenizers.Tokenizer.from_str(text), tokenizer, list(mergeable))
+    return text
+
+
+def _added(id: int, name: str) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": id, "content": name, **flags}
+
+
+def _hold_against(made: Any, tokenizer: SentencePieceTokenizer, pieces: list[str]) -> None:
+    """Raise InputError unless both give the same ids for every piece's own text, alone and after a line break."""
+    made.encode_special_tokens = True
+    texts = [piece.replace(SPACE, " ") for piece in pieces]
+    texts += ["ﬁ ² Ａ Å", "e\u0301 \u3000 ABC", " a  b "]  # what a normaliser would change  # noqa: RUF001
+    for text in texts:
+        for probe in (text, f"\n{text} {text}"):
+            if made.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe, bos=False):
+                raise InputError(
+                    f"this SentencePiece model cannot be written as a tokenizer.json: {probe!r} would get other ids"
+                )

@@ -1,0 +1,109 @@
+"""SentencePiece's tokenizer.model."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from minift.errors import InputError
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.word_cache import WordCache, fits
+from minift.values import check_number
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A `tokenizer.model`.
+
+    Args:
+        serialized: the bytes of that file.
+        files: further files that belong to it, by name.
+    """
+
+    def __init__(self, serialized: bytes, where: str = "tokenizer", files: Mapping[str, bytes] | None = None):
+        self.files = {**(files or {}), "tokenizer.model": serialized}
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(serialized)
+            self.processor.id_to_piece(list(range(self.processor.vocab_size())))
+        except (RuntimeError, ValueError):  # ValueError: a piece that is not Unicode
+            raise InputError(f"{where}: not a SentencePiece model{_tiktoken_hint(serialized)}") from None
+        self.vocab_size = self.processor.vocab_size()
+        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise InputError(f"{where}: has no BOS or no EOS piece; minift needs both")
+        self._probe(where)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The pieces as they stand in the vocabulary ("▁" is a space)."""
+        return [self.processor.id_to_piece(id) for id in self._checked(ids)]
+
+    def piece_id(self, piece: str) -> int | None:
+        """The id of a piece by its name, or None."""
+        id: int = self.processor.piece_to_id(piece)  # of an unknown one, the id of <unk>
+        return id if self.processor.id_to_piece(id) == piece else None
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self.processor.encode(text)
+        return ids
+
+    @cached_property
+    def _words(self) -> WordCache | None:
+        return WordCache(self.processor) if fits(self.processor) else None
+
+    def _many_ids(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
+        if self._words is not None:
+            return self._words.encode(texts)
+        return [np.array(ids, np.int32) for ids in self.processor.encode(texts, num_threads=1)]
+
+    def _text(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
+
+
+def _tiktoken_hint(content: bytes) -> str:
+    """Llama 3's own `tokenizer.model` has the name, but lines of "base64 rank"."""
+    first = content[:100].split(b"\n")[0].split()
+    looks = len(first) == 2 and first[1].isdigit()
+    return " but tiktoken's ranks, as Llama 3 has them; put the model's tokenizer.json beside it" if looks else ""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+    """A new BPE vocabulary of `vocab_size` pieces with byte fallback, made as Llama's was.
+
+    The first ids are those of Llama: 0 unknown, 1 BOS, 2 EOS, then the 256 bytes. Text is kept as it is (no
+    normalisation) and digits are separate pieces. Training is deterministic.
+
+    Args:
+        texts: the documents; they are read once, and their lines are held in memory.
+        vocab_size: pieces, the 259 above included.
+
+    Raises:
+        InputError: when there is no text, or too little for so many pieces.
+    """
+    check_number("vocab_size", vocab_size, least=1, below=2**24)  # the trainer counts up to it, however little text
+    lines = [line for text in texts for line in text.split("\n") if line]
+    if not lines:
+        raise InputError("no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 20,
+            character_coverage=0.9999,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"cannot make {vocab_size} pieces from this text: {reason}") from None
+    return SentencePieceTokenizer(model.getvalue())
