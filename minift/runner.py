@@ -21,13 +21,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, overload
 
-import torch
-
 from minift.checkpoint import load_model, save_model
 from minift.config import FINETUNE, TrainConfig
 from minift.data.records import Skipped, scan
 from minift.errors import InputError, RunError
-from minift.generate import generate
+from minift.generate import Sampling, generate
 from minift.prompts import CARRIED_MARKERS, Pair, Template, template_named
 from minift.runs import finetune as jobs
 from minift.runs.machine import choose_device
@@ -98,18 +96,12 @@ class BasicModelRunner:
         Raises:
             InputError: for an option out of bounds, or a prompt that is too long for the model.
         """
-        check_number("seed", seed, least=0)
+        sampling = Sampling(temperature, top_k, top_p, seed)
         prompts = [inputs] if isinstance(inputs, str) else inputs
         if not prompts:
             return []
         ids = generate(
-            self.model,
-            [self.tokenizer.encode(self._prompt(text)) for text in prompts],
-            max_tokens,
-            temperature,
-            top_k,
-            top_p,
-            torch.Generator(self.model.device).manual_seed(seed),
+            self.model, [self.tokenizer.encode(self._prompt(text)) for text in prompts], max_tokens, sampling
         )
         texts = [self.tokenizer.decode_continuation(answer).strip() for answer in ids]
         return texts[0] if isinstance(inputs, str) else texts

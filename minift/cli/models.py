@@ -35,28 +35,18 @@ def add_generate(commands: Any) -> None:
 
 
 def _generate(options: dict[str, Any]) -> int:
-    import torch
-
-    from minift.generate import stream
+    from minift.generate import Sampling, stream
     from minift.prompts import Pair, choose_template, template_named
     from minift.tokenizer.base import TextStream
 
-    check_number("seed", options["seed"], least=0)
+    sampling = Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"])
     model, tokenizer = load(options["model"], options["device"])
     pair = Pair(options["prompt"].rstrip(), answer="")  # as in training: no prompt ends in a space
     name = options["template"]
     if pair.question or name == "auto":  # no question, no conflict: a text from its beginning, or an empty template
         name = choose_template(name, [pair])
     prompt, _ = template_named(name).format(pair)
-    ids = stream(
-        model,
-        tokenizer.encode(prompt),
-        options["max_new_tokens"],
-        options["temperature"],
-        options["top_k"],
-        options["top_p"],
-        torch.Generator(model.device).manual_seed(options["seed"]),
-    )
+    ids = stream(model, tokenizer.encode(prompt), options["max_new_tokens"], sampling)
     text, shown, waiting = TextStream(tokenizer), False, ""
     for id in chain(ids, [None]):
         waiting += text.end() if id is None else text.add(id)

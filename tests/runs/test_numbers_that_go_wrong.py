@@ -19,7 +19,7 @@ from minift.cli import main
 from minift.config import TrainConfig
 from minift.errors import InputError, RunError
 from minift.evaluation.evaluate import compare
-from minift.generate import generate, stream
+from minift.generate import Sampling, generate, stream
 from minift.loss import next_token_loss
 from minift.pack import IGNORE, Batch
 from minift.prompts import Pair, template_named
@@ -206,7 +206,7 @@ def test_a_text_longer_than_the_positions_is_refused() -> None:
     assert model(torch.zeros(1, 64, dtype=torch.long)).shape == (1, 64, 97)
     with pytest.raises(InputError, match="65 tokens are more than the model's 64 positions"):
         model(torch.zeros(1, 65, dtype=torch.long))
-    with pytest.raises(InputError, match="the prompt has 65 tokens; this model has 64 positions"):
+    with pytest.raises(InputError, match="the prompt has 65 tokens; it must be shorter than the model's 64 positions"):
         generate(model, [[1] * 65], 4)
 
 
@@ -219,7 +219,7 @@ def test_a_model_that_says_no_numbers_says_nothing(temperature: float) -> None:
     model = small_model()
     model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(RunError, match="logits are not finite numbers"):
-        generate(model, [[1, 2]], 4, temperature, generator=torch.Generator())
+        generate(model, [[1, 2]], 4, Sampling(temperature))
 
 
 def test_an_empty_document_among_many_is_skipped_and_counted(

@@ -8,6 +8,7 @@ last position; and options that make no sense are refused.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from minift import reference
 from minift.cache import KVCache
 from minift.config import RopeScaling
 from minift.errors import InputError
-from minift.generate import generate
+from minift.generate import Sampling, generate, stream
 from minift.kernels.decode import NARROW, Decoder, _Products, _width
 from minift.kernels.graph import GraphDecoder
 from minift.model import Llama
@@ -234,6 +235,25 @@ def test_one_prompt_is_decoded_without_the_model(dtype: torch.dtype, monkeypatch
     assert seen == [(2, 3), (2, 1), (2, 1)]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("company", [1, 3])
+def test_plain_generates_the_same_without_a_fast_decoder(
+    company: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass is the model's own, and `kernels/` is not asked for anything."""
+    model, sampling = talker(), Sampling(temperature, top_k=9, top_p=0.9, seed=7)
+    prompts = PROMPTS[:company]
+    expected = generate(model, prompts, 12, sampling)
+    asked: list[int] = []
+    monkeypatch.setattr("minift.kernels.fast_decoder", lambda *given: asked.append(given[4]))
+    assert generate(model, prompts, 12, sampling) == expected  # where it has none, the model's own pass is taken
+    assert asked == [11]
+    assert generate(model, prompts, 12, sampling, plain=True) == expected
+    assert [list(stream(model, prompt, 12, plain=True)) for prompt in prompts] == generate(model, prompts, 12)
+    generate(model, [prompts[0]], 1)  # a single token needs no decoder
+    assert asked == [11, 11]
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_greedy_is_the_slow_twins(kv_heads: int, tied: bool) -> None:
@@ -322,7 +342,7 @@ def test_sampling_depends_on_the_generator_alone() -> None:
     model = talker()
 
     def say(seed: int) -> list[list[int]]:
-        return generate(model, PROMPTS, 12, temperature=1.0, generator=torch.Generator().manual_seed(seed))
+        return generate(model, PROMPTS, 12, Sampling(temperature=1.0, seed=seed))
 
     torch.manual_seed(0)
     first = say(5)
@@ -347,15 +367,13 @@ def test_sampling_depends_on_the_generator_alone() -> None:
         ([[1]], {"top_p": 0.0}, "top_p"),
         ([[1]], {"top_p": 1.5}, "top_p"),
         ([[1]], {"top_p": math.nan}, "top_p"),
-        ([[1]], {"temperature": 1.0}, "generator"),
+        ([[1]], {"seed": -1}, "seed"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
-    prompts: list[list[int]], options: dict[str, float], culprit: str
+    prompts: list[list[int]], options: dict[str, Any], culprit: str
 ) -> None:
     model = talker()
-    arguments = {"max_new_tokens": 3, **options}
-    if "generator" not in culprit:
-        arguments["generator"] = torch.Generator()
+    sampling = {name: value for name, value in options.items() if name != "max_new_tokens"}
     with pytest.raises(InputError, match=culprit):
-        generate(model, prompts, **arguments)
+        generate(model, prompts, options.get("max_new_tokens", 3), Sampling(**sampling))

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift import reference
 from minift.config import LlamaConfig, RopeScaling, TrainConfig
-from minift.generate import sample
+from minift.generate import Sampling, sample
 from minift.kernels import attention as fused
 from minift.loss import _a_few_rows_at_a_time_, _all_rows_at_once_, next_token_loss, target_scores
 from minift.model import MLP, Attention, Llama, RMSNorm
@@ -670,7 +670,7 @@ def chi_squared(drawn: Tensor, log_probability: Tensor) -> tuple[float, float]:
 
 def draw(temperature: float, top_k: int, top_p: float, seed: int = 0) -> Tensor:
     rows = LOGITS.expand(DRAWS, -1)
-    return sample(rows, temperature, top_k, top_p, torch.Generator().manual_seed(seed))
+    return sample(rows, Sampling(temperature, top_k, top_p), torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -715,7 +715,7 @@ def test_the_comparison_of_probabilities_can_fail(
 )
 def test_sample_at_its_edges_takes_the_likeliest(temperature: float, top_k: int, top_p: float) -> None:
     rows = torch.randn(200, 50, generator=torch.Generator().manual_seed(8))
-    chosen = sample(rows, temperature, top_k, top_p, torch.Generator().manual_seed(9))
+    chosen = sample(rows, Sampling(temperature, top_k, top_p), torch.Generator().manual_seed(9))
     assert torch.equal(chosen, rows.argmax(-1))
 
 
@@ -723,7 +723,7 @@ def test_sample_leaves_its_logits_alone_and_rows_apart() -> None:
     rows = torch.stack((LOGITS, LOGITS.flip(0)))
     kept = rows.clone()
     generator = torch.Generator().manual_seed(4)
-    drawn = torch.stack([sample(rows, 1.0, 5, 0.9, generator) for _ in range(4_000)])
+    drawn = torch.stack([sample(rows, Sampling(1.0, 5, 0.9), generator) for _ in range(4_000)])
     assert torch.equal(rows, kept)
     for row in range(2):
         statistic, bound = chi_squared(drawn[:, row], reference.token_log_probability(rows[row], 1.0, 5, 0.9))
