@@ -29,7 +29,7 @@ from minift.config import LlamaConfig
 from minift.errors import need
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
-from minift.formats.opened import parameter_shapes
+from minift.formats.shapes import parameter_shapes
 from minift.values import size
 
 TOKENS = 8  # of the forward pass that touches every weight

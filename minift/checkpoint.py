@@ -30,6 +30,7 @@ from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.native import open_weights, write_native
 from minift.formats.peft import put_peft, read_adapter
+from minift.formats.shapes import model_without_weights
 from minift.lora import has_adapter, merge, merged_weights
 from minift.model import Llama
 from minift.storage.atomic import write_folder
@@ -114,8 +115,7 @@ def load_model(
             weights[name] = view
         else:  # also where two names share their bytes, which two parameters must not
             weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
-    with torch.device("meta"):  # shapes only; the tensors above become the parameters
-        model = Llama(opened.config)
+    model = model_without_weights(opened.config)  # the tensors above become its parameters
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -128,8 +128,7 @@ def model_without_memory(path: str | Path) -> Llama:
     """
     if is_adapter(Path(path)):
         raise InputError(f"{path}: is an adapter; make a model of it and its base with minift convert, to shard it")
-    with torch.device("meta"):
-        return Llama(open_model(path).config)
+    return model_without_weights(open_model(path).config)
 
 
 def weights_of(path: str | Path) -> Iterator[tuple[str, Tensor]]:

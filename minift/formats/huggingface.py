@@ -21,8 +21,9 @@ import torch
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.formats.files import Read, Specs, TensorFile, dtype_name
-from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors, parameter_shapes
+from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors
 from minift.formats.safetensors_file import write_safetensors
+from minift.formats.shapes import parameter_shapes
 from minift.values import read_json
 
 SHARD_BYTES = 5 * 10**9  # of weights in one file, as `transformers` 4 has it

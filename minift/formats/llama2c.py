@@ -22,7 +22,8 @@ from torch import Tensor
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.formats.files import Read, TensorFile, tensor_bytes
-from minift.formats.opened import Opened, Source, check_specs, parameter_shapes, rotary_heads, to_interleaved
+from minift.formats.opened import Opened, Source, check_specs, rotary_heads, to_interleaved
+from minift.formats.shapes import parameter_shapes
 from minift.rope import rope_frequencies
 
 MAGIC = 0x616B3432  # "ak42"

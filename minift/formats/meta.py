@@ -31,11 +31,11 @@ from minift.formats.opened import (
     check_names,
     check_specs,
     open_tensors,
-    parameter_shapes,
     rotary_heads,
     to_interleaved,
 )
 from minift.formats.pt_file import write_pt
+from minift.formats.shapes import parameter_shapes
 from minift.values import check_number, read_json
 
 # minift's name → (Meta's name, the axis along which ranks share it, or None where each has a copy).

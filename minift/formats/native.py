@@ -4,8 +4,9 @@ from pathlib import Path
 
 from minift.config import LlamaConfig
 from minift.formats.files import Read, Specs
-from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors, parameter_shapes
+from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors
 from minift.formats.pt_file import write_pt
+from minift.formats.shapes import parameter_shapes
 
 
 def open_native(folder: Path) -> Opened:

@@ -10,10 +10,9 @@ numbers is checked as they pass.
 Read next: `huggingface.py`, `meta.py`, `llama2c.py`, `native.py`.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from minift.errors import InputError
 from minift.formats.files import FLOATS, WINDOW, Spec, TensorFile, dtype_name
 from minift.formats.pt_file import open_pt
 from minift.formats.safetensors_file import open_safetensors
-from minift.model import Llama
+from minift.formats.shapes import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -134,22 +133,6 @@ def open_tensors(path: Path) -> TensorFile:
         InputError: for a file that is damaged, holds anything but named tensors, or needs the `hf` extra.
     """
     return TensorFile(path, open_safetensors if path.suffix == ".safetensors" else open_pt)
-
-
-@cache
-def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """minift's parameters: the shape of each, by name, in the model's order."""
-    with torch.device("meta"):  # one layer tells about all
-        model = Llama(dataclasses.replace(config, num_hidden_layers=1))
-    shapes: dict[str, tuple[int, ...]] = {}
-    layer = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith("layers.0.")}
-    for name, parameter in model.named_parameters():
-        if name not in layer:
-            shapes[name] = tuple(parameter.shape)
-        elif name == next(iter(layer)):
-            for i in range(config.num_hidden_layers):
-                shapes |= {name.replace(".0.", f".{i}.", 1): shape for name, shape in layer.items()}
-    return shapes
 
 
 def check_names(

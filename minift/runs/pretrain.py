@@ -17,6 +17,7 @@ from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError
 from minift.formats import shape_named
+from minift.formats.shapes import model_without_weights
 from minift.model import Llama
 from minift.pack import Batch
 from minift.runs.common import _check_length, _count, _machine, _place, _restarts, _run
@@ -91,8 +92,7 @@ def _pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool, wo
 
     random_numbers = torch.Generator().manual_seed(config.seed)
     if world.parallel == "fsdp":
-        with torch.device("meta"):
-            model = Llama(shape)
+        model = model_without_weights(shape)
     else:
         model = Llama(shape)
         model.init_weights(random_numbers)

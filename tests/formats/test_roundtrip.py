@@ -40,7 +40,8 @@ from minift.errors import InputError, RunError
 from minift.formats import files, huggingface, llama2c, meta, open_model
 from minift.formats.convert import convert
 from minift.formats.native import write_pt
-from minift.formats.opened import Opened, parameter_shapes, to_half_split, to_interleaved
+from minift.formats.opened import Opened, to_half_split, to_interleaved
+from minift.formats.shapes import parameter_shapes
 from minift.model import Llama
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer

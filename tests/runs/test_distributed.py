@@ -27,6 +27,7 @@ from minift.distributed.shards import _Unpickler
 from minift.distributed.world import World
 from minift.errors import InputError
 from minift.formats.convert import convert
+from minift.formats.shapes import model_without_weights
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.optim import learning_rate
@@ -54,8 +55,7 @@ def make_state(world: World, tied: bool = True, lora: bool = False, config: Trai
     source = small_model(dtype=torch.float64, tie_word_embeddings=tied)
     model = source
     if world.parallel == "fsdp":
-        with torch.device("meta"):
-            model = Llama(source.config).double()
+        model = model_without_weights(source.config).double()
     if lora:
         add_lora(model, LORA, torch.Generator().manual_seed(5))
     batches = PairBatches(examples(), 8, 2, seed=0, rank=world.rank, world=world.size)

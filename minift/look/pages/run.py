@@ -22,7 +22,7 @@ import torch
 from minift.config import FINETUNE, PRETRAIN, LlamaConfig, TrainConfig
 from minift.costs.flops import count_parameters, inference_memory, training_memory
 from minift.formats import open_model
-from minift.formats.opened import parameter_shapes
+from minift.formats.shapes import parameter_shapes
 from minift.look.pages.curves import curves_of, svg
 from minift.look.pages.document import document, table, text
 from minift.look.report import LABELS, number
