@@ -20,7 +20,7 @@ kernels come on top.
 
     minift info --model bundled
 
-Read next: `costs/scaling.py`, for what several processes send each other.
+Read next: `costs/communication.py`, for what several processes send each other.
 """
 
 from dataclasses import dataclass

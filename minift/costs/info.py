@@ -18,7 +18,7 @@ from minift.costs.flops import (
     training_flops_per_token,
     training_memory,
 )
-from minift.costs.scaling import ALONE, CARD_BYTES, plan
+from minift.costs.communication import ALONE, CARD_BYTES, plan
 from minift.errors import InputError
 from minift.formats import Opened, open_model, shape_named
 from minift.formats.files import dtype_name

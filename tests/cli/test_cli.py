@@ -30,7 +30,7 @@ COMMANDS = ["finetune", "pretrain", "generate", "compare", "evaluate", "tokenize
 
 # Each field's value here is neither its default nor that of a job, but a run of one step goes through with it.
 EVERY_FLAG: dict[str, Any] = {
-    "parallel": "auto",  # another value wants torchrun (test_scaling.py)
+    "parallel": "auto",  # another value wants torchrun (test_communication.py)
     "steps": 1,
     "epochs": None,  # excludes steps; it has a run of its own
     "batch_size": 3,

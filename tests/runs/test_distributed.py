@@ -20,7 +20,7 @@ from torch import Tensor
 from minift.checkpoint import load_model, model_without_memory, save_model, weights_of
 from minift.config import TrainConfig
 from minift.costs.flops import count_parameters, training_memory
-from minift.costs.scaling import communication
+from minift.costs.communication import communication
 from minift.data.batches import PairBatches
 from minift.distributed.sharding import fill, own_part, put, whole
 from minift.distributed.shards import _Unpickler

@@ -11,7 +11,7 @@ import pytest
 
 from minift.config import LlamaConfig
 from minift.costs.flops import count_parameters, training_flops_per_token
-from minift.costs.scaling import ALONE, CARD_FLOPS, LINK, NETWORK_BANDWIDTH, Collective, communication, plan
+from minift.costs.communication import ALONE, CARD_FLOPS, LINK, NETWORK_BANDWIDTH, Collective, communication, plan
 from tests.helpers import ROOT
 
 SEVEN = LlamaConfig.preset("llama2-7b")
