@@ -1,4 +1,4 @@
-"""The ledger of memory of `minift info` (`flops.training_memory`) beside what a training step really holds.
+"""The ledger of memory of `minift info` (`costs/memory.py`) beside what a training step really holds.
 
 The ledger is for the fullest moment of a step: all gradients are there from the micro-batches before, and the forward
 pass has just left all its activations behind. So a step of two micro-batches is taken, each shape and dtype in a
@@ -27,7 +27,7 @@ from benchmarks import arguments, process, record
 from benchmarks.alive import CAST, Memory, watch_step
 from benchmarks.job import Job, add_data_arguments, begin, pages, settings, take_step
 from minift.config import LlamaConfig
-from minift.costs.flops import training_memory
+from minift.costs.memory import training_memory
 from minift.errors import InputError
 from minift.values import size
 

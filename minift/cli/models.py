@@ -234,7 +234,7 @@ def add_info(commands: Any) -> None:
     command.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows that the ledger counts (1)")
     command.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (all positions, up to 4096)")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="that the ledger is for")
-    command.add_argument("--world", type=int, metavar="N", help="add a plan on paper for N H200s")
+    command.add_argument("--world", type=int, metavar="N", help="count what N processes send each other in a step")
     command.add_argument("--json", metavar="FILE", help="write the same to FILE, in bytes")
 
 

@@ -1,5 +1,8 @@
-"""The promise of `minift info --world` and of `benchmarks scale`: a plan whose parts can be checked by hand, and a
-measurement in which both sides train the same."""
+"""The promise of `minift info --world` and of `benchmarks scale`: messages whose bytes can be checked by hand, and a
+measurement in which all sides train the same.
+
+`runs/test_distributed.py` holds the same formulas against the collectives of a running step.
+"""
 
 import json
 import subprocess
@@ -10,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from minift.config import LlamaConfig
-from minift.costs.flops import count_parameters, training_flops_per_token
-from minift.costs.communication import ALONE, CARD_FLOPS, LINK, NETWORK_BANDWIDTH, Collective, communication, plan
+from minift.costs.communication import Collective, communication
+from minift.costs.flops import count_parameters
+from minift.values import size
 from tests.helpers import ROOT
 
 SEVEN = LlamaConfig.preset("llama2-7b")
@@ -32,32 +36,16 @@ def test_a_ring_sends_what_simulating_it_sends(ranks: int) -> None:
     assert Collective(1, nbytes).sent("all-reduce", ranks) == 2 * rounds * 24
 
 
-def test_a_plan_adds_up_by_hand() -> None:
-    """70B on 16 cards: twice all weights in bfloat16 and the gradients in float32, through the network."""
-    found = plan(SEVENTY, 16, 4_096)
-    assert found is not None
-    assert found.parallel == "fsdp"
+def test_what_fsdp_sends_adds_up_by_hand() -> None:
+    """70B among 16 ranks: each layer twice in bfloat16, and the gradients once in float32; no size needs padding."""
     root = 2 * 32_000 * 8_192 + 8_192
     layers = count_parameters(SEVENTY).total - root
-    sent = (2 * 2 * layers + 4 * root + 4 * layers + 4 * root) * 15 / 16
-    assert found.sent_bytes[0] == 0
-    assert found.sent_bytes[1] == pytest.approx(sent, rel=1e-3)
-    assert found.communication_seconds == pytest.approx(sent / (LINK * NETWORK_BANDWIDTH), rel=1e-3)
-    compute = 4_096 * training_flops_per_token(SEVENTY, 4_096) / (ALONE * CARD_FLOPS)
-    assert found.compute_seconds == pytest.approx(compute)
-    assert found.mfu == pytest.approx(ALONE * compute / found.communication_seconds, rel=1e-3)
-
-
-def test_what_fits_and_what_does_not() -> None:
-    assert [(p := plan(SEVEN, cards, 4_096)) and p.parallel for cards in (1, 8, 1_024)] == [
-        "alone",
-        "ddp",
-        "fsdp x ddp",
-    ]
-    assert plan(SEVENTY, 8, 4_096) is None
-    memory = [found.card_bytes for cards in (16, 64, 256) if (found := plan(SEVENTY, cards, 4_096))]
-    assert memory == sorted(memory, reverse=True)
-    assert len(memory) == 3
+    found = communication(SEVENTY, "fsdp", 16, "bfloat16")
+    assert found["all-gather"] == Collective(2 * 80 + 1, 2 * 2 * layers + 4 * root)
+    assert found["reduce-scatter"] == Collective(80 + 1, 4 * layers + 4 * root)
+    assert found["all-reduce"] == Collective(1, 4 * (9 * 80 + 3))
+    sent = sum(each.sent(kind, 16) for kind, each in found.items())
+    assert sent == pytest.approx((2 * 2 * layers + 4 * root + 4 * layers + 4 * root) * 15 / 16, rel=1e-6)
 
 
 def test_ddp_sends_once_and_fsdp_for_each_micro_batch() -> None:
@@ -68,15 +56,25 @@ def test_ddp_sends_once_and_fsdp_for_each_micro_batch() -> None:
     assert four["reduce-scatter"] == once["reduce-scatter"]
 
 
-def test_info_prints_the_plan(minift: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    done = minift("info", "--config", "llama2-70b", "--world", "64", "--json", tmp_path / "info.json")
+def test_info_prints_the_messages(minift: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    done = minift("info", "--config", "llama2-7b", "--world", "8", "--json", tmp_path / "info.json")
     assert done.returncode == 0, done.stderr
-    assert "on 64 H200s, on paper" in done.stdout
-    values = json.loads((tmp_path / "info.json").read_text())["plan"]
-    assert values["cards"] == 64
-    assert f"expected MFU {values['mfu']:.2f}" in done.stdout
-    small = minift("info", "--config", "llama2-70b", "--world", "2")
-    assert "so many H200s cannot hold it" in small.stdout
+    values = json.loads((tmp_path / "info.json").read_text())
+    assert values["world"] == 8
+    assert "messages of a step, 8 processes" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("ddp", "fsdp"))]
+    for parallel, kinds in values["messages"].items():
+        expected = communication(SEVEN, parallel, 8, "bfloat16")
+        assert kinds.keys() == expected.keys()
+        for kind, each in expected.items():
+            sent = each.sent(kind, 8)
+            assert kinds[kind] == {"calls": each.calls, "bytes": each.nbytes, "sent_by_each": sent}
+            row = next(line for line in lines if line.startswith(f"{parallel}, {kind}"))
+            assert row.split()[2:] == f"{each.calls} {size(each.nbytes)} {size(sent)}".split()
+    assert len(lines) == 4
+    alone = minift("info", "--config", "llama2-7b", "--json", tmp_path / "alone.json")
+    assert "messages" not in alone.stdout
+    assert "messages" not in json.loads((tmp_path / "alone.json").read_text())
     wrong = minift("info", "--config", "llama2-7b", "--world", "0")
     assert (wrong.returncode, wrong.stderr) == (2, "minift: error: world is 0; it must be at least 1\n")
 

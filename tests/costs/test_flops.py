@@ -27,11 +27,10 @@ from minift.config import PRESETS, PRETRAIN, LlamaConfig, TrainConfig
 from minift.costs.flops import (
     count_parameters,
     forward_flops_per_token,
-    inference_memory,
     peak_flops,
     training_flops_per_token,
-    training_memory,
 )
+from minift.costs.memory import inference_memory, training_memory
 from minift.data.batches import PairBatches
 from minift.formats.convert import convert
 from minift.formats.files import TensorFile
@@ -369,7 +368,7 @@ def test_info_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_the_page_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = told(tmp_path / "info.json", "--config", "bundled", "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
-    totals = [line.split()[2:] for line in lines if line.startswith("in all")]
+    totals = [line.split()[1:] for line in lines if line.startswith("total")]
     for row, ledgers in zip(totals, (found["training_memory"], found["inference_memory"]), strict=True):
         cells = [float(value) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit] for value, unit in zip(row[::2], row[1::2])]  # noqa: B905
         for cell, ledger in zip(cells, ledgers.values(), strict=True):

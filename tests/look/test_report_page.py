@@ -18,7 +18,8 @@ import pytest
 from minift.cli import _parser, main
 from minift.cli.train import train_options
 from minift.config import FINETUNE, PRETRAIN, LlamaConfig
-from minift.costs.flops import count_parameters, training_memory
+from minift.costs.flops import count_parameters
+from minift.costs.memory import training_memory
 from minift.look.pages.curves import COLUMNS, Curves, curves_of, powers_of_ten, svg, thinned, ticks
 from minift.look.pages.document import data, text
 from minift.look.pages.run import run_command, run_page

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from minift.checkpoint import load_model, model_without_memory, save_model, weights_of
 from minift.config import TrainConfig
-from minift.costs.flops import count_parameters, training_memory
+from minift.costs.flops import count_parameters
+from minift.costs.memory import training_memory
 from minift.costs.communication import communication
 from minift.data.batches import PairBatches
 from minift.distributed.sharding import fill, own_part, put, whole

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from minift.config import FINETUNE, PRETRAIN, LlamaConfig, TrainConfig
-from minift.costs.flops import count_parameters, inference_memory, training_memory
+from minift.costs.flops import count_parameters
+from minift.costs.memory import inference_memory, training_memory
 from minift.formats import open_model
 from minift.formats.shapes import parameter_shapes
 from minift.look.pages.curves import curves_of, svg
@@ -179,14 +180,14 @@ def _training_ledger(shape: LlamaConfig, config: TrainConfig, trained: int | Non
         f"Bytes that a step needs at most, on paper: {config.batch_size:,} rows of {config.max_length:,} tokens. "
         "Short pairs share rows, so that it is less."
     )
-    rows = [[text(name), size(nbytes)] for name, nbytes in {**ledger, "in all": sum(ledger.values())}.items()]
+    rows = [[text(name), size(nbytes)] for name, nbytes in {**ledger, "total": sum(ledger.values())}.items()]
     return "<h2>Memory</h2>\n" + table(["what for", "bytes"], rows, text(caption))
 
 
 def _inference_ledger(shapes: Sequence[LlamaConfig]) -> str:
     ledgers = [inference_memory(shape, "float32", 1, shape.max_position_embeddings) for shape in shapes]
     rows = [[text(name), *(size(ledger[name]) for ledger in ledgers)] for name in ledgers[0]]
-    rows.append(["in all", *(size(sum(ledger.values())) for ledger in ledgers)])
+    rows.append(["total", *(size(sum(ledger.values())) for ledger in ledgers)])
     caption = "Bytes that each model takes in float32 with a text as long as it can read, on paper"
     return "<h2>Memory</h2>\n" + table(["what for", "before", "after"], rows, caption)
 
