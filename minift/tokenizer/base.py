@@ -1,147 +1,131 @@
-"""Text ⇄ ids: encode, decode, and train a new vocabulary.
+"""Text to ids and back: what every tokenizer does here, whatever file it comes from.
 
-A tokenizer cuts text into pieces that it knows by number. Two kinds are read: SentencePiece's `tokenizer.model`, here,
-and Hugging Face's `tokenizer.json`, in `tokenizer/huggingface.py`. Llama's way has three habits that matter downstream:
+A tokenizer cuts a text into pieces and gives the number of each, its *id*. Three habits of Llama's vocabularies matter:
 
-* a space is part of the piece that follows it ("▁Mexico"), and a text's *first* piece gets such a space too, so
-  that a word has the same id at the start of a text and inside it (Llama 3's byte-level pieces add none);
-* a character without a piece falls back to its UTF-8 bytes (`<0x0A>` is the newline), so nothing is unknown;
-* BOS and EOS are ids that no text can produce: `encode("<s>")` is three characters, not BOS. In a `tokenizer.json`
-  there are *added* tokens too (`<|im_start|>`), which a text does produce, as chat templates need it; `special=False`
-  is for text from strangers, in which they are only characters.
+* A space belongs to the piece that follows it ("▁Mexico"). The *first* piece of a text gets such a space too, so that a
+  word has the same id at the start of a text and inside it. (Llama 3's vocabulary adds none.)
+* A character without a piece is spelled by its UTF-8 bytes (`<0x0A>` is the line break), so no text is unknown.
+* BOS and EOS are ids for the two ends of a document. To SentencePiece the text "<s>" is three characters, never BOS. A
+  `tokenizer.json` finds the names of its *added tokens*, such as `<|im_start|>`, as chat templates need it; the text of
+  the data is encoded with `special=False`, and then they are only characters.
 
-The added first space is why there are two ways to encode. `encode` is for a text that stands alone.
-`encode_continuation` is for text that continues another text: nothing is added, so that
-`ids(prompt) + continuation_ids(answer)` stands for exactly the characters `prompt + answer` (see `prompts.py`).
+The added space is why there are two ways to encode. `encode` is for a text on its own, `encode_continuation` for a text
+that continues another: it adds nothing, so that `encode(prompt) + encode_continuation(answer)` decodes to exactly
+`prompt + answer`. With the bundled vocabulary:
 
-    minift tokenizer show "What is the capital of Mexico?"
+    encode("Mexico City")                  <s> 1   ▁Mexico 1184   ▁City 779
+    encode_continuation(" Mexico City")    ▁Mexico 1184   ▁City 779
+    encode_continuation("Mexico City")     M 2014   e 1982   x 2031   ico 1181   ▁City 779
 
-Source: Kudo & Richardson, "SentencePiece" (arXiv 1808.06226). Read next: `tokenizer/word_cache.py`.
+Try it: minift tokenizer show "What is the capital of Mexico?"
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minift.config import LlamaConfig
 from minift.errors import InputError
 
 
 class Tokenizer(ABC):
-    """Text to ids and back, whatever the kind of vocabulary.
+    """A vocabulary, and the way from text to ids and back."""
 
-    Attributes:
-        vocab_size: every id is below it.
-        bos_id, eos_id: the ids that begin and end a document.
-        files: the bytes of the tokenizer's files by name, so that every save can carry a copy.
-    """
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    files: Mapping[str, bytes]
-    _anchor: list[int]
-    _adds_space: bool
-
-    def _probe(self, where: str) -> None:
-        """Find out how this vocabulary treats the start of a text. Raises InputError for one that changes texts."""
-        # Text after this newline gets no added space, because it is not at the start. See `encode_continuation`.
-        self._anchor = self._ids("\n", special=False)
-        self._adds_space = self._ids("\na", special=False) != self._anchor + self._ids("a", special=False)
-        if self._text(self._anchor) != "\n":
-            raise InputError(f"{where}: drops line breaks; minift needs a tokenizer that keeps a text as it is")
+    vocab_size: int  # every id is below it
+    bos_id: int  # the id that begins a document
+    eos_id: int  # the id that ends a document
+    files: Mapping[str, bytes]  # the content of the tokenizer's files by name: they are saved with a model
+    _anchor: list[int]  # the ids of a line break, after which no space is added; empty if none ever is
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
-        """The ids of a text that stands alone, with BOS in front and, if asked, EOS behind.
+        """Return the ids of a text on its own, after BOS and, if asked for, before EOS.
 
-        Args:
-            special: whether the name of a special token, such as `<|im_start|>`, stands for that token. (SentencePiece
-                never takes a text so.)
-
-        Raises:
-            InputError: for a string that is not Unicode text (half a surrogate pair).
+        With `special`, the name of an added token, such as `<|im_start|>`, is that token. Raises InputError for a
+        string that is not Unicode text, because it holds half a surrogate pair.
         """
-        ids = self._checked_ids(text, special)
-        if special and ids[:1] == [self.bos_id]:  # a chat's text may begin with the name of BOS: there is exactly one
-            bos = False
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        _check_unicode(text)
+        ids = self._ids(text, special)
+        if bos and not (special and ids[:1] == [self.bos_id]):  # a chat template may have written BOS itself
+            ids = [self.bos_id, *ids]
+        return [*ids, self.eos_id] if eos else ids
 
     def encode_continuation(self, text: str, eos: bool = False, special: bool = True) -> list[int]:
-        """The ids of a text that continues another one: no BOS, and no space added in front.
+        """Return the ids of a text that continues another one: no BOS, no added space. Raises InputError as `encode`.
 
-        Where a space would be added, the text is encoded behind a newline, whose ids are then taken off again: newlines
-        are byte pieces in Llama's vocabulary and never merge with what follows. Raises InputError as `encode`.
+        Where the vocabulary adds a space, the text is encoded after a line break, and the ids of that are removed: in
+        Llama's vocabulary a line break is a byte, which never merges with what follows.
         """
-        if not self._adds_space:
-            return self._checked_ids(text, special) + [self.eos_id] * eos
-        anchored = self._checked_ids("\n" + text, special)
-        if anchored[: len(self._anchor)] != self._anchor:
-            raise InputError("this tokenizer joins a line break with what follows it; minift cannot mask such a prompt")
-        return anchored[len(self._anchor) :] + [self.eos_id] * eos
+        _check_unicode(text)
+        start = len(self._anchor)
+        ids = self._ids("\n" + text if start else text, special)
+        if ids[:start] != self._anchor:
+            raise InputError("this tokenizer joins a line break with what follows it; minift cannot mask its prompts")
+        return [*ids[start:], self.eos_id] if eos else ids[start:]
 
-    def encode_documents(self, texts: Sequence[str]) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
-        """The ids of many texts, each with BOS and EOS, and special tokens as characters: faster than one by one.
+    def encode_documents(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the ids of many texts, one text after the other, and how many ids each has.
 
-        Returns:
-            ids: int32, those of all texts one behind the other.
-            lengths: int64, of each text.
-
-        Raises:
-            InputError: as `encode`.
+        Every text gets BOS and EOS, and added tokens are only characters. This is faster than `encode` for each.
         """
         for text in texts:
             _check_unicode(text)
         encoded = self._many_ids(texts)
         bos, eos = np.array([self.bos_id], np.int32), np.array([self.eos_id], np.int32)
-        return np.concatenate([part for ids in encoded for part in (bos, ids, eos)]), np.array(
-            [len(ids) + 2 for ids in encoded]
-        )
+        ids = np.concatenate([part for ids in encoded for part in (bos, ids, eos)])
+        return ids, np.array([len(ids) + 2 for ids in encoded])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids that begin a text. BOS and EOS leave no trace. Raises InputError for an id out of range."""
-        return self._text(self._text_ids(ids))
+        """Return the text of ids that begin a text, BOS and EOS left out. Raises InputError for an id out of range."""
+        return self._text(self._without_bos_and_eos(ids))
 
     def decode_continuation(self, ids: Sequence[int]) -> str:
-        """The inverse of `encode_continuation`: a leading space is kept."""
-        if not self._adds_space:
-            return self.decode(ids)
-        return self._text(self._anchor + self._text_ids(ids))[1:]
+        """Return the text of ids that continue another text: the inverse of `encode_continuation`."""
+        text = self._text(self._anchor + self._without_bos_and_eos(ids))
+        return text[1:] if self._anchor else text
 
     @abstractmethod
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The pieces as they stand in the vocabulary, for people to look at ("▁" or "Ġ" is a space)."""
+        """Return the pieces as the vocabulary writes them, for people to look at ("▁" or "Ġ" is a space)."""
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into `folder`."""
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
+    def __repr__(self) -> str:
+        kind, (bos, eos) = type(self).__name__, self.pieces([self.bos_id, self.eos_id])
+        return f"<{kind}: {self.vocab_size} ids, BOS {self.bos_id} {bos!r}, EOS {self.eos_id} {eos!r}>"
+
     @abstractmethod
     def _ids(self, text: str, special: bool) -> list[int]:
-        """The ids of Unicode text, nothing added but what the vocabulary itself adds."""
+        """Return the ids of Unicode text, with the added space if the vocabulary adds one."""
 
     @abstractmethod
     def _text(self, ids: list[int]) -> str:
-        """The text of ids that are in range."""
+        """Return the text of ids that are in range."""
 
-    def _many_ids(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
-        return [np.array(self._checked_ids(text, special=False), np.int32) for text in texts]
+    def _many_ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        return [np.array(self._ids(text, special=False), np.int32) for text in texts]
 
-    def _checked_ids(self, text: str, special: bool) -> list[int]:
-        _check_unicode(text)
-        return self._ids(text, special)
+    def _set_anchor(self, where: str) -> None:
+        """Find out what the vocabulary does at a text's start. Raises InputError for one that drops line breaks."""
+        line_break = self._ids("\n", special=False)
+        if self._text(line_break) != "\n":
+            raise InputError(f"{where}: drops line breaks; minift needs a tokenizer that keeps a text as it is")
+        adds_space = self._ids("\na", special=False) != line_break + self._ids("a", special=False)
+        self._anchor = line_break if adds_space else []
+
+    def _without_bos_and_eos(self, ids: Sequence[int]) -> list[int]:
+        return [id for id in self._checked(ids) if id not in (self.bos_id, self.eos_id)]
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         for id in ids:
             if not 0 <= id < self.vocab_size:
                 raise InputError(f"id {id} is outside the tokenizer's vocabulary of {self.vocab_size}")
         return [int(id) for id in ids]
-
-    def _text_ids(self, ids: Sequence[int]) -> list[int]:
-        return [id for id in self._checked(ids) if id not in (self.bos_id, self.eos_id)]
 
 
 def _check_unicode(text: str) -> None:
@@ -152,11 +136,10 @@ def _check_unicode(text: str) -> None:
 
 
 class TextStream:
-    """The text of ids that come one by one: shown as soon as it is certain, and never half a character.
+    """The text of ids that come one by one, each part as soon as it is certain.
 
     A character may be spread over several ids; until its last one has come, `add` returns the empty string. The parts
-    joined are the text of the whole, leading space included. (Where ids end inside a character, a `tokenizer.json` with
-    byte fallback gives up the whole run of bytes in `decode`; here the characters before it have been shown.)
+    joined are what `decode_continuation` gives for all the ids, unless these end inside a character.
 
         stream = TextStream(tokenizer)
         for id in generate.stream(model, prompt, 64):
@@ -169,37 +152,33 @@ class TextStream:
         self._waiting: list[int] = []
 
     def add(self, id: int) -> str:
-        """The text that this id completes."""
+        """Return the text that this id completes."""
         self._waiting.append(id)
         text = self._tokenizer.decode_continuation(self._waiting)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the start of a character, or (rarely) that character itself
             return ""
-        self._waiting.clear()
+        self._waiting = []
         return text
 
     def end(self) -> str:
-        """What was still waiting: empty, unless the text ends inside a character."""
-        text = self._tokenizer.decode_continuation(self._waiting)
-        self._waiting.clear()
+        """Return the text that still waits: empty, unless the ids end inside a character."""
+        text, self._waiting = self._tokenizer.decode_continuation(self._waiting), []
         return text
 
 
-def check_fit(shape: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> None:
+def check_fit(config: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> None:
     """Raise InputError unless a tokenizer and a model belong together.
 
-    The tokenizer must not know ids that the model lacks, and their BOS and EOS must be the same. A published model may
-    have spare ids; where a model is made for a tokenizer (`exact`), it has as many.
+    The tokenizer must know no id that the model lacks, and their BOS and EOS must be the same. A published model may
+    have spare ids; a model that is made for a tokenizer (`exact`) has none.
     """
-    if tokenizer.vocab_size > shape.vocab_size or (exact and tokenizer.vocab_size != shape.vocab_size):
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {shape.vocab_size}: "
-            "they do not fit"
-        )
-    if shape.bos_token_id != tokenizer.bos_id:
-        raise InputError(
-            f"the model's bos_token_id is {shape.bos_token_id}, the tokenizer's is {tokenizer.bos_id}: they do not fit"
-        )
-    if tokenizer.eos_id not in shape.eos_token_ids:
-        raise InputError(
-            f"the model's eos_token_id is {shape.eos_token_id}, the tokenizer's is {tokenizer.eos_id}: they do not fit"
-        )
+    spare = config.vocab_size - tokenizer.vocab_size
+    if spare < 0 or (exact and spare):
+        found = f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {config.vocab_size}"
+    elif config.bos_token_id != tokenizer.bos_id:
+        found = f"the model's bos_token_id is {config.bos_token_id}, the tokenizer's is {tokenizer.bos_id}"
+    elif tokenizer.eos_id not in config.eos_token_ids:
+        found = f"the model's eos_token_id is {config.eos_token_id}, the tokenizer's is {tokenizer.eos_id}"
+    else:
+        return
+    raise InputError(f"{found}: they do not fit; give the tokenizer that the model was trained with")

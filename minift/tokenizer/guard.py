@@ -1,4 +1,4 @@
-"""What a tokenizer.json may ask for."""
+"""What a `tokenizer.json` of unknown origin may not hold: parts on which the package `tokenizers` hangs or crashes."""
 
 import json
 import re
@@ -7,35 +7,35 @@ from typing import Any
 
 from minift.errors import InputError
 
-# What an expression of Oniguruma consists of, as far as it matters here: an escaped character (or a \p{…}), a class of
-# characters (which may hold others), the borders of a group, a choice, a quantifier, any other character.
+# The parts of a regular expression of Oniguruma, as far as they matter here: an escaped character (or a \p{…}), the
+# ends of a class of characters (which may hold classes), the ends of a group, a choice, a quantifier, any other one.
 _PARTS = re.compile(
     r"\\[pP]\{[^}]*\}|\\.|\[|\]|\((?:\?[^:=!>()]*[:=!>])?|\)|\||[*+?][?+]?|\{\d*,?\d*\}[?+]?|.", re.DOTALL
 )
-_ONCE = ("?", "??", "?+", "{1}", "{0,1}", "{,1}")
+_AT_MOST_ONCE = ("?", "??", "?+", "{1}", "{0,1}", "{,1}")
 
 
-def _check_values(text: str, where: str) -> None:
-    """Raise InputError for what the package takes, and then does not come back from, or breaks down over.
+def check_pipeline(text: str, where: str) -> None:
+    """Raise InputError for a `tokenizer.json` that the package accepts, and then never returns from, or crashes on.
 
-    The expressions `(a+)+` and `(a|aa)+` match a text of n letters in 2ⁿ ways, all of which are tried where a match
-    fails in the end; and a decoder that strips the end of a text breaks down where it is shorter. No published
-    tokenizer has such things; with a hostile one, some word of somebody's data would end a run.
+    The expressions `(a+)+` and `(a|aa)+` match a text of n letters in 2ⁿ ways, and a match that fails in the end tries
+    them all. A decoder that strips the end of a text crashes where the text is shorter. No published tokenizer has such
+    parts; in a hostile one, some word of the user's data would end a run.
     """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        return  # which the package refuses by itself
+        return  # the package refuses it
     for entry in _objects(values):
         pattern, count = entry.get("Regex"), entry.get("type") == "Strip" and entry.get("stop")
-        if isinstance(pattern, str) and _repeats_what_varies(pattern):
+        if isinstance(pattern, str) and may_match_forever(pattern):
             raise InputError(f"{where}: the expression {pattern!r} repeats a part that varies, and may never end")
         if count:
-            raise InputError(f"{where}: its decoder strips {count!r} characters off a text's end, which may have none")
+            raise InputError(f"{where}: its decoder strips {count!r} characters off a text's end, which may be shorter")
 
 
 def _objects(values: Any) -> Iterator[dict[str, Any]]:
-    """All objects in a JSON value."""
+    """Yield all objects in a JSON value, however deep."""
     waiting: list[Any] = [[values]]
     while waiting:
         value = waiting.pop()
@@ -45,14 +45,18 @@ def _objects(values: Any) -> Iterator[dict[str, Any]]:
         waiting.extend(inner for inner in value if isinstance(inner, dict | list))
 
 
-def _repeats_what_varies(pattern: str) -> bool:
-    """Whether a group that holds a choice or a quantifier has a quantifier itself, other than one that means once."""
-    varies = [False]  # whether each open group does, the whole expression first
-    in_class, closed = 0, False  # depth of classes; whether the last part was the end of a group that varies
+def may_match_forever(pattern: str) -> bool:
+    """Return whether an expression repeats a group that holds a choice or a quantifier.
+
+    Only such an expression can match one text in exponentially many ways. Quantifiers that mean "at most once" are
+    harmless.
+    """
+    varies = [False]  # for each open group, whether it holds a choice or a quantifier; the first is the expression
+    class_depth, closed = 0, False  # `closed`: the last part was the end of a group that varies
     for part in _PARTS.findall(pattern):
         quantifier = part[0] in "*+?" or (part[0] == "{" and len(part) > 1)
-        if in_class or part == "[":
-            in_class += (part == "[") - (part == "]")
+        if class_depth or part == "[":
+            class_depth += (part == "[") - (part == "]")
             closed = False
         elif part[0] == "(":
             varies.append(False)
@@ -61,7 +65,7 @@ def _repeats_what_varies(pattern: str) -> bool:
             closed = varies.pop()
             varies[-1] |= closed
         elif quantifier:
-            if closed and part not in _ONCE:
+            if closed and part not in _AT_MOST_ONCE:
                 return True
             varies[-1] |= part[0] != "{" or "," in part
         else:

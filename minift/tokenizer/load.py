@@ -1,15 +1,18 @@
-"""The tokenizer of a model's folder."""
+"""The tokenizer of a model's folder, whichever kind it is."""
 
 from pathlib import Path
 
 from minift.errors import InputError
 from minift.storage.links import check_links
-from minift.storage.names import base_of, is_adapter
+from minift.storage.names import base_of, is_adapter, model_path
 from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.huggingface import JsonTokenizer
+from minift.tokenizer.make_json import make_json
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
+from minift.tokenizer.special import added_tokens, named_ids
 
-# Everything that a tokenizer may consist of. All of it travels with every save, used here or not: chat templates and
-# added tokens are what other tools need to go on with the model.
+# Everything that a tokenizer may consist of. All of it is saved with a model, used here or not: other tools need chat
+# templates and added tokens to use the model.
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -22,52 +25,59 @@ TOKENIZER_FILES = (
 _KINDS = ("tokenizer.json", "tokenizer.model")
 
 
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The bytes of a folder's tokenizer files, by name."""
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model's folder, beside a model's `.bin` file, or in a tokenizer's own file.
+    """Open the tokenizer in a model's folder, in the folder of a model's `.bin` file, or in a tokenizer's own file.
 
-    Where a folder has both kinds, `tokenizer.json` counts: that is what `transformers` uses.
+    `path` may also be "bundled", or a name on Hugging Face's hub whose files are in the cache of this machine. In a
+    folder with both kinds of tokenizer, `tokenizer.json` is opened, because `transformers` uses that.
 
     Raises:
         InputError: when there is none, the file is damaged, or a `tokenizer.json` needs the `hf` extra.
     """
-    path = Path(path)
-    named = not path.is_dir() and path.suffix != ".bin"  # the file itself, not something in its folder
+    path = model_path(path)
+    of_model = path.is_dir() or path.suffix == ".bin"  # otherwise it is the tokenizer's own file
     folder = path if path.is_dir() else path.parent
-    file = path if named else next((folder / n for n in _KINDS if (folder / n).is_file()), None)
+    file = next((folder / name for name in _KINDS if (folder / name).is_file()), None) if of_model else path
     if file is None:
-        if is_adapter(folder):  # the tokenizer is that of the model which it is for
+        if is_adapter(folder):
             return load_tokenizer(base_of(folder))
         raise InputError(
             f"{folder}: has no tokenizer.model and no tokenizer.json; put the model's there "
             "(or make a folder of both with minift convert --tokenizer)"
         )
     try:
-        if not named:
+        if of_model:
             check_links(folder, () if path.is_dir() else TOKENIZER_FILES)
         content = file.read_bytes()
         files = tokenizer_files(folder)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
-    from minift.tokenizer.huggingface import JsonTokenizer, with_added_tokens
-    from minift.tokenizer.special import added_tokens, named_ids
-
     if file.suffix == ".json":
-        if file.name != "tokenizer.json":
-            files = {"tokenizer.json": content}
-        try:
-            return JsonTokenizer(content.decode(), folder, files)
-        except UnicodeDecodeError:
-            raise InputError(f"{file}: not UTF-8 text") from None
-    if named:
-        return SentencePieceTokenizer(content, str(file))
+        return _from_json(file, content, files)
+    if of_model:
+        return _from_model_folder(file, content, files)
+    return SentencePieceTokenizer(content, str(file))
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of a folder's tokenizer files, by name."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def _from_json(file: Path, content: bytes, files: dict[str, bytes]) -> JsonTokenizer:
+    if file.name != "tokenizer.json":
+        files = {"tokenizer.json": content}
+    try:
+        return JsonTokenizer(content.decode(), file.parent, files)
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not UTF-8 text") from None
+
+
+def _from_model_folder(file: Path, content: bytes, files: dict[str, bytes]) -> Tokenizer:
+    """Open a `tokenizer.model` together with what the other files of its folder say about special tokens."""
     tokenizer = SentencePieceTokenizer(content, str(file), files)
-    if any(id >= tokenizer.vocab_size for id in added_tokens(folder)):
-        return with_added_tokens(tokenizer, folder)
-    special = named_ids(folder, tokenizer.piece_id)
-    tokenizer.bos_id, tokenizer.eos_id = special.get("bos", tokenizer.bos_id), special.get("eos", tokenizer.eos_id)
+    if any(id >= tokenizer.vocab_size for id in added_tokens(file.parent)):  # only a tokenizer.json can hold these
+        return JsonTokenizer(make_json(tokenizer), file.parent, files, (tokenizer.bos_id, tokenizer.eos_id))
+    named = named_ids(file.parent, tokenizer.piece_id)
+    tokenizer.bos_id, tokenizer.eos_id = named.get("bos", tokenizer.bos_id), named.get("eos", tokenizer.eos_id)
     return tokenizer

@@ -1,16 +1,22 @@
-"""SentencePiece's tokenizer.model."""
+"""The tokenizer of Llama 1 and 2, and of the bundled base: SentencePiece's `tokenizer.model`, read and trained.
+
+The file holds a vocabulary of pieces with scores. A text begins as single characters; the two neighbours whose joined
+piece has the best score are merged, again and again, until no two neighbours make a piece (byte-pair encoding).
+
+Source: Kudo & Richardson, "SentencePiece" (arXiv 1808.06226).
+"""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
 from minift.errors import InputError
 from minift.tokenizer.base import Tokenizer
-from minift.tokenizer.word_cache import WordCache, fits
+from minift.tokenizer.word_cache import WordCache, merges_stay_in_words
 from minift.values import check_number
 
 
@@ -18,8 +24,12 @@ class SentencePieceTokenizer(Tokenizer):
     """A `tokenizer.model`.
 
     Args:
-        serialized: the bytes of that file.
-        files: further files that belong to it, by name.
+        serialized: the content of that file.
+        where: the file's name, for messages.
+        files: the content of other files that belong to it, by name.
+
+    Raises:
+        InputError: for a damaged file, one without BOS or EOS, or one that drops line breaks.
     """
 
     def __init__(self, serialized: bytes, where: str = "tokenizer", files: Mapping[str, bytes] | None = None):
@@ -34,50 +44,51 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise InputError(f"{where}: has no BOS or no EOS piece; minift needs both")
-        self._probe(where)
+        self._set_anchor(where)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The pieces as they stand in the vocabulary ("▁" is a space)."""
+        """Return the pieces as the vocabulary writes them ("▁" is a space)."""
         return [self.processor.id_to_piece(id) for id in self._checked(ids)]
 
     def piece_id(self, piece: str) -> int | None:
-        """The id of a piece by its name, or None."""
-        id: int = self.processor.piece_to_id(piece)  # of an unknown one, the id of <unk>
+        """Return the id of a piece, or None if the vocabulary has no such piece."""
+        id: int = self.processor.piece_to_id(piece)  # SentencePiece gives the id of <unk> for an unknown piece
         return id if self.processor.id_to_piece(id) == piece else None
 
     def _ids(self, text: str, special: bool) -> list[int]:
         ids: list[int] = self.processor.encode(text)
         return ids
 
-    @cached_property
-    def _words(self) -> WordCache | None:
-        return WordCache(self.processor) if fits(self.processor) else None
+    def _text(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
 
-    def _many_ids(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
+    def _many_ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         if self._words is not None:
             return self._words.encode(texts)
         return [np.array(ids, np.int32) for ids in self.processor.encode(texts, num_threads=1)]
 
-    def _text(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
+    @cached_property
+    def _words(self) -> WordCache | None:
+        return WordCache(self.processor) if merges_stay_in_words(self.processor) else None
 
 
 def _tiktoken_hint(content: bytes) -> str:
-    """Llama 3's own `tokenizer.model` has the name, but lines of "base64 rank"."""
+    """Return what to add to a refusal of Llama 3's own `tokenizer.model`, whose lines are "base64 rank"."""
     first = content[:100].split(b"\n")[0].split()
-    looks = len(first) == 2 and first[1].isdigit()
-    return " but tiktoken's ranks, as Llama 3 has them; put the model's tokenizer.json beside it" if looks else ""
+    if len(first) == 2 and first[1].isdigit():
+        return " but tiktoken's ranks, as Llama 3 has them; put the model's tokenizer.json into the same folder"
+    return ""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """A new BPE vocabulary of `vocab_size` pieces with byte fallback, made as Llama's was.
+    """Train a new vocabulary of `vocab_size` pieces with byte fallback, as Llama's was made.
 
     The first ids are those of Llama: 0 unknown, 1 BOS, 2 EOS, then the 256 bytes. Text is kept as it is (no
-    normalisation) and digits are separate pieces. Training is deterministic.
+    normalisation), and each digit is a piece. The same texts give the same vocabulary.
 
     Args:
         texts: the documents; they are read once, and their lines are held in memory.
-        vocab_size: pieces, the 259 above included.
+        vocab_size: the number of pieces, the first 259 included.
 
     Raises:
         InputError: when there is no text, or too little for so many pieces.

@@ -1,4 +1,4 @@
-"""The promise of `tokenizer/base.py`: text becomes ids and comes back, to the character, and no text can forge a control id.
+"""The promise of `tokenizer/base.py`: text becomes ids and comes back, to the character; no text can forge a control id.
 
 Every property is checked with the bundled vocabulary, with one trained here and, where real inputs are at hand, with
 Llama 2's own. The ids are compared with what SentencePiece itself gives for the same file.
@@ -132,6 +132,14 @@ def test_training_with_an_impossible_size_is_refused(size: int) -> None:
         train_tokenizer(["The capital of Peru is Lima."], size)
 
 
+def test_repr_says_kind_size_bos_and_eos(tokenizer: Tokenizer) -> None:
+    assert repr(tokenizer) == "<SentencePieceTokenizer: 2048 ids, BOS 1 '<s>', EOS 2 '</s>'>"
+
+
+def test_a_tokenizer_is_opened_by_the_name_bundled(tokenizer: Tokenizer) -> None:
+    assert load_tokenizer("bundled").files == tokenizer.files
+
+
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not a SentencePiece model")
     with pytest.raises(InputError, match=r"tokenizer\.model: not a SentencePiece model"):
@@ -149,7 +157,7 @@ def test_show_prints_each_piece_with_its_id(tokenizer: Tokenizer, capsys: pytest
 
 
 def test_a_tokenizer_that_drops_line_breaks_is_refused() -> None:
-    """SentencePiece's default normaliser does; the start of every answer would be lost behind the line break."""
+    """SentencePiece's default normaliser does; `encode_continuation` would lose the start of every answer."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["Mexico City is the capital of Mexico."] * 9),

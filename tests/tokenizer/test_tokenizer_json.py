@@ -1,4 +1,4 @@
-"""The promise of `tokenizer/huggingface.py`: a model's own tokenizer gives here what it gives everywhere else, to the id.
+"""The promise of `tokenizer/huggingface.py`: a model's own tokenizer gives the ids here that it gives everywhere else.
 
 Five kinds are tried. Four are a `tokenizer.json`: byte-level pieces as Llama 3 and as SmolLM have them, Llama 2's file
 as `make_json` writes it, and Metaspace, which marks only a text's first word. The others are SentencePiece models, the
@@ -296,6 +296,12 @@ def test_the_vocabulary_is_that_of_transformers(each: Tokenizer, theirs: Any) ->
     assert each.pieces(every) == theirs.convert_ids_to_tokens(list(every))
 
 
+def test_repr_says_kind_size_bos_and_eos(folders: dict[str, Path]) -> None:
+    made = load_tokenizer(folders["llama 3"])
+    said = f"BOS {made.bos_id} '<|begin_of_text|>', EOS {made.eos_id} '<|end_of_text|>'"
+    assert repr(made) == f"<JsonTokenizer: {made.vocab_size} ids, {said}>"
+
+
 def test_a_sentencepiece_models_ids_and_text_are_those_of_sentencepiece(model_file: Path) -> None:
     ours, theirs = load_tokenizer(model_file), sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     for text in [*SAMPLE, *CHATS, *nasty(300)]:
@@ -390,7 +396,7 @@ def test_a_continuation_goes_on_to_the_character(any_kind: Tokenizer, prompt: st
         ids = any_kind.encode(prompt) + any_kind.encode_continuation(answer, eos=True)
         text = prompt + answer
         # Without a prompt to hold it, the first space is the one that the vocabulary adds.
-        assert any_kind.decode(ids) == (text if prompt else text.removeprefix(" " * any_kind._adds_space))
+        assert any_kind.decode(ids) == (text if prompt else text.removeprefix(" " if any_kind._anchor else ""))
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**6, "vocab_size"])

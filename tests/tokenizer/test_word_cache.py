@@ -1,8 +1,9 @@
 """The promise of `tokenizer/word_cache.py`: the ids are SentencePiece's own, to the last one, or the cache is not used.
 
 Random texts of what is hard (runs of spaces, other white space, "▁" itself, bytes, long words) go through both, for the
-bundled vocabulary, one that is trained here, and Llama 2's. Vocabularies of other kinds are trained, one habit apart
-from Llama's each; `fits` refuses them, and for most an example shows that a table of words would be wrong.
+bundled vocabulary, one that is trained here, and Llama 2's. Vocabularies of other kinds are trained, each different from
+Llama's in one habit: `merges_stay_in_words` is false for them, and for most an example shows that a table of words would
+give other ids.
 """
 
 import gzip
@@ -24,7 +25,7 @@ from minift.tokenizer import word_cache
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer, train_tokenizer
-from minift.tokenizer.word_cache import WordCache, fits
+from minift.tokenizer.word_cache import WordCache, merges_stay_in_words
 from tests.helpers import ROOT
 
 EDGES = [
@@ -137,7 +138,7 @@ def documents(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def check(processor: sentencepiece.SentencePieceProcessor, texts: list[str], rounds: int = 2) -> WordCache:
     """Every text through one cache: when its table is empty and when its words are known, alone and with others."""
-    assert fits(processor)
+    assert merges_stay_in_words(processor)
     cache = WordCache(processor)
     expected = [processor.encode(text) for text in texts]
     for size in (1, 37)[:rounds]:
@@ -174,7 +175,7 @@ def test_a_full_table_gives_the_same_ids(
 
 def test_the_table_keeps_no_long_words(processor: sentencepiece.SentencePieceProcessor) -> None:
     cache = check(processor, random_texts(300, seed=8) + EDGES)
-    assert max(map(len, cache._table)) <= word_cache.LONGEST
+    assert max(map(len, cache._table)) <= word_cache.LONGEST_WORD
 
 
 def test_no_text_has_no_ids(processor: sentencepiece.SentencePieceProcessor) -> None:
@@ -267,7 +268,7 @@ def test_a_vocabulary_as_llamas_fits() -> None:
 )
 def test_another_kind_of_vocabulary_does_not_fit(changes: dict[str, Any], example: str | None) -> None:
     processor = trained(**changes)
-    assert not fits(processor)
+    assert not merges_stay_in_words(processor)
     if changes.get("normalization_rule_name", "identity") == "identity" and example is not None:
         assert differ(processor, example)
     kept = [text for text in EDGES if "\n" not in text]
@@ -300,7 +301,7 @@ def test_a_piece_with_a_space_behind_a_character_does_not_fit(spaces: int, token
             assert fit  # the vocabulary has such a piece already
             continue
         assert processor.id_to_piece(last) == piece
-        assert fits(processor) == fit
+        assert merges_stay_in_words(processor) == fit
         if fit:
             check(processor, [*EDGES, *random_texts(300, seed=5)])
 
