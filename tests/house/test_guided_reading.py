@@ -26,7 +26,7 @@ def test_there_are_eight_stops() -> None:
 
 @pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop.split("\n")[0])
 def test_the_lines_stand_in_the_file(stop: str) -> None:
-    (file,) = re.findall(r"`(minift/[a-z_]+\.py)`:$", stop, flags=re.M)
+    (file,) = re.findall(r"`(minift/[a-z_/]+\.py)`:$", stop, flags=re.M)
     lines = block(stop, "python")
     assert lines in (ROOT / file).read_text(encoding="utf-8")
     assert 5 <= len(lines.splitlines()) <= 11

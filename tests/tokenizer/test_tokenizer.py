@@ -1,4 +1,4 @@
-"""The promise of `tokenizer/base.py`: text becomes ids and comes back, to the character; no text can forge a control id.
+"""The promise of `tokenizer/base.py`: text becomes ids and comes back, to the character; no text forges a control id.
 
 Every property is checked with the bundled vocabulary, with one trained here and, where real inputs are at hand, with
 Llama 2's own. The ids are compared with what SentencePiece itself gives for the same file.

@@ -1,9 +1,9 @@
 """The promise of `tokenizer/word_cache.py`: the ids are SentencePiece's own, to the last one, or the cache is not used.
 
 Random texts of what is hard (runs of spaces, other white space, "▁" itself, bytes, long words) go through both, for the
-bundled vocabulary, one that is trained here, and Llama 2's. Vocabularies of other kinds are trained, each different from
-Llama's in one habit: `merges_stay_in_words` is false for them, and for most an example shows that a table of words would
-give other ids.
+bundled vocabulary, one that is trained here, and Llama 2's. Vocabularies of other kinds are trained, each unlike
+Llama's in one habit: `merges_stay_in_words` is false for them, and for most an example shows that a table of words
+would give other ids.
 """
 
 import gzip
