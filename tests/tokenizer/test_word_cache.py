@@ -280,7 +280,7 @@ def test_another_kind_of_vocabulary_does_not_fit(changes: dict[str, Any], exampl
 
 
 @pytest.mark.parametrize("spaces", [1, 2, 3])
-def test_a_piece_with_a_space_behind_a_character_does_not_fit(spaces: int, tokenizer: Tokenizer) -> None:
+def test_a_piece_with_a_space_after_a_character_does_not_fit(spaces: int, tokenizer: Tokenizer) -> None:
     """A model file in which one piece is another: the last one, "…", becomes "e▁", "▁e▁" or "▁▁e▁"."""
     assert isinstance(tokenizer, SentencePieceTokenizer)
     last = tokenizer.vocab_size - 1
