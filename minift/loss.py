@@ -104,30 +104,6 @@ def batch_hidden(model: Llama, batch: Batch, wanted: Tensor | None = None) -> Te
 
 
 @torch.no_grad()
-def target_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = LOSS_CHUNK) -> tuple[Tensor, Tensor]:
-    """How each target was foreseen: its negative log-likelihood, and whether no other id was likelier.
-
-    Args:
-        hidden, weight, targets, chunk: as for `next_token_loss`.
-
-    Returns:
-        nll: [N], float32 (float64 for float64 input), in nats, in reading order.
-        foremost: bool [N].
-    """
-    keep = targets != IGNORE
-    states, wanted = hidden[keep], targets[keep, None]  # [N, D], [N, 1]
-    exact = _exact(hidden.dtype)
-    nll, foremost = hidden.new_empty(len(wanted), dtype=exact), torch.empty_like(wanted[:, 0], dtype=torch.bool)
-    for start in range(0, len(wanted), chunk):
-        here = slice(start, start + chunk)
-        logits = (states[here] @ weight.T).to(exact)  # [n, V]
-        found = logits.gather(1, wanted[here])[:, 0]
-        nll[here] = logits.logsumexp(-1) - found
-        foremost[here] = found >= logits.amax(-1)
-    return nll, foremost
-
-
-@torch.no_grad()
 def loss_in_detail(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = LOSS_CHUNK
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

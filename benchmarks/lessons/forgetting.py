@@ -34,8 +34,8 @@ from minift.config import FINETUNE
 from minift.data.pairs import read_all_pairs
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
-from minift.evaluation.evaluate import Likelihood, likelihood_scores, page_likelihoods
 from minift.evaluation.intervals import difference
+from minift.evaluation.likelihood import Likelihood, likelihood_scores, page_likelihoods
 from minift.lora import LoRAConfig, add_lora
 from minift.model import Llama
 from minift.storage.names import bundled, model_path
@@ -257,4 +257,4 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _foresee(model: Llama, tokenizer: Tokenizer, count: int) -> list[tuple[float, int, int]]:
     found = islice(page_likelihoods(model, DocumentStream([PAGES], epochs=1), tokenizer, WINDOW), count)
-    return [(page.nll, page.n_targets, page.n_foremost) for page in found]
+    return [(page.nll, page.n_targets, page.n_top1) for page in found]

@@ -29,7 +29,8 @@ from benchmarks.lessons.chart import Chart
 from data import generate as pages
 from minift.checkpoint import load_model
 from minift.config import FINETUNE
-from minift.loss import batch_hidden, batch_loss, target_scores
+from minift.evaluation.likelihood import target_scores
+from minift.loss import batch_hidden, batch_loss
 from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
 from minift.runs.machine import autocast, choose_device, choose_dtype

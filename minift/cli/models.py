@@ -150,14 +150,15 @@ def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
 def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
     from minift.data.records import Skipped
     from minift.data.stream import DocumentStream
-    from minift.evaluation.evaluate import likelihood_scores, page_likelihoods, values
+    from minift.evaluation.intervals import score_values
+    from minift.evaluation.likelihood import likelihood_scores, page_likelihoods
 
     positions = model.config.max_position_embeddings
     window = min(256, positions) if options["max_length"] is None else options["max_length"]
     check_number("max_length", window, least=1, below=positions + 1)
     stream = DocumentStream(options["data"], options["text_field"], epochs=1, skipped=Skipped())
     found = list(page_likelihoods(model, stream, tokenizer, window))
-    scores = {**values({**likelihood_scores(found)}), "n": len(found)}
+    scores = {**score_values(likelihood_scores(found)), "n": len(found)}
     print(score_lines(scores))
     return scores
 
@@ -165,13 +166,13 @@ def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
 def _evaluate_choices(model: Any, tokenizer: Any, files: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
     from minift.data.records import read_records
     from minift.evaluation.choices import choice_scores, choose, read_choices
-    from minift.evaluation.evaluate import values
+    from minift.evaluation.intervals import score_values
     from minift.prompts import Pair, choose_template, template_named
 
     questions = read_choices(chain.from_iterable(map(read_records, files)))
     name = choose_template(options["template"], [Pair(one.question, "", where=one.where) for one in questions])
     found = choose(model, tokenizer, questions, template_named(name))
-    scores = {**values({**choice_scores(questions, found)}), "n": len(questions)}
+    scores = {**score_values(choice_scores(questions, found)), "n": len(questions)}
     print(score_lines(scores))
     return scores
 

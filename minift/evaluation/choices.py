@@ -1,11 +1,12 @@
-"""Multiple choice: which of the given answers does a model find likeliest?
+"""Score multiple choice: the answer that a model finds likeliest is its choice.
 
-A benchmark such as ARC gives a question and four answers. A model is not asked to say a letter: each answer is put
-behind the question, as its answer is in training, and the log-probabilities of its ids are summed. The likeliest wins.
+A benchmark such as ARC gives a question and four answers. The model is not asked to say a letter: each answer follows
+the question as its answer does in training, and the log-probabilities of the answer's ids are summed. The answer with
+the largest sum is the model's choice.
 
-Sums favour short answers, as every further id costs something. So there is a second score in which each sum is divided
-by the bytes of its answer. (By its ids would depend on the tokenizer.) Which of the two is fairer depends on the
-answers; tables of results usually say "acc" and "acc_norm".
+Sums favour short answers, because every further id lowers the sum. So there is a second score, which divides each sum
+by the bytes of its answer. (To divide by its ids would depend on the tokenizer.) Which of the two is fairer depends on
+the answers. Tables of results usually call them "acc" and "acc_norm".
 
     {"question": "Which gas do plants take in?", "choices": ["carbon dioxide", "helium"], "answer": 0}
     {"question": …, "choices": {"text": ["carbon dioxide", "helium"], "label": ["A", "B"]}, "answerKey": "A"}
@@ -13,7 +14,6 @@ answers; tables of results usually say "acc" and "acc_norm".
     minift evaluate --model bundled --data arc.jsonl
 
 Source: Clark et al., "ARC" (arXiv 1803.05457); Brown et al., "GPT-3" (arXiv 2005.14165), section 2.4, on normalising.
-Read next: `evaluation/mistakes.py`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,8 +22,8 @@ from typing import Any
 
 from minift.data.records import Record
 from minift.errors import InputError
-from minift.evaluation.evaluate import example_scores
 from minift.evaluation.intervals import Score
+from minift.evaluation.likelihood import example_likelihoods
 from minift.model import Llama
 from minift.pack import Example
 from minift.prompts import Pair, Template
@@ -32,7 +32,7 @@ from minift.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
-    """A question, the answers to choose from, and which of them is right (from 0)."""
+    """A question, the choices, and the place of the right one (from 0)."""
 
     question: str
     choices: tuple[str, ...]
@@ -41,15 +41,15 @@ class ChoiceQuestion:
 
 
 def has_choices(record: Record) -> bool:
-    """Whether a record is a multiple-choice question."""
+    """Return whether a record is a multiple-choice question."""
     return "choices" in record.values and "question" in record.values
 
 
 def read_choices(records: Iterable[Record]) -> list[ChoiceQuestion]:
-    """Multiple-choice questions, in order.
+    """Return the multiple-choice questions of some records, in order.
 
     Raises:
-        InputError: with `file:line`, for a record that is none.
+        InputError: with `file:line`, for a record that is not one; when there is no record.
     """
     questions = [_read_choice(record) for record in records]
     if not questions:
@@ -58,6 +58,7 @@ def read_choices(records: Iterable[Record]) -> list[ChoiceQuestion]:
 
 
 def _read_choice(record: Record) -> ChoiceQuestion:
+    """Return the question of a record, in either of the two forms above."""
     values, where = record.values, record.where
     for key in ("question", "choices"):
         if key not in values:
@@ -83,7 +84,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def _index(answer: Any, choices: Sequence[str], labels: Sequence[str], where: str) -> int:
-    """Which choice an answer names: by its place, its label, or its text."""
+    """Return the place of the choice that an answer names: by its place, its label, or its text."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
     for names in (labels[: len(choices)], choices):
@@ -95,7 +96,7 @@ def _index(answer: Any, choices: Sequence[str], labels: Sequence[str], where: st
 def choose(
     model: Llama, tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion], template: Template, batch_size: int = 64
 ) -> list[list[tuple[float, int]]]:
-    """For each question and each of its choices: the summed log-probability in nats, and the bytes of its text.
+    """Return, for each question and each of its choices, the summed log-probability in nats and the bytes of its text.
 
     Raises:
         InputError: with `file:line`, for a question that is too long for the model.
@@ -105,30 +106,29 @@ def choose(
     for question in questions:
         for choice in question.choices:
             prompt, answer = template.format(Pair(question.question, choice.strip(), where=question.where))
-            # Without EOS: whether an answer ends here is not what is asked.
-            ids = tokenizer.encode(prompt), tokenizer.encode_continuation(answer, eos=False, special=False)
-            example = Example(*ids)
+            # Without EOS: the question is not whether the answer ends here.
+            example = Example(tokenizer.encode(prompt), tokenizer.encode_continuation(answer, eos=False, special=False))
             if len(example) > limit:
                 raise InputError(f"{question.where}: takes {len(example)} positions; the model has {limit}")
             examples.append(example)
             sizes.append(len(choice.strip().encode()))
-    scored = iter(zip(example_scores(model, examples, batch_size), sizes, strict=True))
-    found = []
-    for question in questions:
-        of_choices = [next(scored) for _ in question.choices]
-        found.append([(-score.nll, size) for score, size in of_choices])
-    return found
+    likelihoods = example_likelihoods(model, examples, batch_size)
+    log_probabilities = iter([(-each.nll, size) for each, size in zip(likelihoods, sizes, strict=True)])
+    return [[next(log_probabilities) for _ in question.choices] for question in questions]
 
 
 def choice_scores(
     questions: Sequence[ChoiceQuestion], found: Sequence[Sequence[tuple[float, int]]]
 ) -> dict[str, Score]:
-    """`accuracy` by the sums, and `accuracy_normalised` by the sums over the bytes. The first of equals is taken."""
-    ones = [1.0] * len(questions)
+    """Return `accuracy`, by the sums, and `accuracy_normalised`, by the sums divided by the bytes.
+
+    Args:
+        found: as `choose` returns it. Of equal choices the first is the model's.
+    """
     right: dict[str, list[float]] = {"accuracy": [], "accuracy_normalised": []}
     for question, choices in zip(questions, found, strict=True):
         sums = [total for total, _ in choices]
         means = [total / size for total, size in choices]
         right["accuracy"].append(float(sums.index(max(sums)) == question.answer))
         right["accuracy_normalised"].append(float(means.index(max(means)) == question.answer))
-    return {name: Score(values, ones) for name, values in right.items()}
+    return {name: Score(parts, [1.0] * len(parts)) for name, parts in right.items()}

@@ -1,26 +1,30 @@
-"""What goes wrong? The answers worth looking at, by the ways in which generated text usually fails.
+"""List the answers worth reading, by the ways in which generated text usually fails.
 
-A score says how often, not how. So look: at the *worst* answers, those that share the fewest words with the right one
-(of equals, those whose right answer surprised the model most); at the *longest*; at the *repetitive*, most of whose
-four-word runs have been there before; and at the *truncated*, that had not ended where they were cut off. The last two
-are usual in base models and after too little training; a model that is right but never stops was trained without EOS.
+A score says how often a model fails, not how. So read some answers:
+
+* the *worst*, which share the fewest words with the right one (of equals, those with the highest loss);
+* the *longest*;
+* the *repetitive*, in which most runs of four words have occurred before;
+* the *truncated*, which had not ended where they were cut off.
+
+The last two are usual in base models and after too little training. A model that is right but never stops was trained
+without EOS.
 
     minift evaluate --model runs/finetune/final --data data/test.jsonl --mistakes 3
-
-Read next: `reference.py`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from minift.evaluation.evaluate import Evaluation, Question, token_f1
+from minift.evaluation.evaluate import Answer, Evaluation, Question, token_f1
+from minift.evaluation.likelihood import Likelihood
 
 RUN = 4  # words
-REPETITIVE = 0.5  # share of the runs that have been there before, above which an answer is repetitive
+REPETITIVE = 0.5  # an answer is repetitive if a larger share of its runs has occurred before
 
 
 def repetition(text: str) -> float:
-    """The share of a text's runs of RUN words that occurred earlier in it; 0 for a text without such a run.
+    """Return the share of a text's runs of RUN words that occurred earlier in it; 0 for a text without a run.
 
     Source: Welleck et al., "Neural Text Generation with Unlikelihood Training" (arXiv 1908.04319), seq-rep-4.
     """
@@ -30,32 +34,36 @@ def repetition(text: str) -> float:
 
 
 def mistakes(questions: Sequence[Question], evaluation: Evaluation, count: int) -> dict[str, Any]:
-    """The answers of an evaluation to look at.
+    """Return the answers of an evaluation that are worth reading.
 
     Returns:
-        `n`: questions asked. `counts`: how many answers are `repetitive`, how many `truncated`. `lists`: at most
-        `count` each of the `worst`, `longest`, `repetitive` and `truncated`, the most striking first, with `question`,
-        right `answer`, what was `said`, `token_f1`, `words`, `repetition` and `nll_per_target`.
+        `n`: the number of questions. `counts`: how many answers are `repetitive`, how many `truncated`. `lists`: at
+        most `count` each of the `worst`, `longest`, `repetitive` and `truncated`, the most striking first, with
+        `question`, right `answer`, the model's words (`said`), `token_f1`, `words`, `repetition` and `nll_per_target`.
     """
-    entries: list[dict[str, Any]] = [
-        {
-            "question": question.pair.question,
-            "answer": question.pair.answer,
-            "said": answer.text.strip(),
-            "token_f1": token_f1(answer.text, question.pair.answer),
-            "words": len(answer.text.split()),
-            "repetition": repetition(answer.text),
-            "nll_per_target": likelihood.nll / likelihood.n_targets,
-            "ended": answer.ended,
-        }
-        for question, answer, likelihood in zip(questions, evaluation.answers, evaluation.likelihoods, strict=True)
-        if question.pair.question
-    ]
+    results = zip(questions, evaluation.answers, evaluation.likelihoods, strict=True)
+    entries = [_entry(*result) for result in results if result[0].pair.question]
+    wrong = [entry for entry in entries if entry["token_f1"] < 1]
+    repetitive = [entry for entry in entries if entry["repetition"] > REPETITIVE]
+    truncated = [entry for entry in entries if not entry["ended"]]
     lists = {
-        "worst": sorted((e for e in entries if e["token_f1"] < 1), key=lambda e: (e["token_f1"], -e["nll_per_target"])),
-        "longest": sorted(entries, key=lambda e: -e["words"]),
-        "repetitive": sorted((e for e in entries if e["repetition"] > REPETITIVE), key=lambda e: -e["repetition"]),
-        "truncated": sorted((e for e in entries if not e["ended"]), key=lambda e: -e["words"]),
+        "worst": sorted(wrong, key=lambda entry: (entry["token_f1"], -entry["nll_per_target"])),
+        "longest": sorted(entries, key=lambda entry: -entry["words"]),
+        "repetitive": sorted(repetitive, key=lambda entry: -entry["repetition"]),
+        "truncated": sorted(truncated, key=lambda entry: -entry["words"]),
     }
-    counts = {kind: len(lists[kind]) for kind in ("repetitive", "truncated")}
+    counts = {"repetitive": len(repetitive), "truncated": len(truncated)}
     return {"n": len(entries), "counts": counts, "lists": {kind: found[:count] for kind, found in lists.items()}}
+
+
+def _entry(question: Question, answer: Answer, likelihood: Likelihood) -> dict[str, Any]:
+    return {
+        "question": question.pair.question,
+        "answer": question.pair.answer,
+        "said": answer.text.strip(),
+        "token_f1": token_f1(answer.text, question.pair.answer),
+        "words": len(answer.text.split()),
+        "repetition": repetition(answer.text),
+        "nll_per_target": likelihood.nll / likelihood.n_targets,
+        "ended": answer.ended,
+    }

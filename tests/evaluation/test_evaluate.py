@@ -1,4 +1,4 @@
-"""The promise of `evaluation/evaluate.py`: its numbers are what their names say, whatever the batches they were computed in.
+"""The promise of `evaluation/`: its numbers are what their names say, in whatever batches they were computed.
 
 Scores of words are checked against values worked out by hand, likelihoods against plain loops over all logits and
 against `transformers`, and the comparison's two sides against each model evaluated alone.
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
@@ -20,20 +21,18 @@ from minift.evaluation import evaluate as module
 from minift.evaluation.evaluate import (
     EXTRA_TOKENS,
     Answer,
-    Likelihood,
     Question,
     answer_likelihoods,
     answer_questions,
     compare,
     evaluate,
     exact_match,
-    likelihood_scores,
     make_questions,
     normalised_match,
-    page_likelihoods,
     token_f1,
 )
-from minift.loss import batch_loss
+from minift.evaluation.likelihood import Likelihood, likelihood_scores, page_likelihoods, target_scores
+from minift.loss import batch_loss, next_token_loss
 from minift.model import Llama
 from minift.pack import IGNORE, collate
 from minift.prompts import TEMPLATES, Pair, template_named
@@ -126,15 +125,35 @@ def test_a_text_has_a_likelihood_and_no_answer(model: Llama, tokenizer: Tokenize
 # Likelihood -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_the_score_of_each_target(dtype: torch.dtype, chunk: int) -> None:
+    """PyTorch's own cross-entropy of each target, in reading order, and the largest logit; half of these are hit."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 7, 5, generator=generator).to(dtype)
+    weight = torch.randn(11, 5, generator=generator).to(dtype)
+    logits = (hidden @ weight.T).double()  # [3, 7, 11]
+    targets = torch.where(torch.rand(3, 7, generator=generator) < 0.5, logits.argmax(-1), torch.randint(11, (3, 7)))
+    targets[0, 2:5] = targets[2] = IGNORE
+    nll, top1 = target_scores(hidden, weight, targets, chunk)
+    keep = targets != IGNORE
+    torch.testing.assert_close(
+        nll.double(), F.cross_entropy(logits[keep], targets[keep], reduction="none"), rtol=1e-5, atol=1e-5
+    )
+    assert top1.tolist() == (logits[keep].argmax(-1) == targets[keep]).tolist()
+    assert 0 < int(top1.sum()) < len(top1)
+    assert float(nll.sum()) == pytest.approx(float(next_token_loss(hidden, weight, targets)[0]), rel=0.02)
+
+
 @torch.no_grad()
 def test_the_likelihood_of_answers_is_that_of_a_plain_loop(model: Llama, questions: list[Question]) -> None:
-    each, n_targets, foremost = [], 0, 0
+    each, n_targets, top1 = [], 0, 0
     for question in questions:
         ids, first = question.example.prompt + question.example.answer, len(question.example.prompt)
         each.append(plain_nll(model, ids, first))
         n_targets += len(ids) - first
         guesses = model(torch.tensor([ids]))[0].argmax(-1).tolist()
-        foremost += sum(guesses[t - 1] == ids[t] for t in range(first, len(ids)))
+        top1 += sum(guesses[t - 1] == ids[t] for t in range(first, len(ids)))
     nll = sum(each)
     n_bytes = sum(len(f" {pair.answer}".encode()) for pair in PAIRS)  # the answer's ids hold its space
     for batch_size in (1, 2, 3, 64):
@@ -144,7 +163,7 @@ def test_the_likelihood_of_answers_is_that_of_a_plain_loop(model: Llama, questio
     scores = likelihood_scores(found)
     assert scores["perplexity"].value == pytest.approx(math.exp(nll / n_targets), rel=1e-12)
     assert scores["bits_per_byte"].value == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-12)
-    assert scores["next_token_accuracy"].value == foremost / n_targets
+    assert scores["next_token_accuracy"].value == top1 / n_targets
 
 
 @torch.no_grad()
@@ -195,7 +214,7 @@ def test_perplexity_is_that_of_transformers_however_it_is_batched(tokenizer: Tok
 
 @pytest.mark.parametrize("mean", [800.0, 1e6])
 def test_a_hopeless_model_has_a_finite_perplexity(mean: float) -> None:
-    assert math.isfinite(likelihood_scores([Likelihood(nll=mean, n_targets=1, n_foremost=0)])["perplexity"].value)
+    assert math.isfinite(likelihood_scores([Likelihood(nll=mean, n_targets=1, n_top1=0)])["perplexity"].value)
 
 
 @torch.no_grad()
@@ -227,7 +246,7 @@ def test_pages_are_scored_window_by_window(model: Llama, tokenizer: Tokenizer, t
 def test_answers_do_not_depend_on_the_batches(
     model: Llama, tokenizer: Tokenizer, questions: list[Question], batch_size: int
 ) -> None:
-    """Each is what the slow loop gives for its prompt alone, and ends EXTRA_TOKENS behind the right answer's length."""
+    """Each is what the slow loop gives for its prompt alone, and ends EXTRA_TOKENS after the right answer's length."""
     expected = []
     for question in questions:
         limit = len(question.example.answer) + EXTRA_TOKENS
@@ -241,7 +260,9 @@ def test_a_score_counts_the_records_that_ask_for_it(
     model: Llama, tokenizer: Tokenizer, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = ["Mexico City", "Pear.", "1. Put it in milk.", "wrong", "1 2 3", " Spanish "]
-    monkeypatch.setattr(module, "answer_questions", lambda *arguments: [Answer(text, ended=True) for text in said])
+    monkeypatch.setattr(
+        module, "answer_questions", lambda *arguments, **options: [Answer(text, ended=True) for text in said]
+    )
     found = evaluate(model, tokenizer, questions)
     scores = found.to_dict()
     assert [answer.text for answer in found.answers] == said

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from minift.cli import main
-from minift.evaluation.evaluate import Answer, Evaluation, Likelihood, Question
+from minift.evaluation.evaluate import Answer, Evaluation, Question
+from minift.evaluation.likelihood import Likelihood
 from minift.evaluation.mistakes import mistakes, repetition
 from minift.look.report import mistake_lines
 from minift.pack import Example

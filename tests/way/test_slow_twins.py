@@ -26,7 +26,7 @@ from minift import reference
 from minift.config import LlamaConfig, RopeScaling, TrainConfig
 from minift.generate import Sampling, sample
 from minift.kernels import attention as fused
-from minift.loss import _a_few_rows_at_a_time_, _all_rows_at_once_, next_token_loss, target_scores
+from minift.loss import _a_few_rows_at_a_time_, _all_rows_at_once_, next_token_loss
 from minift.model import MLP, Attention, Llama, RMSNorm
 from minift.optim import learning_rate, make_optimizer, parameter_groups
 from minift.pack import IGNORE
@@ -333,26 +333,6 @@ def loss_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     targets = torch.cat((targets, torch.full((1, 8), IGNORE)))
     assert int((targets != IGNORE).sum()) == N_TARGETS
     return random(4, 8, 12, dtype=dtype), random(31, 12, seed=1, dtype=dtype), targets
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_how_each_target_was_foreseen(dtype: torch.dtype, chunk: int) -> None:
-    """PyTorch's own cross-entropy of each target, in reading order, and the largest logit; half of these are hit."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 7, 5, generator=generator).to(dtype)
-    weight = torch.randn(11, 5, generator=generator).to(dtype)
-    logits = (hidden @ weight.T).double()  # [3, 7, 11]
-    targets = torch.where(torch.rand(3, 7, generator=generator) < 0.5, logits.argmax(-1), torch.randint(11, (3, 7)))
-    targets[0, 2:5] = targets[2] = IGNORE
-    nll, foremost = target_scores(hidden, weight, targets, chunk)
-    keep = targets != IGNORE
-    torch.testing.assert_close(
-        nll.double(), F.cross_entropy(logits[keep], targets[keep], reduction="none"), rtol=1e-5, atol=1e-5
-    )
-    assert foremost.tolist() == (logits[keep].argmax(-1) == targets[keep]).tolist()
-    assert 0 < int(foremost.sum()) < len(foremost)
-    assert float(nll.sum()) == pytest.approx(float(next_token_loss(hidden, weight, targets)[0]), rel=0.02)
 
 
 both_layouts = pytest.mark.parametrize("wide", [0, 2**14], ids=["a wide head", "a narrow head"])
