@@ -28,6 +28,7 @@ from minift.errors import InputError, RunError
 from minift.generate import Sampling, generate
 from minift.prompts import CARRIED_MARKERS, Pair, Template, template_named
 from minift.runs import finetune as jobs
+from minift.runs.folder import check_free
 from minift.runs.machine import choose_device
 from minift.storage.names import model_path
 from minift.tokenizer.base import check_fit
@@ -194,7 +195,7 @@ class BasicModelRunner:
         if out is None:
             self._folder = tempfile.TemporaryDirectory(prefix="minift-")  # removed with the runner
         folder = Path(self._folder.name if out is None and self._folder else str(out))
-        jobs.check_free(folder)
+        check_free(folder)
         if "template" not in options and self.prompt_template != "auto":
             config = config.replace(template=self.prompt_template)
         try:

@@ -1,11 +1,20 @@
-"""The two main jobs, from files to a finished run folder: `finetune` and `pretrain`.
+"""Finetuning, from files of pairs to a finished run folder: the pages of the root, called in order.
 
-Nothing new happens here: the functions of the other modules are called in the order in which data flows, and the run's
-folder (`runs/folder.py`) is kept. Read next: `cli/__init__.py`, or back to `train.py`.
+read_pairs    prompts.py, data/pairs.py        files → pairs to train on, pairs held out, the template of both
+open_model    checkpoint.py, lora.py           the model, with adapters if they are asked for
+encode        pack.py                          pairs → examples: token ids, of which the answer's are learned
+announce                                       what the run is going to do
+start_state   optim.py, runs/start.py          the state before the first step
+complete      train.py, runs/common.py         step after step, then final/
+compare       evaluation/evaluate.py           both models on the pairs held out
+
+minift finetune --steps 100 --plain
 """
 
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +30,15 @@ from minift.distributed.world import World, join
 from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluation.evaluate import compare
 from minift.lora import LoRAConfig, add_lora, init_adapters
-from minift.pack import collate, encode_pairs
+from minift.model import Llama
+from minift.pack import Batch, Example, collate, encode_pairs
 from minift.prompts import Pair, choose_template, template_named
-from minift.runs.common import _check_length, _check_model, _count, _machine, _place, _restarts, _run, _write_json
-from minift.runs.folder import (
-    FinetuneJob,
-    check_free,
-    write_report,
-)
+from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
+from minift.runs.folder import FinetuneJob, write_report
 from minift.runs.start import start_state
+from minift.storage.checksums import check_model
 from minift.storage.names import bundled, model_path
-from minift.tokenizer.base import check_fit
+from minift.tokenizer.base import Tokenizer, check_fit
 from minift.tokenizer.load import load_tokenizer
 from minift.train import Plan
 
@@ -39,103 +46,217 @@ HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given
 
 
 def finetune_job(model: str, data: Sequence[str] | None = None, test: Sequence[str] | None = None) -> FinetuneJob:
-    """A job in which what is not given is bundled: the base, its pairs and, with those, the held-out questions."""
+    """Return a job in which what is not given is bundled: the pairs and, with those, the held-out questions."""
     if data is None:
         data = (str(bundled("pairs.jsonl")),)
         test = (str(bundled("test.jsonl")),) if test is None else test
     return FinetuneJob(str(model_path(model)), tuple(data), tuple(test or ()))
 
 
-def finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any] | None:
-    """Finetune all the weights of a model on instruction pairs, then compare it with what it was.
+def finetune(
+    job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = False, plain: bool = False
+) -> dict[str, Any] | None:
+    """Finetune a model on pairs, then compare it with what it was before.
 
     Args:
         out: the run's folder. It must not hold a run, unless `resume` continues that one.
+        plain: run the pages as they are read: no faster code of `kernels/` is installed.
 
     Returns:
-        The comparison that is also in `out/compare.json` (of several processes, the main one has it, and the others
-        nothing); None when the run was interrupted (and can be resumed).
+        The comparison, as it is in `out/compare.json` (of several processes the main one returns it, the others return
+        an empty one); None when the run was interrupted and can be resumed.
 
     Raises:
         InputError: for wrong input; nothing is written before all of it has been read.
         RunError: when training cannot go on.
     """
-    device, config = _machine(config)
+    device, config = choose_machine(config)
     with join(config.parallel, device) as world:
-        return _finetune(job, config, out, resume or _restarts(out), world)
+        resume = check_out(out, resume, world)
+        split = read_pairs(job, config)
+        # By default not compiled: no two batches have the same shape, and each new one would be compiled again.
+        config = config.replace(template=split.template, compile=bool(config.compile))
+        if not _train(job, split, config, out, resume, plain, world):
+            return None
+        return _compare_with_base(job, split, out, plain, world.device) if world.is_main else {}
 
 
-def _finetune(job: FinetuneJob, config: TrainConfig, out: Path, resume: bool, world: World) -> dict[str, Any] | None:
-    device = world.device
-    if not resume:
-        check_free(out)
-    world.wait()  # all have looked, before somebody writes
-    find_files([*job.data, *job.test])
-    skipped = Skipped(config.strict, quiet=True)  # they are all read at once, and reported together
-    pairs, held_out = _split(read_all_pairs(job.data, skipped), job.test, config.seed)
-    template_name = choose_template(config.template, [*pairs, *held_out])
-    template = template_named(template_name)
-    config = config.replace(template=template_name)
-    _check_model(job.model, world)
-    tokenizer = load_tokenizer(job.model)
-    sharded = world.parallel == "fsdp"
-    model = model_without_memory(job.model) if sharded else load_model(job.model, device=device)
-    check_fit(model.config, tokenizer)
-    _check_length(config, model.config)
-    lora = LoRAConfig.of(config) if config.lora_rank else None
-    if lora is not None:
-        add_lora(model, lora, torch.Generator().manual_seed(config.seed))
-    examples, dropped = encode_pairs(pairs, template, tokenizer, config.max_length)
-    unseen, unseen_dropped = encode_pairs(held_out, template, tokenizer, config.max_length)
-    cut = sum(example.answer[-1] != tokenizer.eos_id for example in examples)
+def _train(
+    job: FinetuneJob, split: "PairSplit", config: TrainConfig, out: Path, resume: bool, plain: bool, world: World
+) -> bool:
+    """Take all steps of a run. Return True when `final/` is there.
 
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    share = "all of them trained" if lora is None else f"{trained:,} of them adapters, which are trained"
-    print(f"{job.model}: {_count(model):,} parameters, {share}, on {_place(world)} in {config.dtype}")
-    print(f"{len(examples):,} pairs to train on ({cut} cut to {config.max_length} tokens, {dropped} dropped)")
-    print(f"{len(held_out):,} pairs held out ({unseen_dropped} without a target); template {template_name}")
-    if skipped.skipped:
-        print(skipped)
+    What they need of memory is free again when this returns, and makes room for the two models of the comparison.
+    """
+    tokenizer, model = open_model(job.model, config, world)
+    encoded = encode(split, tokenizer, config)
+    announce(job, model, split, encoded, config, world)
     ranks = (world.rank, world.size)
-    batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack, *ranks)
+    batches = PairBatches(encoded.examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack, *ranks)
     plan = Plan.make(config, len(batches))
-    config = config.replace(compile=bool(config.compile))  # no two batches are of the same shape
     state = start_state(model, batches, config, world)
-    if sharded:
-        fill(model, world, weights_of(job.model))
-        if lora is not None:
-            init_adapters(model, torch.Generator().manual_seed(config.seed))
-    groups = [unseen[i : i + config.batch_size] for i in range(0, len(unseen), config.batch_size)]
-    validation = [collate(group, tokenizer.eos_id, pack=config.pack) for group in groups]
-    if not _run("finetune", job, config, plan, state, tokenizer, validation, out, resume):
-        return None
+    if world.parallel == "fsdp":  # each rank has room for its part now
+        _fill_shards(job.model, model, config, world)
+    validation = _validation_batches(encoded.held_out, tokenizer, config)
+    return complete(Run(job, config, plan, tokenizer, validation, out), state, resume)
 
-    del model, state, batches  # the weights' gradients and moments make room for the two models
-    if not world.is_main:
-        return {}
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairSplit:
+    """All pairs of a job.
+
+    Attributes:
+        training, held_out: the pairs to train on, and those that both models are asked at the end.
+        template: the name of the template that all of them are written in.
+        skipped: what could not be used.
+    """
+
+    training: list[Pair]
+    held_out: list[Pair]
+    template: str
+    skipped: Skipped
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """The pairs as token ids.
+
+    Attributes:
+        examples, held_out: the pairs to train on, and those held out.
+        cut: how many of `examples` were cut, and have no end-of-sequence token.
+        dropped, held_out_dropped: how many pairs have no target and were left out.
+    """
+
+    examples: list[Example]
+    held_out: list[Example]
+    cut: int
+    dropped: int
+    held_out_dropped: int
+
+
+def read_pairs(job: FinetuneJob, config: TrainConfig) -> PairSplit:
+    """Read all pairs of a job, hold some of them out, and choose their template.
+
+    Raises:
+        InputError: for a file that is missing or cannot be used, or a template that does not fit the pairs.
+    """
+    find_files([*job.data, *job.test])
+    skipped = Skipped(config.strict, quiet=True)  # reported once, after all files are read
+    pairs = read_all_pairs(job.data, skipped)
+    training, held_out = (pairs, read_all_pairs(job.test)) if job.test else _hold_out(pairs, config.seed)
+    return PairSplit(training, held_out, choose_template(config.template, [*training, *held_out]), skipped)
+
+
+def _hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Draw HELD_OUT_SHARE of the pairs by the seed, at least one; return the others, and those drawn, in file order."""
+    if len(pairs) < 2:
+        raise InputError(f"{pairs[0].where}: a single pair cannot be split; give at least 2, or --test")
+    count = max(1, round(len(pairs) * HELD_OUT_SHARE))
+    drawn = set(random.Random(seed).sample(range(len(pairs)), count))
+    return [pair for i, pair in enumerate(pairs) if i not in drawn], [pairs[i] for i in sorted(drawn)]
+
+
+def encode(split: PairSplit, tokenizer: Tokenizer, config: TrainConfig) -> EncodedPairs:
+    """Encode all pairs in their template, cut to `config.max_length` positions.
+
+    Raises:
+        InputError: when no pair to train on, or none held out, has a target.
+    """
+    template = template_named(split.template)
+    examples, dropped = encode_pairs(split.training, template, tokenizer, config.max_length)
+    held_out, held_out_dropped = encode_pairs(split.held_out, template, tokenizer, config.max_length)
+    cut = sum(example.answer[-1] != tokenizer.eos_id for example in examples)
+    return EncodedPairs(examples, held_out, cut, dropped, held_out_dropped)
+
+
+def _validation_batches(held_out: list[Example], tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
+    """Return the held-out examples in their order, `config.batch_size` in a batch."""
+    groups = [held_out[i : i + config.batch_size] for i in range(0, len(held_out), config.batch_size)]
+    return [collate(group, tokenizer.eos_id, pack=config.pack) for group in groups]
+
+
+# Model ----------------------------------------------------------------------------------------------------------------
+
+
+def open_model(name: str, config: TrainConfig, world: World) -> tuple[Tokenizer, Llama]:
+    """Return a model's tokenizer and the model, with new adapters if `config.lora_rank` asks for them.
+
+    In a sharded run (fsdp) the model is on "meta", without memory: `_fill_shards` reads the weights.
+
+    Raises:
+        InputError: when its files are missing or damaged, or do not fit together, or its positions are too few.
+    """
+    _check_files(name, world)
+    tokenizer = load_tokenizer(name)
+    model = model_without_memory(name) if world.parallel == "fsdp" else load_model(name, device=world.device)
+    check_fit(model.config, tokenizer)
+    check_length(config, model.config)
+    if config.lora_rank:
+        add_lora(model, LoRAConfig.of(config), torch.Generator().manual_seed(config.seed))
+    return tokenizer, model
+
+
+def _check_files(name: str, world: World) -> None:
+    """Compare a model's files with their checksums before hours of training; the main rank does it for all."""
+    failure = None
+    if world.is_main:
+        try:
+            check_model(name)
+        except InputError as error:
+            failure = error
+    world.agree(failure)
+
+
+def _fill_shards(name: str, model: Llama, config: TrainConfig, world: World) -> None:
+    """Read this rank's part of the weights, and draw that of new adapters."""
+    fill(model, world, weights_of(name))
+    if config.lora_rank:
+        init_adapters(model, torch.Generator().manual_seed(config.seed))
+
+
+def announce(
+    job: FinetuneJob, model: Llama, split: PairSplit, encoded: EncodedPairs, config: TrainConfig, world: World
+) -> None:
+    """Print what the run is going to do: with which model, on which pairs, and what is left out."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else "all of them trained"
+    left_out = f"{encoded.cut} cut to {config.max_length} tokens, {encoded.dropped} dropped"
+    held_out = f"{len(split.held_out):,} pairs held out ({encoded.held_out_dropped} without a target)"
+    print(describe(model, job.model, share, config, world))
+    print(f"{len(encoded.examples):,} pairs to train on ({left_out})")
+    print(f"{held_out}; template {split.template}")
+    if split.skipped.skipped:
+        print(split.skipped)
+
+
+# Result ---------------------------------------------------------------------------------------------------------------
+
+
+def _compare_with_base(
+    job: FinetuneJob, split: PairSplit, out: Path, plain: bool, device: torch.device
+) -> dict[str, Any]:
+    """Compare the model before and after on the pairs held out; write compare.json and report.html."""
+    tokenizer, template = load_tokenizer(job.model), template_named(split.template)
     try:
         before = load_model(job.model, device=device)
         after = load_model(out / "final", device=device)
-        scores = compare((before, tokenizer), (after, tokenizer), held_out, template)
-    except (MemoryError, RuntimeError) as error:  # of a model that was sharded, perhaps
+        scores = compare((before, tokenizer), (after, tokenizer), split.held_out, template)
+    except (MemoryError, RuntimeError) as error:  # one model that was sharded had room here, two may have none
         if not is_out_of_memory(error):
             raise
         remedy = f"minift compare {job.model} {out / 'final'} --data FILE --device cpu"
         raise RunError(f"{out / 'final'} is saved, but {device.type} cannot hold both models: {remedy}") from None
-    result = {"template": template_name, **scores}
+    result = {"template": split.template, **scores}
     _write_json(out / "compare.json", result)
     write_report(out)
     return result
 
 
-def _split(pairs: list[Pair], test: Sequence[str], seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs: those of the test files, or a tenth drawn by the seed."""
-    if test:
-        return pairs, read_all_pairs(test)
-    if len(pairs) < 2:
-        raise InputError(f"{pairs[0].where}: a single pair cannot be split; give at least 2, or --test")
-    held_out = set(random.Random(seed).sample(range(len(pairs)), max(1, round(len(pairs) * HELD_OUT_SHARE))))
-    return (
-        [pair for i, pair in enumerate(pairs) if i not in held_out],
-        [pairs[i] for i in sorted(held_out)],
-    )
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    try:
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
+    except OSError as error:
+        raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which end a run between two steps and not in the middle of one. Read next: `train.py`."""
+"""Ctrl-C and SIGTERM: they end a run after the step that is being taken, and its state is saved."""
 
 import signal
 import threading
@@ -7,21 +7,26 @@ from typing import Any
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request that the loop reads between steps. A second one interrupts at once."""
+    """A request to stop, which the loop reads between two steps. A second signal interrupts at once.
+
+    Attributes:
+        requested: True from the first signal on.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, Any] = {}
+        self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # only there may Python set handlers
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in no other thread
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            self._handlers_before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -699,7 +699,7 @@ def test_a_resumed_run_prints_the_same_count(run: Run, pretrain: list[str | Path
     shutil.rmtree(tmp_path / "out" / "step_000064")
     code, resumed, err = run("pretrain", "--resume", "--out", tmp_path / "out")
     assert code == 0, err
-    assert "continues behind step 32 of 80" in resumed
+    assert "continues after step 32 of 80" in resumed
     assert count(resumed) == count(whole)
 
 

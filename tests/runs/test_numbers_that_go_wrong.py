@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from minift import train
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.config import TrainConfig
@@ -23,6 +22,7 @@ from minift.generate import Sampling, generate, stream
 from minift.loss import next_token_loss
 from minift.pack import IGNORE, Batch
 from minift.prompts import Pair, template_named
+from minift.runs import loop
 from minift.tokenizer.base import Tokenizer
 from minift.train import TrainState, train_step, validation_loss
 from tests.helpers import bits, new_state, same, small_model, write_jsonl
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_a_number_ends_a_run_at_its_step(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One batch's, in the middle; what was before it is saved, and goes on when the batch is mended."""
-    whole, out, taken = tmp_path / "whole", tmp_path / "run", train.train_step
+    whole, out, taken = tmp_path / "whole", tmp_path / "run", loop.train_step
 
     def spoiled(state: Any, window: Any, *rest: Any) -> Any:
         if state.step == 7:
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_a_number_ends_a_run_at_its_step(
 
     assert main([*words, "--dtype", "float32", "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", spoiled)
+        patch.setattr(loop, "train_step", spoiled)
         assert main([*words, "--dtype", "float32", "--out", str(out)]) == 1
     assert "step 8 is not finite (" in last_line(capfd.readouterr().err)
     assert [folder.name for folder in out.glob("step_*")] == ["step_000007"]

@@ -2,7 +2,7 @@
 
 Real processes are stopped by real signals while they train: Ctrl-C and SIGTERM let the step finish and save. The
 command that they print is then run, and the whole is compared with a run that nobody stopped, in this process: every
-loss, learning rate and gradient norm, and every bit of the final weights. (`runs/test_resume_bitwise.py` is about kill -9.)
+loss, learning rate and gradient norm, and every bit of the final weights. (`test_resume_bitwise.py` is about kill -9.)
 """
 
 import json
@@ -181,7 +181,7 @@ def test_a_second_signal_interrupts_at_once(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Somebody who presses Ctrl-C twice does not want to wait for the step; handlers are put back afterwards."""
-    from minift import train
+    from minift.runs import loop
 
     data = write_jsonl(tmp_path / "x.jsonl", [{"question": f"What is {i}?", "answer": "A number."} for i in range(9)])
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -191,7 +191,7 @@ def test_a_second_signal_interrupts_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the step went on")
 
-    monkeypatch.setattr(train, "train_step", impatient)
+    monkeypatch.setattr(loop, "train_step", impatient)
     words = ["finetune", "--model", small_checkpoint, "--data", data, "--out", tmp_path / "out", "--device", "cpu"]
     assert main([str(word) for word in words]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "minift: interrupted"

@@ -30,13 +30,12 @@ from typing import Any
 import pytest
 import torch
 
-from minift import train
 from minift.cli import main
 from minift.data import encode
 from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
-from minift.runs import finetune as jobs
+from minift.runs import common, loop
 from minift.runs.folder import read_run
 from minift.runs.steps import check_step, step_folders
 from minift.storage.checksums import CHECKSUMS
@@ -81,7 +80,7 @@ def child(words: list[str], log: Path, hooks: Hooks) -> None:
     torch.set_num_threads(1)  # so that every sum is taken in the same order
     if hooks.chunk:
         encode.CHUNK_CHARACTERS = hooks.chunk
-    step = train.train_step
+    step = loop.train_step
 
     def watched_step(state: Any, *arguments: Any) -> Any:
         if hooks.draw:
@@ -90,15 +89,15 @@ def child(words: list[str], log: Path, hooks: Hooks) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(state, *arguments)
 
-    train.train_step = watched_step
-    train_all = jobs.train
+    loop.train_step = watched_step
+    train_all = common.train
 
     def watched_train(*arguments: Any) -> bool:
         done = train_all(*arguments)
         write_random(random_of(arguments[-1]))  # a run that is killed behind this is not trained again
         return done
 
-    jobs.train = watched_train
+    common.train = watched_train
     if hooks.cut:
         cut(*hooks.cut)
     if hooks.watch:
@@ -153,7 +152,7 @@ def cut(name: str, n: int, moment: str) -> None:
 
 def watch(file: Path) -> None:
     """Write down which step folders there are before each removal and after each save."""
-    rename, save_step = Path.rename, train.save_step
+    rename, save_step = Path.rename, loop.save_step
 
     def note(what: str, run: Path, name: str) -> None:
         folders = step_folders(run)
@@ -172,7 +171,7 @@ def watch(file: Path) -> None:
         note("saved", run, folder.name)
         return folder
 
-    Path.rename, train.save_step = noted_rename, noted_save  # type: ignore[method-assign]
+    Path.rename, loop.save_step = noted_rename, noted_save  # type: ignore[method-assign]
 
 
 class Zygote:
@@ -775,7 +774,7 @@ def test_a_damaged_newest_folder_is_named_and_passed_over(
     code, printed, _ = zygote.run(["pretrain", "--resume", "--out", out], DRAWING)
     assert code == 0, printed
     assert f"passed over: {out / 'step_000006' / name}: " in printed
-    assert f"continues behind step 4 of {STEPS}" in printed
+    assert f"continues after step 4 of {STEPS}" in printed
     assert_same_run(out, whole, STEPS, keep=3)  # the damaged one is replaced, too
 
 
@@ -786,7 +785,7 @@ def test_two_damaged_folders_are_passed_over(zygote: Zygote, whole: Path, tmp_pa
     code, printed, _ = zygote.run(["pretrain", "--resume", "--out", out], DRAWING)
     assert code == 0, printed
     assert printed.count("passed over: ") == 2
-    assert f"continues behind step 2 of {STEPS}" in printed
+    assert f"continues after step 2 of {STEPS}" in printed
     assert_same_run(out, whole, STEPS, keep=3)
 
 
@@ -814,7 +813,7 @@ def test_a_damaged_newer_folder_does_not_push_out_a_whole_one(zygote: Zygote, wh
     assert "stopped and saved" in printed
     code, printed, _ = zygote.run(["pretrain", "--resume", "--out", out], DRAWING)
     assert code == 0, printed
-    assert f"continues behind step 5 of {STEPS}" in printed
+    assert f"continues after step 5 of {STEPS}" in printed
     assert_same_run(out, whole, STEPS, keep=1)
 
 

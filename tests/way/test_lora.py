@@ -230,7 +230,7 @@ def test_a_damaged_adapter_is_passed_over(run: Path, tmp_path: Path, capsys: pyt
     shown = capsys.readouterr().out
     assert "step_000012/adapter.pt: damaged" in shown
     assert "step_000008/adapter.pt: missing" in shown
-    assert "continues behind step 4 " in shown
+    assert "continues after step 4 " in shown
 
 
 @pytest.mark.parametrize(
