@@ -243,7 +243,7 @@ def _compare_with_base(
     try:
         before = load_model(job.model, device=device)
         after = load_model(out / "final", device=device)
-        scores = compare((before, tokenizer), (after, tokenizer), split.held_out, template)
+        scores = compare((before, tokenizer), (after, tokenizer), split.held_out, template, plain)
     except (MemoryError, RuntimeError) as error:  # one model that was sharded had room here, two may have none
         if not is_out_of_memory(error):
             raise
