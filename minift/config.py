@@ -1,8 +1,8 @@
-"""What a model is, and how it is trained: two frozen dataclasses, JSON in and out, presets by name.
+"""The shape of a model and the settings of its training: two frozen dataclasses, read from JSON and written as JSON.
 
-Every number that a run depends on is in one of these two objects and nowhere else, so a run can be written down
-(`to_json`), read back, compared and resumed. Fields carry their own help text: the command line's flags are made
-from them (`cli/__init__.py`), and a field added here is a flag there. Unknown keys fail by name; nothing falls back silently.
+Every number that a run depends on is in one of these two objects and nowhere else, so a run can be saved, read back,
+compared and resumed. A field of `TrainConfig` has its help text and its bounds with it: the flags of the command line
+are made of the fields (`cli/train.py`), so a new field here is a new flag there. An unknown key is refused by its name.
 
     python -c "from minift import LlamaConfig; print(LlamaConfig.preset('stories15m').to_json())"
 
@@ -24,12 +24,12 @@ PARALLEL = ("auto", "ddp", "fsdp")
 SAVE_FORMATS = ("native", "hf")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("cosine", "linear", "constant")
-LOSS_CHUNK = 1_024  # targets whose logits exist at the same time: fewer make a CPU's products slower, more take memory
+LOSS_CHUNK = 1_024  # targets whose logits exist at the same time: fewer are slower on a CPU, more take more memory
 WIDE_HEAD = 2**14  # pieces of a vocabulary from which it pays a CPU to turn the head: it multiplies by rows faster
 LONGEST_WRITTEN_OUT = (
     256  # tokens of a row up to which `kernels/layer.py` pays: beyond, attention's weights are most of memory
 )
-MOST_WORKERS = 256  # as many processes as asked for are started: a slip of the finger must not start a million
+MOST_WORKERS = 256  # processes for encoding; a typing error must not start a million of them
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> "RopeScaling":
-        """From a config's `rope_scaling`. Raises InputError for another type of scaling, or keys that do not fit it."""
+        """Read a config's `rope_scaling`. Raises InputError for another type of scaling, and for wrong keys."""
         values = dict(values)
         kind = values.pop("rope_type", values.pop("type", None))
         if kind != "llama3":
-            raise InputError(f"{where}: rope_type is {kind!r}; minift implements 'llama3' and the plain kind (null)")
+            raise InputError(f"{where}: rope_type is {kind!r}; minift implements 'llama3', and no scaling (null)")
         missing = sorted({item.name for item in dataclasses.fields(cls)} - set(values))
         if missing:
             raise InputError(f"{where}: key {missing[0]!r} is missing")
         return build(RopeScaling, values, where)
 
     def to_dict(self) -> dict[str, Any]:
-        """The value of `rope_scaling` in a config.json."""
+        """Return the value of `rope_scaling` for a config.json."""
         return {"rope_type": "llama3", **dataclasses.asdict(self)}
 
 
@@ -73,8 +73,8 @@ class RopeScaling:
 class LlamaConfig:
     """The shape of a Llama, under Hugging Face's names (`transformers.LlamaConfig`).
 
-    `eos_token_id` may be several: a chat model ends its turn with one id and a document with another. Generation stops
-    at each of them (`eos_token_ids`).
+    `eos_token_id` may be several ids, because a chat model ends a turn with one and a document with another. Generation
+    stops at each of them (`eos_token_ids`).
 
     Raises:
         InputError: when a size is not positive or the sizes do not fit together.
@@ -132,34 +132,34 @@ class LlamaConfig:
         if isinstance(self.eos_token_id, tuple) and len(self.eos_token_id) == 1:
             object.__setattr__(self, "eos_token_id", self.eos_token_id[0])
         if not self.eos_token_ids:
-            raise InputError("eos_token_id is empty; generation would never end")
+            raise InputError("eos_token_id is empty; without one, generation never ends")
         for name, id in (("bos_token_id", self.bos_token_id), *(("eos_token_id", id) for id in self.eos_token_ids)):
             if not 0 <= id < self.vocab_size:
                 raise InputError(f"{name} {id} is not an id below vocab_size {self.vocab_size}")
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every id that ends a text."""
+        """Return every id that ends a text."""
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @classmethod
     def preset(cls, name: str) -> "LlamaConfig":
-        """The shape called `name`, one of `PRESETS`. Raises InputError for an unknown name."""
+        """Return the shape called `name`, one of `PRESETS`. Raises InputError for an unknown name."""
         if name not in PRESETS:
             raise InputError(f"unknown preset {name!r}; known: {', '.join(PRESETS)} (or a config.json)")
         return LlamaConfig(**PRESETS[name])
 
     @classmethod
     def named(cls, name: str) -> "LlamaConfig":
-        """A preset, or a `config.json` of minift. Raises InputError when there is none."""
+        """Return a preset, or read a `config.json` of minift. Raises InputError when there is none."""
         return cls.from_file(name) if name.endswith(".json") else cls.preset(name)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> "LlamaConfig":
-        """From the keys of a minift `config.json`; `where` is named in errors.
+        """Build a shape from the values of a minift `config.json`; `where` is named in errors.
 
         Raises:
-            InputError: for a key that is not a field, a missing one (a shape is never guessed), a value of the wrong
+            InputError: for a key that is not a field, a missing key (a shape is never guessed), a value of the wrong
                 type, or another architecture.
         """
         values = dict(values)
@@ -180,21 +180,21 @@ class LlamaConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "LlamaConfig":
-        """From a JSON file. Raises InputError when it is missing, not JSON, or holds an unknown key."""
+        """Read a shape from a JSON file. Raises InputError when it is missing, not JSON, or holds an unknown key."""
         return cls.from_dict(read_json(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, with the keys by which other tools recognise a Llama, as a config.json has them."""
+        """Return the values of a `config.json`: the fields, and the keys by which other tools recognise a Llama."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["rope_scaling"] = self.rope_scaling and self.rope_scaling.to_dict()
         return {**_FIXED_KEYS, **values}
 
     def to_json(self) -> str:
-        """The text of a `config.json`."""
+        """Return the text of a `config.json`."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-# What two models cannot be expected to share; the other fields have a default that a file may leave out.
+# A file must have these keys, because models differ in them. It may leave out the others, which have defaults.
 _REQUIRED_KEYS = {
     "vocab_size",
     "hidden_size",
@@ -255,69 +255,84 @@ def _flag(
     above: float | None = None,
     least: float | None = None,
 ) -> Any:
-    """A dataclass field that knows its own help text and its bounds."""
+    """Return a dataclass field with its help text and the bounds of its value."""
     return field(default=default, metadata={"help": help, "choices": choices, "above": above, "least": least})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. Every field is a flag of `finetune` and `pretrain` (`--grad-accum` for `grad_accum`).
+    """The settings of a training. Every field is a flag of `finetune` and `pretrain` (`--grad-accum` for `grad_accum`).
 
     Exactly one of `steps` and `epochs` sets the length of the run. Raises InputError for a value out of bounds.
     """
 
-    steps: int | None = _flag(None, "optimizer steps to take (instead of --epochs)", least=1)
-    epochs: float | None = _flag(None, "passes over the training data (instead of --steps)", above=0)
-    batch_size: int = _flag(32, "pairs (finetune) or rows of --max-length tokens (pretrain) in a micro-batch", least=1)
-    grad_accum: int = _flag(1, "micro-batches whose gradients are summed into one optimizer step", least=1)
-    lr: float = _flag(5e-4, "peak learning rate", above=0)
-    min_lr: float = _flag(0.0, "learning rate at the end of the schedule, as a share of the peak", least=0)
-    warmup: int = _flag(0, "steps of linear warm-up", least=0)
-    schedule: str = _flag("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
-    max_length: int = _flag(256, "tokens in a row: longer pairs are cut, pages are packed to it", least=2)
-    weight_decay: float = _flag(0.0, "AdamW's decoupled weight decay, on matrices only", least=0)
-    beta1: float = _flag(0.9, "AdamW's decay rate of the gradient's mean", least=0)
-    beta2: float = _flag(0.95, "AdamW's decay rate of the gradient's second moment", least=0)
-    clip: float = _flag(1.0, "largest norm of the whole gradient; 0 switches clipping off", least=0)
+    steps: int | None = _flag(None, "number of optimizer steps (instead of --epochs)", least=1)
+    epochs: float | None = _flag(None, "number of passes over the training data (instead of --steps)", above=0)
+    batch_size: int = _flag(
+        32, "size of a micro-batch: pairs (finetune), or rows of --max-length tokens (pretrain)", least=1
+    )
+    grad_accum: int = _flag(1, "number of micro-batches whose gradients are summed for an optimizer step", least=1)
+    lr: float = _flag(5e-4, "highest learning rate of the schedule", above=0)
+    min_lr: float = _flag(0.0, "learning rate at the end of the schedule, as a fraction of --lr", least=0)
+    warmup: int = _flag(0, "number of steps in which the learning rate rises to --lr", least=0)
+    schedule: str = _flag("cosine", "shape of the learning rate's fall after the warm-up", choices=SCHEDULES)
+    max_length: int = _flag(256, "number of tokens in a row; longer pairs are cut, and pages fill rows", least=2)
+    weight_decay: float = _flag(0.0, "AdamW's decoupled weight decay, for matrices only", least=0)
+    beta1: float = _flag(0.9, "AdamW's decay rate for the running mean of the gradient", least=0)
+    beta2: float = _flag(0.95, "AdamW's decay rate for the running mean of the squared gradient", least=0)
+    clip: float = _flag(1.0, "largest norm that the gradient of all weights may have; 0 switches clipping off", least=0)
     dtype: str = _flag(
         "auto",
-        "dtype of the arithmetic; the weights stay float32. auto: bfloat16 in hardware, or float32",
+        "data type of the computation, while the weights stay float32; auto is bfloat16 where the hardware has it, "
+        "or else float32",
         choices=DTYPES,
     )
-    device: str = _flag("auto", "where to train; auto takes a GPU if there is one", choices=DEVICES)
+    device: str = _flag("auto", "device to train on; auto is a GPU if there is one", choices=DEVICES)
     compile: bool | None = _flag(
-        None, "compile the model with torch.compile (default: if it pays, on a CPU and for a long run over pages)"
+        None,
+        "compile the model with torch.compile (default: in a long run over pages on a CPU, which it makes faster)",
     )
     parallel: str = _flag(
-        "auto", "under torchrun: ddp keeps the weights on every rank, fsdp a part; auto is ddp", choices=PARALLEL
+        "auto",
+        "how the processes of torchrun share the weights: in ddp each has all of them, in fsdp a part; auto is ddp",
+        choices=PARALLEL,
     )
     checkpoint_activations: bool = _flag(False, "recompute activations in the backward pass: less memory, more time")
-    loss_chunk: int = _flag(LOSS_CHUNK, "targets whose logits exist at the same time", least=1)
-    seed: int = _flag(0, "seed of the data's order, of what is held out, and of random first weights", least=0)
-    pack: bool = _flag(True, "put several short pairs into a row, each isolated from the others")
-    isolate: bool = _flag(False, "keep the pages of a row apart, in attention and positions")
-    shuffle_buffer: int = _flag(10_000, "pages from which the next one is drawn; 0: in the order of the files", least=0)
-    workers: int = _flag(0, "processes that encode text; 0 does it between the steps (it changes no result)", least=0)
+    loss_chunk: int = _flag(LOSS_CHUNK, "number of targets whose logits exist at the same time", least=1)
+    seed: int = _flag(0, "seed of the data's order, of the held-out split and of random initial weights", least=0)
+    pack: bool = _flag(True, "fill a row with several short pairs, none of which sees the others")
+    isolate: bool = _flag(False, "keep the pages of a row apart: each has its own attention and its own positions")
+    shuffle_buffer: int = _flag(
+        10_000, "number of pages from which the next one is drawn; 0 keeps the order of the files", least=0
+    )
+    workers: int = _flag(
+        0, "number of processes that encode text; 0 encodes it between the steps (no result depends on it)", least=0
+    )
     strict: bool = _flag(False, "stop at the first unusable record, instead of skipping up to 1 % of them")
-    eval_every: int = _flag(0, "steps between evaluations on the held-out split; 0: only at the end", least=0)
+    eval_every: int = _flag(0, "number of steps between evaluations on the held-out split; 0: only at the end", least=0)
     patience: int = _flag(
         0,
-        "evaluations without a lower validation loss that end the run; final/ is then its best model. 0: never",
+        "number of evaluations in a row without a lower validation loss that end the run with its best model; 0: never",
         least=0,
     )
-    save_every: int = _flag(0, "steps between resumable checkpoints; 0: only when interrupted", least=0)
-    keep: int = _flag(0, "resumable checkpoints to keep, the newest; 0: all", least=0)
+    save_every: int = _flag(
+        0, "number of steps between resumable checkpoints; 0: only when the run is interrupted", least=0
+    )
+    keep: int = _flag(0, "number of resumable checkpoints to keep, the newest ones; 0: all", least=0)
     save_format: str = _flag(
-        "native", "what final/ is: native, or a Hugging Face folder (needs the hf extra)", choices=SAVE_FORMATS
+        "native",
+        "format of final/: native, or a Hugging Face folder (which needs the hf extra)",
+        choices=SAVE_FORMATS,
     )
     lora_rank: int = _flag(
-        0, "train adapters of this rank beside the frozen weights (LoRA); 0: train all the weights", least=0
+        0, "rank of the adapters that are trained while the weights are frozen (LoRA); 0: train the weights", least=0
     )
-    lora_alpha: float = _flag(16.0, "LoRA: what an adapter adds is scaled by this over the rank", above=0)
-    lora_targets: str = _flag("all", "LoRA: the matrices that get an adapter, as q_proj,v_proj, or all of a layer's")
-    lora_dropout: float = _flag(0.0, "LoRA: the share of an adapter's inputs that is set to 0 in training", least=0)
+    lora_alpha: float = _flag(16.0, "LoRA: number that, divided by the rank, multiplies an adapter's output", above=0)
+    lora_targets: str = _flag("all", "LoRA: matrices that get an adapter, such as q_proj,v_proj, or all of a layer's")
+    lora_dropout: float = _flag(0.0, "LoRA: fraction of an adapter's inputs that training sets to 0", least=0)
     template: str = _flag(
-        "auto", "how a question and its answer become text: auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt"
+        "auto",
+        "template that makes text of a question and its answer: auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt",
     )
 
     def __post_init__(self) -> None:
@@ -332,7 +347,7 @@ class TrainConfig:
             if getattr(self, name) >= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be below 1")
         if self.min_lr > 1:
-            raise InputError(f"min_lr is {self.min_lr}; it is a share of the peak learning rate, at most 1")
+            raise InputError(f"min_lr is {self.min_lr}; it is a fraction of the highest learning rate, at most 1")
         defaults = {item.name: item.default for item in dataclasses.fields(self) if item.name.startswith("lora_")}
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         if changed and not self.lora_rank:
@@ -341,7 +356,7 @@ class TrainConfig:
             raise InputError("give --steps or --epochs, not both: each sets the length of the run")
 
     def replace(self, **changes: Any) -> "TrainConfig":
-        """A copy with some fields changed; giving one of `steps` and `epochs` clears the other."""
+        """Return a copy with some fields changed; a new value of `steps` clears `epochs`, and the other way round."""
         if "steps" in changes and "epochs" not in changes:
             changes["epochs"] = None
         elif "epochs" in changes and "steps" not in changes:
@@ -350,14 +365,15 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> "TrainConfig":
-        """From the keys of a run's `config.json`. Raises InputError for an unknown key or a bad value."""
+        """Build settings from the values of a run's `config.json`. Raises InputError for a wrong key or value."""
         return build(TrainConfig, values, where)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
+        """Return the fields as plain values."""
         return dataclasses.asdict(self)
 
 
-# The two jobs' defaults. Finetuning: about 1,000 short pairs, seen 10 times. Pretraining: the bundled base's recipe.
+# The defaults of the two jobs. Finetuning: about 1,000 short pairs, each seen 10 times. Pretraining: how the bundled
+# base was made.
 FINETUNE = TrainConfig(epochs=10, batch_size=32, lr=1e-4, schedule="linear", warmup=10, eval_every=50)
 PRETRAIN = TrainConfig(steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_length=256, min_lr=0.05, weight_decay=0.1)

@@ -1,6 +1,8 @@
 """Plain values from files and flags: a JSON object, a number within its bounds, a dataclass's fields.
 
-What is wrong is refused by its name and place; nothing is guessed. Read next: `config.py`.
+A wrong value is refused with its name and place; nothing is guessed.
+
+Read next: `config.py`.
 """
 
 import json
@@ -11,11 +13,11 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from minift.errors import InputError
 
-_Fields = TypeVar("_Fields")  # a dataclass
+_Fields = TypeVar("_Fields")  # some dataclass
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError when it is missing, not JSON, or not an object."""
+    """Return the JSON object in a file. Raises InputError when it is missing, not JSON, or not an object."""
     path = Path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -35,9 +37,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def check_number(
     name: str, value: float, *, above: float | None = None, least: float | None = None, below: float | None = None
 ) -> None:
-    """Raise InputError unless `value` is finite, more than `above`, at least `least`, less than `below`.
+    """Raise InputError unless `value` is finite, more than `above`, at least `least`, and less than `below`.
 
-    A whole number must also be below 2³¹.
+    An integer must also be below 2³¹, with or without its sign.
     """
     if isinstance(value, int) and abs(value) >= 2**31:
         raise InputError(f"{name} is {value}; it must be below {2**31}")
@@ -52,13 +54,13 @@ def check_number(
 
 
 def build(cls: type[_Fields], values: dict[str, Any], where: str) -> _Fields:
-    """A dataclass from plain values, such as a JSON object's.
+    """Build a dataclass from plain values, such as those of a JSON object.
 
     Args:
-        where: the file or place that holds them, named in errors.
+        where: the file or place that holds the values, for messages.
 
     Raises:
-        InputError: for a key that is not a field, a value of another type, or one that the class refuses.
+        InputError: for a key that is not a field, a value of another type, or a value that the class refuses.
     """
     hints = get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
@@ -70,8 +72,8 @@ def build(cls: type[_Fields], values: dict[str, Any], where: str) -> _Fields:
         if float in allowed:
             allowed = (*allowed, int)
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
-            raise InputError(f"{where}: {name} is {value!r}; it must be {wanted}")
+            types = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
+            raise InputError(f"{where}: {name} is {value!r}; it must be {types}")
     try:
         return cls(**values)
     except InputError as error:
@@ -79,7 +81,7 @@ def build(cls: type[_Fields], values: dict[str, Any], where: str) -> _Fields:
 
 
 def size(nbytes: float) -> str:
-    """Bytes in decimal units: 13_476_831_232 → "13.5 GB"."""
+    """Return a number of bytes in decimal units: 13_476_831_232 → "13.5 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"

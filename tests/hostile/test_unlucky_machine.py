@@ -141,7 +141,7 @@ def test_an_error_of_memory_is_known_by_its_words(words_of_torch: str) -> None:
     if "CUDA" in words_of_torch:
         error = torch.OutOfMemoryError(words_of_torch)
     assert is_out_of_memory(error)
-    assert out_of_memory(error) == f"out of memory: {FULL[words_of_torch]} more could not be had"
+    assert out_of_memory(error) == f"out of memory: {FULL[words_of_torch]} more could not be allocated"
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
@@ -150,7 +150,7 @@ def test_a_real_failure_to_allocate_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**52)
     assert is_out_of_memory(caught.value)
-    assert out_of_memory(caught.value) == f"out of memory: {2**54:,} bytes more could not be had"
+    assert out_of_memory(caught.value) == f"out of memory: {2**54:,} bytes more could not be allocated"
 
 
 def test_the_steps_before_memory_ran_out_are_saved(
@@ -168,7 +168,8 @@ def test_the_steps_before_memory_ran_out_are_saved(
         patch.setattr(loop, "train_step", third_is_too_large)
         assert main([*words, "--steps", "4", "--out", str(out)]) == 1
     line = last_line(capfd.readouterr().err)
-    assert line.startswith("minift: error: step 3: out of memory: 18,014,398,509,481,984 bytes more could not be had; ")
+    failed = "step 3: out of memory: 18,014,398,509,481,984 bytes more could not be allocated"
+    assert line.startswith(f"minift: error: {failed}; ")
     assert "--batch-size" in line
     assert main(["finetune", "--resume", "--out", str(out)]) == 0
     for file in ("final/model.pt", "compare.json"):

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
-from minift.errors import LONGEST, InputError, RunError, one_line
+from minift.errors import LONGEST_LINE, InputError, RunError, one_line
 from minift.formats import huggingface, open_model
 from minift.formats.convert import convert
 from minift.formats.huggingface import write_huggingface
@@ -144,7 +144,7 @@ def refuse(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refuse:
             assert time.monotonic() - start < MOMENT
             stderr = capfd.readouterr().err
             shown = " ".join(message.split())
-            if len(shown) > LONGEST:
+            if len(shown) > LONGEST_LINE:
                 shown = one_line(shown)
             assert stderr == f"minift: error: {shown}\n".encode(errors="replace").decode()
         assert sorted(tmp_path.rglob("*")) == before
