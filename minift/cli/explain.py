@@ -1,4 +1,4 @@
-"""`minift explain`: from the command's words to X-rays. Read next: `look/explain.py`."""
+"""Run `minift explain`: from the command's words to X-rays."""
 
 import os
 import shutil
@@ -12,78 +12,89 @@ from minift.errors import InputError
 from minift.look.report import xray_table
 from minift.values import check_number
 
-if TYPE_CHECKING:  # which imports torch, and `minift --help` does without
+if TYPE_CHECKING:  # `minift --help` need not wait for what these import
+    from minift.look.explain import XRay
     from minift.prompts import Pair
 
 
 def add_explain(commands: Any) -> None:
     """Add the command to the parser."""
-    text = "what the loss sees at every token of a text, or of a question and its answer"
+    text = "show what the loss sees at every token of a text, or of a question and its answer"
     command = add_command(commands, "explain", _explain, text)
     command.add_argument("text", nargs="?", metavar="TEXT", help="a text; with --answer, a question")
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
-    command.add_argument("--against", metavar="DIR", help="a second model to put beside it, as --model")
+    command.add_argument("--against", metavar="DIR", help="a second model to compare with; the same kinds as --model")
     command.add_argument("--answer", metavar="TEXT", help="the answer to learn; the question is then only given")
-    command.add_argument("--data", nargs="+", metavar="FILE", help="in place of TEXT: records to look at")
-    command.add_argument("-n", type=int, default=1, metavar="N", help="… so many of them, packed as in training (1)")
-    command.add_argument("--skip", type=int, default=0, metavar="N", help="… behind the first N (0)")
-    command.add_argument("--no-pack", dest="pack", action="store_false", help="… each in a row of its own")
-    command.add_argument("--template", default="auto", metavar="NAME", help="that pairs are put into (auto)")
-    command.add_argument("--dtype", default="float32", metavar="float32|bfloat16|float16", help="(float32)")
-    command.add_argument("--colour", default="auto", metavar="auto|always|never", help="by surprise (auto)")
+    command.add_argument("--data", nargs="+", metavar="FILE", help="show records of these files instead of TEXT")
+    command.add_argument(
+        "-n", type=int, default=1, metavar="N", help="show N records of --data, packed as in training (1)"
+    )
+    command.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N records of --data (0)")
+    command.add_argument("--no-pack", dest="pack", action="store_false", help="give each record of --data its own row")
+    command.add_argument("--template", default="auto", metavar="NAME", help="the template of pairs (auto)")
+    command.add_argument(
+        "--dtype", default="float32", metavar="float32|bfloat16|float16", help="the arithmetic (float32)"
+    )
+    command.add_argument(
+        "--colour", default="auto", metavar="auto|always|never", help="colour lines by surprise (auto)"
+    )
     command.add_argument("--html", metavar="FILE", help="write a page to look at in a browser")
     command.add_argument("--json", metavar="FILE", help="write all numbers to FILE")
-    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="compute on this device (auto)")
 
 
 def _explain(options: dict[str, Any]) -> int:
-    from minift.look.explain import XRay, explain
     from minift.look.pages.xray import xray_page
-    from minift.pack import encode_pairs
-    from minift.prompts import choose_template, template_named
+    from minift.prompts import choose_template
     from minift.runs.machine import choose_device
 
     colour = _colour(options["colour"])
     if options["against"] == options["model"]:
-        raise InputError("--against is the same model as --model; there would be nothing to compare")
+        raise InputError("--against is the same model as --model; give another one to compare with")
     pairs = _pairs(options)
-    name = choose_template(options["template"], pairs)
-    config = TrainConfig(dtype=options["dtype"], device=options["device"], template=name)
-    choose_device(config)
-    xrays: dict[str, XRay] = {}
-    for path in (options["model"], options["against"]):
-        if path is None:
-            continue
-        model, tokenizer = load(path, options["device"])
-        length = model.config.max_position_embeddings
-        examples, dropped = encode_pairs(pairs, template_named(name), tokenizer, length)
-        if dropped:
-            print(f"note: {dropped} of {len(pairs)} records have no target and are left out", file=sys.stderr)
-        if any(example.answer[-1] != tokenizer.eos_id for example in examples):
-            print(f"note: cut to the {length:,} positions of {path}", file=sys.stderr)
-        xrays[path] = explain(model, tokenizer, examples, config, options["pack"])
+    template = choose_template(options["template"], pairs)
+    config = TrainConfig(dtype=options["dtype"], device=options["device"], template=template)
+    choose_device(config)  # refuse a wrong device before a model is loaded
+    models = [model for model in (options["model"], options["against"]) if model is not None]
+    xrays = {model: _xray(model, pairs, config, options["pack"]) for model in models}
     print(xray_table(xrays, colour, shutil.get_terminal_size((120, 24)).columns))
     texts = {}
     if options["html"] is not None:
         texts[options["html"]] = xray_page(xrays)
     if options["json"] is not None:
-        texts[options["json"]] = json_text({"models": {path: xray.to_dict() for path, xray in xrays.items()}})
+        texts[options["json"]] = json_text({"models": {model: xray.to_dict() for model, xray in xrays.items()}})
     write_texts(texts)
     return 0
 
 
+def _xray(path: str, pairs: "list[Pair]", config: TrainConfig, pack: bool) -> "XRay":
+    """Load a model and return its X-ray of the pairs. Say on standard error what is left out or cut."""
+    from minift.look.explain import explain
+    from minift.pack import encode_pairs
+    from minift.prompts import template_named
+
+    model, tokenizer = load(path, config.device)
+    positions = model.config.max_position_embeddings
+    examples, dropped = encode_pairs(pairs, template_named(config.template), tokenizer, positions)
+    if dropped:
+        print(f"note: {dropped} of {len(pairs)} records have no target and are left out", file=sys.stderr)
+    if any(example.answer[-1] != tokenizer.eos_id for example in examples):
+        print(f"note: cut to the {positions:,} positions of {path}", file=sys.stderr)
+    return explain(model, tokenizer, examples, config, pack)
+
+
 def _pairs(options: dict[str, Any]) -> "list[Pair]":
-    """What to look at: the text, the question with its answer, or some records of a file."""
+    """Return what to show: the text, the question with its answer, or some records of a file."""
     from minift.data.pairs import scan_pairs
     from minift.data.records import find_files, scan
     from minift.prompts import Pair
 
     text, answer = options["text"], options["answer"]
     if (text is None) == (options["data"] is None):
-        raise InputError("give a TEXT, or --data with records to look at: one of them (see minift explain --help)")
+        raise InputError("give a TEXT, or --data with records to show: one of them (see minift explain --help)")
     if text is not None:
         if not text.strip():
-            raise InputError("TEXT is blank: there is nothing to look at")
+            raise InputError("TEXT is blank: there is nothing to show")
         if answer is None:
             return [Pair(question="", answer=text)]
         if not answer.strip():
@@ -105,8 +116,9 @@ def _pairs(options: dict[str, Any]) -> "list[Pair]":
 
 
 def _colour(when: str) -> bool:
+    """Return whether to use colours. Raises InputError for a word that is not known."""
     if when not in ("auto", "always", "never"):
         raise InputError(f"--colour is {when!r}; choose from auto, always, never")
-    if when == "auto":  # a terminal whose user has not asked for none (no-color.org)
+    if when == "auto":  # a terminal, unless its user has switched colours off (no-color.org)
         return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     return when == "always"

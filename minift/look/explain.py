@@ -1,19 +1,22 @@
-"""The next-token X-ray: what the loss sees at every position of a text, number by number.
+"""Look at what the loss sees at every position of a text, number by number: the next-token X-ray.
 
-A training step asks a model, at each position, how likely the token is that comes next. Averaged, the answers are one
-number, the loss; here they stand side by side, made by the functions that train: for each position the token that is
-read, the one that follows, its probability, its rank among all ids, its *nll* (the negative logarithm of that
-probability: the surprise, in nats), and whether it is learned at all. Of a question and its answer, only the answer is:
-the model is surprised by the question, too, but that surprise weighs nothing.
+Legend: B rows, T tokens of a row, N positions with a target, n of them at a time, D model width, V vocabulary.
 
-Beside it stands what the step pulls on, the gradient at the logits: softmax − one-hot. Its entry for the right token is
-its probability less 1, so its logit is pushed up, the more the less it was expected; each other entry is that token's
-probability, and is pushed down by as much. They sum to zero. (The step's gradient is this over the number of targets.)
+A training step asks a model, at each position, how likely the token is that comes next. The mean of the answers is one
+number, the loss. Here they are side by side, computed by the functions that train. For each position: the token that is
+read, the token that follows, its probability, its rank among all ids, its *nll* (the negative logarithm of that
+probability: the surprise, in nats), and whether it is learned. Of a question and its answer, only the answer is
+learned: the model is surprised by the question, too, but that surprise has weight 0.
+
+Next to them is the gradient at the logits: softmax − one-hot. Its entry for the right token is the token's probability
+less 1, so the step pushes that logit up; the less the token was expected, the more. Each other entry is that token's
+probability, and the step pushes that logit down by as much. All entries sum to zero. (A step's gradient is this,
+divided by the number of targets.)
 
     minift explain "The capital of France is Paris." --model bundled
     minift explain "What is the capital of Mexico?" --answer "Mexico City" --model bundled --html xray.html
 
-Source of the closed form: Goodfellow et al., "Deep Learning" (2016), section 6.2.2.3. Read next: `look/report.py`.
+Source of the closed form: Goodfellow et al., "Deep Learning" (2016), section 6.2.2.3.
 """
 
 import math
@@ -33,7 +36,7 @@ from minift.pack import IGNORE, PADDING, Batch, Example, collate
 from minift.runs.machine import autocast, choose_dtype, choose_written_out
 from minift.tokenizer.base import Tokenizer
 
-LARGEST = 5  # entries that are listed of a distribution, and of a gradient
+LARGEST = 5  # entries shown of a distribution, and of a gradient
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,16 @@ class Position:
     """One position of a batch.
 
     Attributes:
-        row, place: where it stands: row of the batch, and place in that row.
-        document: which document of the row; positions and attention start anew with each.
+        row, place: the row of the batch, and the place in that row.
+        document: the document of the row, from 0; positions and attention begin again with each.
         position: place in its document, for RoPE.
         token: the id that is read.
         next: the id that follows it in its document.
-        learned: whether `next` is a target. The loss weight of the position is 1, or else 0.
+        learned: whether `next` is a target. If so, the position's weight in the loss is 1, else 0.
         nll: −log p(next), in nats.
         rank: 1 if no id is likelier than `next`.
-        likeliest: the ids with the highest probabilities, in falling order.
-        gradient: the largest entries of softmax − one-hot by size; empty where nothing is learned.
+        likeliest: the ids with the highest probabilities, the highest first.
+        gradient: the largest entries of softmax − one-hot by absolute value; empty where nothing is learned.
     """
 
     row: int
@@ -75,7 +78,7 @@ class Position:
 
     @property
     def probability(self) -> float:
-        """Of `next`."""
+        """The probability of `next`."""
         return math.exp(-self.nll)
 
 
@@ -85,10 +88,10 @@ class XRay:
 
     Attributes:
         positions: in reading order.
-        loss: mean nll of the targets, in nats: what `train.train_step` reports for this batch, to the bit on a CPU.
-        n_targets: how many positions are learned.
+        loss: the mean nll of the targets, in nats: what `train.train_step` reports for this batch, to the bit on a CPU.
+        n_targets: the number of positions that are learned.
         dtype: of the arithmetic.
-        texts: of every id that occurs in `positions`; of one that stands for no text of its own, its name.
+        texts: the text of every id in `positions`; of an id without a text of its own, its name.
     """
 
     positions: list[Position]
@@ -98,37 +101,37 @@ class XRay:
     texts: dict[int, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {**asdict(self), "texts": {str(id): text for id, text in self.texts.items()}}
 
 
 def explain(
     model: Llama, tokenizer: Tokenizer, examples: Sequence[Example], config: TrainConfig, pack: bool = True
 ) -> XRay:
-    """Look at one micro-batch of all `examples` as a training step does.
+    """Return the X-ray of one micro-batch of all `examples`, computed as a training step computes it.
 
     Args:
         examples: pairs or texts as ids (`pack.encode_pair`).
-        config: its `dtype` and `loss_chunk` count.
-        pack: put several short examples in a row, as `minift finetune` does.
+        config: only its `dtype` and `loss_chunk` are read.
+        pack: whether several short examples share a row, as in `minift finetune`.
 
     Raises:
         InputError: when an id or a row does not fit the model.
     """
+    longest, limit = max(map(len, examples)), model.config.max_position_embeddings
+    if longest > limit:
+        raise InputError(f"{longest} tokens are more than the model's {limit} positions")
     pad_id, device = model.config.eos_token_ids[0], model.device
     batch = collate(examples, pad_id, pack=pack).to(device)
-    # The same rows, with every token a target but the first: what would be asked if nothing were masked.
+    # The same rows, but every token is a target except the first: what would be asked if nothing were masked.
     texts = [example.prompt + example.answer for example in examples]
-    everything = collate([Example(ids[:1], ids[1:]) for ids in texts], pad_id, pack=pack).to(device)
-    longest, room = max(map(len, examples)), model.config.max_position_embeddings
-    if longest > room:
-        raise InputError(f"{longest} tokens are more than the model's {room} positions")
-    asked = torch.where(batch.targets == IGNORE, everything.targets, IGNORE)  # the prompts: of weight 0
+    unmasked = collate([Example(ids[:1], ids[1:]) for ids in texts], pad_id, pack=pack).to(device)
+    given_targets = torch.where(batch.targets == IGNORE, unmasked.targets, IGNORE)  # the prompts', of weight 0
 
     with torch.no_grad(), autocast(model, config), _as_trained(model, config):
-        learned = _look(*batch_states(model, batch), model.head_weight, config.loss_chunk, gradients=True)
-        given = _look(batch_hidden(model, batch), asked, model.head_weight, config.loss_chunk, gradients=False)
-    positions = list(_positions(batch, everything.targets, learned, given))
+        learned = _measure(*batch_states(model, batch), model.head_weight, config.loss_chunk)
+        given = _measure(batch_hidden(model, batch), given_targets, model.head_weight, config.loss_chunk)
+    positions = list(_positions(batch, unmasked.targets, learned, given))
     nll_sum = learned.nll.sum()  # the step's own sum: in its dtype, of the same numbers in the same order
     return XRay(
         positions,
@@ -139,19 +142,9 @@ def explain(
     )
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Of some positions: their nll [n], the ranks of their targets, the likeliest ids, the largest gradient entries."""
-
-    nll: Tensor
-    ranks: list[int]
-    likeliest: list[tuple[Entry, ...]]
-    gradients: list[tuple[Entry, ...]]
-
-
 @contextmanager
 def _as_trained(model: Llama, config: TrainConfig) -> Iterator[None]:
-    """The layers as a run of this config goes through them: other operations would have other last digits."""
+    """Run the layers as a training run of this config does: other operations would give other last digits."""
     before, model.written_out = model.written_out, choose_written_out(model, config, model.device)
     try:
         yield
@@ -159,64 +152,88 @@ def _as_trained(model: Llama, config: TrainConfig) -> Iterator[None]:
         model.written_out = before
 
 
-def _look(hidden: Tensor, targets: Tensor, weight: Tensor, chunk: int, gradients: bool) -> _Found:
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured at N positions: nll [N], and for each the rank, the likeliest ids and the largest gradients."""
+
+    nll: Tensor
+    ranks: list[int]
+    likeliest: list[tuple[Entry, ...]]
+    gradients: list[tuple[Entry, ...]]
+
+    def each(self) -> Iterator[tuple[float, int, tuple[Entry, ...], tuple[Entry, ...]]]:
+        """Yield nll, rank, likeliest ids and gradients of each position, in reading order."""
+        return zip(self.nll.tolist(), self.ranks, self.likeliest, self.gradients, strict=True)
+
+
+def _measure(hidden: Tensor, targets: Tensor, weight: Tensor, chunk: int) -> _Measured:
+    """Measure the positions that have a target, by the loss's own logits and gradients.
+
+    Args:
+        hidden: [B, T, D].
+        targets: int64 [B, T], IGNORE where nothing is measured.
+        weight: [V, D], the head.
+        chunk: positions whose logits exist at the same time.
+    """
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    wanted = targets[targets != IGNORE]
-    nll = wanted.new_empty(len(wanted), dtype=exact)
+    target_ids = targets[targets != IGNORE]  # [N]
+    nll = target_ids.new_empty(len(target_ids), dtype=exact)
     ranks: list[int] = []
     likeliest: list[tuple[Entry, ...]] = []
-    largest: list[tuple[Entry, ...]] = []
-    for logits, here, gradient in loss_in_detail(hidden, weight, targets, chunk):
-        start, stop = len(ranks), len(ranks) + len(here)
-        nll[start:stop], logits = here, logits.to(exact)
-        ranks += (1 + (logits > logits.gather(1, wanted[start:stop, None])).sum(1)).tolist()
-        likeliest += _entries(logits.softmax(-1), LARGEST, by_size=False)
-        largest += _entries(gradient.to(exact), LARGEST, by_size=True) if gradients else [()] * len(here)
-    return _Found(nll, ranks, likeliest, largest)
+    gradients: list[tuple[Entry, ...]] = []
+    for logits, chunk_nll, gradient in loss_in_detail(hidden, weight, targets, chunk):  # [n, V], [n], [n, V]
+        here = slice(len(ranks), len(ranks) + len(chunk_nll))
+        logits, nll[here] = logits.to(exact), chunk_nll
+        ranks += (1 + (logits > logits.gather(1, target_ids[here, None])).sum(1)).tolist()
+        likeliest += _entries(logits.softmax(-1), by_absolute_value=False)
+        gradients += _entries(gradient.to(exact), by_absolute_value=True)
+    return _Measured(nll, ranks, likeliest, gradients)
 
 
-def _entries(values: Tensor, count: int, by_size: bool) -> list[tuple[Entry, ...]]:
-    """Of each row of [n, V], the `count` largest values and their ids."""
-    ids = (values.abs() if by_size else values).topk(min(count, values.shape[1]), dim=-1).indices
-    found = values.gather(1, ids)
+def _entries(values: Tensor, by_absolute_value: bool) -> list[tuple[Entry, ...]]:
+    """Return the LARGEST largest values of each row of [n, V], with their ids."""
+    size = values.abs() if by_absolute_value else values
+    ids = size.topk(min(LARGEST, values.shape[1]), dim=-1).indices
+    largest = values.gather(1, ids)
     return [
-        tuple(Entry(id, value) for id, value in zip(row, of_row, strict=True))
-        for row, of_row in zip(ids.tolist(), found.tolist(), strict=True)
+        tuple(Entry(id, value) for id, value in zip(row_ids, row, strict=True))
+        for row_ids, row in zip(ids.tolist(), largest.tolist(), strict=True)
     ]
 
 
-def _positions(batch: Batch, following: Tensor, learned: _Found, given: _Found) -> Iterator[Position]:
-    """The positions of a batch in reading order, with what was found of each."""
-    found = {True: _in_order(learned), False: _in_order(given)}
+def _positions(batch: Batch, following: Tensor, learned: _Measured, given: _Measured) -> Iterator[Position]:
+    """Yield the positions of a batch in reading order.
+
+    Args:
+        following: int64 [B, T], the id that follows each token in its document.
+    """
+    learned_positions, given_positions = learned.each(), given.each()
     for row, place in (batch.document_ids != PADDING).nonzero().tolist():
         is_learned = int(batch.targets[row, place]) != IGNORE
-        nll, rank, likeliest, gradient = next(found[is_learned])
+        nll, rank, likeliest, gradient = next(learned_positions if is_learned else given_positions)
         yield Position(
-            row,
-            place,
-            int(batch.document_ids[row, place]),
-            int(batch.positions[row, place]),
-            int(batch.tokens[row, place]),
-            int(following[row, place]),
-            is_learned,
-            nll,
-            rank,
-            likeliest,
-            gradient,
+            row=row,
+            place=place,
+            document=int(batch.document_ids[row, place]),
+            position=int(batch.positions[row, place]),
+            token=int(batch.tokens[row, place]),
+            next=int(following[row, place]),
+            learned=is_learned,
+            nll=nll,
+            rank=rank,
+            likeliest=likeliest,
+            gradient=gradient if is_learned else (),
         )
 
 
-def _in_order(found: _Found) -> Iterator[tuple[float, int, tuple[Entry, ...], tuple[Entry, ...]]]:
-    return zip(found.nll.tolist(), found.ranks, found.likeliest, found.gradients, strict=True)
-
-
 def _texts(tokenizer: Tokenizer, positions: Iterable[Position]) -> dict[int, str]:
+    """Return the text of every id that the positions name."""
     ids = {id for at in positions for id in (at.token, at.next, *(e.id for e in (*at.likeliest, *at.gradient)))}
     return {id: _text(tokenizer, id) for id in sorted(ids)}
 
 
 def _text(tokenizer: Tokenizer, id: int) -> str:
-    """What an id adds to a text, or its name: of BOS, of a part of a character, of an id without a piece."""
+    """Return what an id adds to a text, or its name: of BOS, of a part of a character, of an id without a piece."""
     if id >= tokenizer.vocab_size:
         return f"<{id}>"
     text = tokenizer.decode_continuation([id])

@@ -1,10 +1,8 @@
-"""What people look at in a terminal: scores and X-rays as tables, a comparison as two columns of words.
+"""Show results in a terminal: scores and X-rays as tables, a comparison as two columns of words.
 
-The numbers are made by `evaluation/evaluate.py` and `look/explain.py`; here they only become text. Try it:
+The numbers come from `evaluation/` and `look/explain.py`; here they only become text.
 
     minift compare bundled runs/finetune/final --data data/test.jsonl
-
-Read next: `look/pages/document.py`.
 """
 
 import math
@@ -12,26 +10,26 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # which imports torch, and `minift --help` does without
+if TYPE_CHECKING:  # explain.py imports torch, for which `minift --help` need not wait
     from minift.look.explain import Entry, Position, XRay
 
 LABELS = {
     "exact_match": "exact match of answers",
-    "exact_match_normalised": "… but for case, punctuation, articles",
+    "exact_match_normalised": "… except for case, punctuation, articles",
     "token_f1": "token F1 of answers",
     "perplexity": "perplexity of the right answers",
     "bits_per_byte": "bits per byte of the right answers",
-    "next_token_accuracy": "next-token accuracy in them",
+    "next_token_accuracy": "next-token accuracy in the right answers",
 }
 
-_TOKEN, _ENTRIES = 12, 62  # columns of a token, and of five entries
-_LEGEND = """At each position the model reads a token and is asked for the next: its probability p, its rank among all
-tokens (1: none was likelier), and nll = -ln p, the surprise. Weight 1: learned; 0: only given (a question).
-The gradient at the logits is softmax - one-hot: what the step pushes up (-) and down (+)."""
+_TOKEN, _ENTRIES = 12, 62  # columns of the terminal for a token, and for five entries
+_LEGEND = """At each position the model reads a token and predicts the next. Of that next token: p is its probability,
+rank its place among all tokens (1: none was likelier), nll = -ln p the surprise. Weight 1: it is learned; 0: it is
+only given (a question). The gradient at the logits is softmax - one-hot: the step pushes - up, and + down."""
 
 
 def table(result: dict[str, Any]) -> str:
-    """The scores of a comparison (`evaluate.compare`), before beside after and their difference, as aligned text."""
+    """Return the scores of a comparison (`evaluate.compare`) as a table: before, after and the difference."""
     before, after = result["before"], result["after"]
     lines = [f"{'':<46}{'before':>10}{'after':>10}   difference, and its 95 % interval"]
     for name, label in LABELS.items():
@@ -44,12 +42,12 @@ def table(result: dict[str, Any]) -> str:
         shown = f"{'+' * (change['value'] >= 0)}{number(change['value'])} {ends}"
         lines.append(f"{text:<46}{number(before[name]):>10}{number(after[name]):>10}   {shown}")
     if result["skipped"]:
-        lines.append(f"{result['skipped']} held-out pairs were left out: no answer, or too long for the model")
+        lines.append(f"{result['skipped']} held-out pairs were left out: they have no answer, or are too long")
     return "\n".join(lines)
 
 
 def score_lines(scores: dict[str, Any]) -> str:
-    """The scores of one model (`Evaluation.to_dict`), each on its line, with its interval."""
+    """Return the scores of one model (`Evaluation.to_dict`), each on its line, with its interval."""
     lines = []
     for name, value in scores.items():
         if name != "intervals":
@@ -60,7 +58,7 @@ def score_lines(scores: dict[str, Any]) -> str:
 
 
 def mistake_lines(found: dict[str, Any]) -> str:
-    """What `mistakes.mistakes` found, as text."""
+    """Return the lists of `mistakes.mistakes` as text."""
     blocks = []
     for kind, entries in found["lists"].items():
         count = found["counts"].get(kind)
@@ -74,7 +72,7 @@ def mistake_lines(found: dict[str, Any]) -> str:
 
 
 def samples(result: dict[str, Any], count: int) -> str:
-    """The first `count` questions of a comparison, each with both models' words and the right answer."""
+    """Return the first `count` questions of a comparison, each with both models' words and the right answer."""
     blocks = []
     for sample in result["samples"][: max(0, count)]:
         lines = [shorten(sample["question"], 200)]
@@ -85,29 +83,29 @@ def samples(result: dict[str, Any], count: int) -> str:
 
 
 def xray_table(xrays: "Mapping[str, XRay]", colour: bool = False, width: int = 120) -> str:
-    """X-rays of the same text by one model or two: a line for each position.
+    """Return the X-rays of the same text by one model or two, with a line for each position.
 
     Args:
-        xrays: by the models' names. Two stand side by side, or below each other if they cut the text differently.
-        colour: green, yellow and red by surprise, faint where nothing is learned: for a terminal.
+        xrays: by the models' names. Two are side by side, or one after the other if their tokens differ.
+        colour: whether lines are green, yellow and red by surprise, and faint where nothing is learned.
         width: columns of the terminal.
     """
     read = [[at.token for at in xray.positions] for xray in xrays.values()]
     if len(xrays) == 1:
         (xray,) = xrays.values()
-        lines = [*_one(xray, colour, width), "", xray_total(xray), ""]
+        lines = [*_one_model(xray, colour, width), "", xray_total(xray), ""]
     elif read[0] == read[1]:
         totals = [f"{name}: {xray_total(xray)}" for name, xray in xrays.items()]
         lines = [*_side_by_side(xrays, colour), "", *totals, ""]
     else:
         lines = []
         for name, xray in xrays.items():
-            lines += [name, *_one(xray, colour, width), "", xray_total(xray), ""]
+            lines += [name, *_one_model(xray, colour, width), "", xray_total(xray), ""]
     return "\n".join([*map(str.rstrip, lines), _LEGEND])
 
 
-def _one(xray: "XRay", colour: bool, width: int) -> list[str]:
-    """One model's lines; the gradient is in a second line where the first has no room for it."""
+def _one_model(xray: "XRay", colour: bool, width: int) -> list[str]:
+    """Return one model's lines. The gradient is in a second line where the first has no space for it."""
     head = f"{'':>5} {'reads':<{_TOKEN}} {'next':<{_TOKEN}} {'weight':>6} {'p':>7} {'rank':>6} {'nll':>7}  "
     one_line = width >= len(head) + 2 * _ENTRIES
     lines = [f"{head}{'likeliest':<{_ENTRIES}}" + ("gradient" if one_line else "")]
@@ -123,6 +121,7 @@ def _one(xray: "XRay", colour: bool, width: int) -> list[str]:
 
 
 def _side_by_side(xrays: "Mapping[str, XRay]", colour: bool) -> list[str]:
+    """Return the lines of two models that read the same tokens."""
     first, second = xrays.values()
     half = 26 + _TOKEN
     numbers = f"{'p':>7} {'rank':>6} {'nll':>7}  {'likeliest':<{_TOKEN}}  "
@@ -137,7 +136,7 @@ def _side_by_side(xrays: "Mapping[str, XRay]", colour: bool) -> list[str]:
 
 
 def xray_total(xray: "XRay") -> str:
-    """The loss, and what it is the mean of."""
+    """Return a sentence that says the loss, and what it is the mean of."""
     perplexity = number(math.exp(min(700.0, xray.loss)))
     return (
         f"loss {xray.loss:.6f} nats, the mean nll of {xray.n_targets:,} targets, as a training step in {xray.dtype} "
@@ -146,7 +145,7 @@ def xray_total(xray: "XRay") -> str:
 
 
 def _with_documents(positions: "Sequence[Position]", lines: list[str]) -> "Iterator[Position]":
-    """The positions; between two documents, or rows, a line that says so is put into `lines`."""
+    """Yield the positions. Before each document, where there are several, a line that says so is added to `lines`."""
     several = len({(at.row, at.document) for at in positions}) > 1
     before: tuple[int, int] | None = None
     for at in positions:
@@ -157,10 +156,12 @@ def _with_documents(positions: "Sequence[Position]", lines: list[str]) -> "Itera
 
 
 def _place(xray: "XRay", at: "Position") -> str:
+    """Return the position, the token that is read, and the next one."""
     return f"{at.position:>5} {_pad(_show(xray, at.token), _TOKEN)} {_pad(_show(xray, at.next), _TOKEN)}"
 
 
 def _numbers(at: "Position") -> str:
+    """Return probability, rank and nll."""
     p = f"{at.probability:.4f}" if at.probability >= 1e-4 else f"{at.probability:.0e}"
     return f"{p:>7} {at.rank:>6,} {at.nll:>7.3f}"
 
@@ -183,24 +184,24 @@ def _coloured(line: str, at: "Position") -> str:
 
 
 def _pad(text: str, width: int) -> str:
-    """Filled up to `width` columns of a terminal, in which many East Asian characters take two."""
+    """Fill a text up to `width` columns of a terminal, in which many East Asian characters take two."""
     return text + " " * (width - sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
 
 
 def visible(text: str, space: str = "▁") -> str:
-    """A token's text with nothing in it that cannot be seen: "▁" is a space, "⏎" a line break."""
+    """Return a token's text with every character visible: "▁" is a space, "⏎" a line break."""
     shown = text.replace(" ", space).replace("\n", "⏎")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
 
 
 def shorten(text: str, length: int) -> str:
-    """One line of at most `length` characters; line breaks become slashes."""
+    """Return a text as one line of at most `length` characters; line breaks become slashes."""
     text = " / ".join(line.strip() for line in text.splitlines() if line.strip())
     return text if len(text) <= length else f"{text[:length]} … (+{len(text) - length:,} characters)"
 
 
 def number(value: Any) -> str:
-    """A score as people read it: three decimals, "-" for none."""
+    """Return a score for people to read: three decimals, "-" for none."""
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     return f"{value:,.3f}" if abs(value) < 1e6 else f"{value:.3g}"

@@ -1,8 +1,6 @@
-"""A run's curves: loss and learning rate over the steps, inside a page and, with the `plot` extra, as a PNG.
+"""Draw a run's curves: loss and learning rate over the steps, inside a page and, with the `plot` extra, as a PNG.
 
-A long run has more steps than a picture has columns: neighbours are then averaged, so that nothing is left out.
-
-Read next: `run.py`.
+A long run has more steps than a picture has columns. Neighbours are then averaged, so that no step is left out.
 """
 
 import logging
@@ -19,7 +17,7 @@ from minift.look.report import number
 COLUMNS = 400  # points of a line; more are averaged
 WIDTH, HEIGHT = 420, 250  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 12, 44  # margins for the labels
-SPAN = 30  # how many times its smallest value a loss's largest is, from which on its axis goes by factors of ten
+SPAN = 30  # if the largest loss is more than so many times the smallest, its axis is logarithmic
 
 Line = Sequence[tuple[float, float]]
 
@@ -32,11 +30,11 @@ class Curves:
     x: str
     y: str
     lines: Mapping[str, Line]
-    log: bool = False  # the vertical axis goes by factors of ten
+    log: bool = False  # whether the vertical axis is logarithmic
 
 
 def curves_of(metrics: Sequence[Mapping[str, Any]]) -> list[Curves]:
-    """The charts of a run's `metrics.jsonl`: the loss, and the learning rate."""
+    """Return the charts of a run's `metrics.jsonl`: the loss, and the learning rate."""
 
     def line(key: str) -> list[tuple[float, float]]:
         return thinned([(step["step"], step[key]) for step in metrics if key in step])
@@ -53,14 +51,14 @@ def curves_of(metrics: Sequence[Mapping[str, Any]]) -> list[Curves]:
 
 
 def thinned(points: Line, most: int = COLUMNS) -> list[tuple[float, float]]:
-    """At most `most` points: each the mean of as many neighbours."""
+    """Return at most `most` points, each the mean of equally many neighbours (the last of fewer)."""
     group = max(1, math.ceil(len(points) / most))
     groups = [points[i : i + group] for i in range(0, len(points), group)]
     return [(sum(x for x, _ in one) / len(one), sum(y for _, y in one) / len(one)) for one in groups]
 
 
 def svg(curves: Curves) -> str:
-    """A chart as HTML, with its first and last values in words for those who cannot see it."""
+    """Return a chart as HTML, with its first and last values in words for readers who cannot see it."""
     points = [point for line in curves.lines.values() for point in line]
     xs = ticks(min(x for x, _ in points), max(x for x, _ in points))
     heights = [y for _, y in points]
@@ -79,11 +77,11 @@ def svg(curves: Curves) -> str:
         parts.append(f'<text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     parts += [f'<text x="{x_of(x):.1f}" y="{HEIGHT - 26}" text-anchor="middle">{x:g}</text>' for x in xs]
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{text(curves.x)}</text>')
-    for number_of, line in enumerate(curves.lines.values()):
-        kind = "line second" if number_of else "line"
-        places = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line)
-        parts.append(f'<polyline class="{kind}" points="{places}"/>')
-        if number_of or len(line) == 1:
+    for place, line in enumerate(curves.lines.values()):
+        kind = "line second" if place else "line"
+        coordinates = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line)
+        parts.append(f'<polyline class="{kind}" points="{coordinates}"/>')
+        if place or len(line) == 1:
             parts += [f'<circle class="dot" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3"/>' for x, y in line]
     several = len(curves.lines) > 1
     words = "; ".join(
@@ -100,14 +98,14 @@ def svg(curves: Curves) -> str:
 
 
 def png(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """The same charts as a picture. Raises InputError without the `plot` extra."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has much to say about a home that cannot be written
+    """Write the same charts as a picture. Raises InputError without the `plot` extra."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns at length of a home that cannot be written
     figure_module = need("matplotlib.figure", "plot", file.name)
     figure = figure_module.Figure(figsize=(10, 4), dpi=150, layout="constrained")
     charts = curves_of(metrics)
     for axes, curves in zip(figure.subplots(1, len(charts)), charts, strict=True):
-        for number_of, (name, line) in enumerate(curves.lines.items()):
-            style = {"color": "#D55E00", "marker": "o", "ls": "--"} if number_of else {"color": "#0072B2"}
+        for place, (name, line) in enumerate(curves.lines.items()):
+            style = {"color": "#D55E00", "marker": "o", "ls": "--"} if place else {"color": "#0072B2"}
             axes.plot([x for x, _ in line], [y for _, y in line], label=name, markersize=4, **style)
         axes.set(title=curves.title, xlabel=curves.x, ylabel=curves.y.split(",")[0])
         if curves.log:
@@ -121,7 +119,7 @@ def png(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` or below to `high` or above, about so many, at equal distances of 1, 2 or 5 · 10ⁿ."""
+    """Return about `about` round numbers, at distances of 1, 2 or 5 · 10ⁿ, that enclose `low` and `high`."""
     high = high if high > low else low + 1.0
     rough = (high - low) / about
     unit = 10.0 ** math.floor(math.log10(rough))
@@ -131,11 +129,12 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def powers_of_ten(low: float, high: float) -> list[float]:
-    """From `low` or below to `high` or above, two at least."""
+    """Return the powers of ten that enclose `low` and `high`, at least two."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     return [10.0**power for power in range(first, max(last, first + 1) + 1)]
 
 
 def _amount(point: tuple[float, float]) -> str:
+    """Return a point in words."""
     step, value = point
     return f"{number(value) if value >= 0.01 else f'{value:.3g}'} at step {step:g}"

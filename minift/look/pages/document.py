@@ -1,9 +1,7 @@
-"""The skeleton of every page: one HTML file that carries its style and its script, and opens anywhere, offline.
+"""Make the skeleton of every page: one HTML file with its style and its script in it, which opens anywhere, offline.
 
-What stands on a page comes from models and from users, so all of it goes through `text`, which leaves nothing for a
-browser to obey. A policy in the page's head forbids requests besides: not even a picture may be fetched.
-
-Read next: `xray.py`.
+The words on a page come from models and from users, so all of them go through `text`, which leaves no markup for a
+browser to obey. In addition a policy in the page's head forbids all requests: not even a picture may be fetched.
 """
 
 import html
@@ -12,19 +10,19 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-# Nothing may be loaded, sent or framed; style and script are the page's own.
+# Nothing may be loaded, sent or framed; style and script are in the page itself.
 OWN = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 POLICY = f"default-src 'none'; {OWN}; base-uri 'none'; form-action 'none'"
 JOINERS = "\u200c\u200d"  # invisible, but part of how scripts and emoji are written
 
 
 def document(title: str, body: str, script: str = "") -> str:
-    """A whole page.
+    """Return a complete page.
 
     Args:
         title: plain text.
         body: HTML, with a `<main>` in it.
-        script: the name of a script in this folder, to run when the page is there.
+        script: the name of a script in this folder, which runs when the page is loaded; none if empty.
     """
     style = _file("page.css")
     code = f"<script>\n{_file(script)}</script>\n" if script else ""
@@ -38,13 +36,13 @@ def document(title: str, body: str, script: str = "") -> str:
 
 
 def text(value: object) -> str:
-    """Words for a page: markup becomes characters, and characters that cannot be seen are spelled out."""
+    """Return words for a page: markup becomes characters, and invisible characters are spelled out."""
     shown = "".join(c if c.isprintable() or c in JOINERS or c == "\n" else _spelled(c) for c in str(value))
     return html.escape(shown)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
-    """A table of cells that are HTML already; the first of each row names it. Wide ones scroll by themselves."""
+    """Return a table of cells that are HTML already. The first cell of a row names it. A wide table scrolls alone."""
     lines = [
         f'<p class="soft">{caption}</p><div class="wide" tabindex="0" role="region" aria-label="{caption}"><table>'
     ]
@@ -55,7 +53,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> s
 
 
 def data(name: str, values: Any) -> str:
-    """Values for the page's script, as an element that no browser runs. No text in them can end the element."""
+    """Return values for the page's script, as an element that no browser runs and no text in them can end."""
     packed = json.dumps(values, ensure_ascii=True, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{packed}</script>'
 

@@ -1,12 +1,10 @@
-"""A run, or two models side by side, as a page: what was done, how it went, and what changed.
+"""Make the report of a run, or of two models side by side: what was done, how it went, and what changed.
 
-Everything on it is read from the run's folder (`config.json`, `metrics.jsonl`, `compare.json`, `final/`), so the page
-can be made again at any time, and says nothing that the files do not.
+All of a run's report is read from the run's folder (`config.json`, `metrics.jsonl`, `compare.json`, `final/`), so the
+page can be made again at any time, and says nothing that the files do not say.
 
-    minift finetune                       # leaves runs/finetune/report.html
+    minift finetune                       # writes runs/finetune/report.html
     minift compare bundled runs/finetune/final --data data/test.jsonl --html compare.html
-
-Read next: `../runner.py`.
 """
 
 import dataclasses
@@ -34,7 +32,7 @@ SHOWN = 100  # samples on a page; the rest are in the JSON
 
 
 def run_page(folder: Path) -> str:
-    """The page of a finished run.
+    """Return the page of a finished run.
 
     Args:
         folder: with `config.json`, `metrics.jsonl`, `final/` and, for a finetune run, `compare.json`.
@@ -44,7 +42,7 @@ def run_page(folder: Path) -> str:
     metrics = read_metrics(folder)
     shape = open_model(folder / "final").config
     trained = None
-    if config.lora_rank:  # A and B have a row or a column for each of a matrix's
+    if config.lora_rank:  # A has a column for each column of the matrix, B a row for each of its rows
         targets = LoRAConfig.of(config).targets
         sizes = [size for name, size in parameter_shapes(shape).items() if name.split(".")[-2] in targets]
         trained = config.lora_rank * sum(map(sum, sizes))
@@ -62,11 +60,12 @@ def run_page(folder: Path) -> str:
 
 
 def comparison_page(result: Mapping[str, Any], shapes: Sequence[LlamaConfig], command: str) -> str:
-    """The page of a comparison (`evaluate.compare`).
+    """Return the page of a comparison.
 
     Args:
+        result: as `evaluate.compare` returns it.
         shapes: of the two models.
-        command: that made it.
+        command: the command that made the comparison.
     """
     sections = [
         f"<h2>Command</h2>\n<pre><code>{text(command)}</code></pre>",
@@ -78,12 +77,12 @@ def comparison_page(result: Mapping[str, Any], shapes: Sequence[LlamaConfig], co
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`."""
+    """Return the lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def run_command(run: Mapping[str, Any], out: Path) -> str:
-    """The command line that does a run again, from its `config.json`: what the run chose by itself is in it, too."""
+    """Return the command line that does a run again, from its `config.json`: with what the run chose by itself."""
     defaults = FINETUNE if run["job"] == "finetune" else PRETRAIN
     words = ["minift", run["job"]]
     for name, value in run["inputs"].items():
@@ -107,14 +106,14 @@ def _page(title: str, sections: Sequence[str]) -> str:
 
 def _summary(config: TrainConfig, metrics: Sequence[Mapping[str, Any]], shape: LlamaConfig, trained: int | None) -> str:
     total = count_parameters(shape).total
-    share = "all of them trained" if trained is None else f"{trained:,} numbers of adapters trained beside them"
+    share = "all of them trained" if trained is None else f"with {trained:,} numbers of adapters trained in their place"
     tokens = sum(step["tokens"] for step in metrics)
     words = f"A Llama of {total:,} weights, {share}: {len(metrics):,} steps over {tokens:,} tokens, in {config.dtype}."
     return f"<p>{text(words)}</p>"
 
 
 def _scores(result: Mapping[str, Any]) -> str:
-    """Every score of both models and the difference, each with its interval."""
+    """Return a table of every score of both models and the difference, each with its interval."""
 
     def with_ends(value: float, ends: Sequence[float] | None, sign: bool = False) -> str:
         shown = f"{'+' if sign and value >= 0 else ''}{number(value)}"
@@ -127,22 +126,24 @@ def _scores(result: Mapping[str, Any]) -> str:
         cells = [with_ends(side[name], side["intervals"].get(name)) for side in (result["before"], result["after"])]
         change = result["difference"][name]
         rows.append([text(label), *cells, with_ends(change["value"], (change["low"], change["high"]), sign=True)])
-    note = f"{result['before']['n']:,} questions with an answer to be matched; in brackets the 95 % interval."
+    note = f"{result['before']['n']:,} questions with an answer to be matched. The 95 % interval is in brackets."
     if result["skipped"]:
-        note += f" {result['skipped']:,} pairs were left out: no answer, or too long."
+        note += f" {result['skipped']:,} pairs were left out: they have no answer, or are too long."
     return "<h2>Before and after</h2>\n" + table(["score", "before", "after", "difference"], rows, text(note))
 
 
 def _samples(result: Mapping[str, Any]) -> str:
-    """Each question with both answers; what changed is marked, and said in words."""
+    """Return each question with both answers. What changed is marked, and said in words."""
     samples = result["samples"]
     changed = sum(one["before"] != one["after"] for one in samples)
     right = [sum(one[side] == one["answer"] for one in samples) for side in ("before", "after")]
     parts = [f"<h2>Samples</h2>\n<p>{changed:,} of {len(samples):,} answers changed. "]
-    parts.append(f"Right to the letter: {right[0]:,} before, {right[1]:,} after.</p>")
+    parts.append(f"Exactly right: {right[0]:,} before, {right[1]:,} after.</p>")
     parts += map(_sample, samples[:SHOWN])
     if len(samples) > SHOWN:
-        parts.append(f'<p class="soft">… and {len(samples) - SHOWN:,} more, which the JSON of the comparison has.</p>')
+        parts.append(
+            f'<p class="soft">… and {len(samples) - SHOWN:,} more, which are in the JSON of the comparison.</p>'
+        )
     return "\n".join(parts)
 
 
@@ -166,7 +167,7 @@ def _speed(metrics: Sequence[Mapping[str, Any]]) -> str:
     seconds = sum(step["seconds"] for step in metrics)
     words = (
         f"{statistics.median(speeds):,.0f} tokens a second (median of the steps; from {speeds[0]:,.0f} to "
-        f"{speeds[-1]:,.0f}). The steps took {seconds:,.1f} s in all, without evaluation and saving."
+        f"{speeds[-1]:,.0f}). The steps took {seconds:,.1f} s in total, without evaluation and saving."
     )
     return f"<h2>Speed</h2>\n<p>{words}</p>"
 
@@ -177,19 +178,19 @@ def _training_ledger(shape: LlamaConfig, config: TrainConfig, trained: int | Non
         shape, config.dtype, config.batch_size, config.max_length, config.loss_chunk, device, trained
     )
     caption = (
-        f"Bytes that a step needs at most, on paper: {config.batch_size:,} rows of {config.max_length:,} tokens. "
-        "Short pairs share rows, so that it is less."
+        f"Bytes that a step needs at most, as computed from the shape: {config.batch_size:,} rows of "
+        f"{config.max_length:,} tokens. Short pairs share rows and need fewer."
     )
     rows = [[text(name), size(nbytes)] for name, nbytes in {**ledger, "total": sum(ledger.values())}.items()]
-    return "<h2>Memory</h2>\n" + table(["what for", "bytes"], rows, text(caption))
+    return "<h2>Memory</h2>\n" + table(["use", "bytes"], rows, text(caption))
 
 
 def _inference_ledger(shapes: Sequence[LlamaConfig]) -> str:
     ledgers = [inference_memory(shape, "float32", 1, shape.max_position_embeddings) for shape in shapes]
     rows = [[text(name), *(size(ledger[name]) for ledger in ledgers)] for name in ledgers[0]]
     rows.append(["total", *(size(sum(ledger.values())) for ledger in ledgers)])
-    caption = "Bytes that each model takes in float32 with a text as long as it can read, on paper"
-    return "<h2>Memory</h2>\n" + table(["what for", "before", "after"], rows, caption)
+    caption = "Bytes that each model takes in float32 with a text of all its positions, as computed from the shape"
+    return "<h2>Memory</h2>\n" + table(["use", "before", "after"], rows, caption)
 
 
 def _settings(config: TrainConfig) -> str:

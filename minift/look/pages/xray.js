@@ -1,4 +1,4 @@
-// Shows what belongs to a token when it is pointed at, tapped, or reached with the arrow keys.
+// Show the numbers of a token when it is pointed at, tapped, or reached with the arrow keys.
 "use strict";
 
 const xrays = JSON.parse(document.getElementById("xrays").textContent);
@@ -7,7 +7,7 @@ const tokens = xrays.models.map((_, m) => [...document.querySelectorAll(`[data-m
 const places = new Map(); // token → [model, index]
 tokens.forEach((list, m) => list.forEach((token, i) => places.set(token, [m, i])));
 
-// All text from the model goes in as text, never as markup.
+// Make an element. Text from the model goes in as text, never as markup.
 function element(name, text, className) {
   const made = document.createElement(name);
   if (text !== undefined) made.textContent = text;
@@ -79,8 +79,8 @@ function choose(m, i) {
   panel.replaceChildren(sides);
 }
 
-function above(m, i, direction) {
-  // The token nearest in the line above or below.
+function nearestInLine(m, i, direction) {
+  // Return the index of the nearest token in the line above (direction -1) or below (1).
   const all = tokens[m];
   const from = all[i].getBoundingClientRect();
   let j = i;
@@ -117,7 +117,7 @@ main.addEventListener("keydown", (event) => {
   const last = tokens[m].length - 1;
   const moves = {
     ArrowRight: () => i + 1, ArrowLeft: () => i - 1, Home: () => 0, End: () => last,
-    ArrowDown: () => above(m, i, 1), ArrowUp: () => above(m, i, -1),
+    ArrowDown: () => nearestInLine(m, i, 1), ArrowUp: () => nearestInLine(m, i, -1),
   };
   if (event.key === "Escape") pinned = false;
   if (!(event.key in moves)) return;
@@ -127,7 +127,7 @@ main.addEventListener("keydown", (event) => {
 });
 tokens.forEach((all) => { if (all[0]) all[0].tabIndex = 0; });
 
-// The table is made when it is opened: of a long text it is larger than all the rest.
+// The table is made when it is opened: for a long text it is larger than the rest of the page.
 const all = document.getElementById("all");
 all.addEventListener("toggle", () => {
   if (!all.open || all.querySelector("table")) return;

@@ -1,11 +1,9 @@
-"""The X-ray as a page: the text coloured by surprise; hover, tap or the arrow keys show what the model expected.
+"""Make the X-ray as a page: a text coloured by surprise. Pointing, tapping or the arrow keys show what was expected.
 
-Every number is `look/explain.py`'s. The words stand in the page as text; what belongs to each of them lies beside them as
-data, and `xray.js` shows it.
+Every number comes from `look/explain.py`. The words are in the page as text. The numbers of each token are in the page
+as data, which `xray.js` shows.
 
     minift explain "The capital of France is Paris." --model bundled --html xray.html
-
-Read next: `xray.js`.
 """
 
 import html
@@ -17,13 +15,13 @@ from minift.look.explain import Entry, Position, XRay
 from minift.look.pages.document import data, document, text
 from minift.look.report import visible, xray_total
 
-# From this nll on a token has the next colour: probabilities of 0.5, 0.2, 0.05, 0.01 and 0.001.
+# A token whose nll is at least so much has the next colour: probabilities of 0.5, 0.2, 0.05, 0.01 and 0.001.
 SURPRISE = (0.6931, 1.6094, 2.9957, 4.6052, 6.9078)
 KEY = ("0.5 or more", "0.2 or more", "0.05 or more", "0.01 or more", "0.001 or more", "less")
 
 
 def xray_page(xrays: Mapping[str, XRay]) -> str:
-    """One page of one model's X-ray, or of two models' of the same text, side by side.
+    """Return one page of one model's X-ray, or of two models' X-rays of the same text, side by side.
 
     Args:
         xrays: by the models' names.
@@ -33,8 +31,8 @@ def xray_page(xrays: Mapping[str, XRay]) -> str:
     key = " ".join(f'<span class="s{level}">{words}</span>' for level, words in enumerate(KEY))
     body = f"""<header>
 <h1>Next-token X-ray</h1>
-<p>At each token the model is asked for the next one. A token's colour says how probable the model held it, given
-those before it; what is underlined is learned from, and counts in the loss; the rest (a question) is only given.</p>
+<p>At each token the model predicts the next one. A token's colour shows its probability for the model, given the
+tokens before it. Underlined tokens are learned: they count in the loss. The others (a question) are only given.</p>
 <p class="key">Probability: {key} <span class="learned-key">learned</span></p>
 <p class="soft">Point at a token, tap it, or move with the arrow keys, to see what else the model expected.</p>
 </header>
@@ -45,20 +43,20 @@ those before it; what is underlined is learned from, and counts in the loss; the
 <section id="panel" aria-live="polite" aria-label="The chosen token" tabindex="0">
 <p class="soft">No token is chosen.</p></section>
 <details id="all"><summary>All positions as a table</summary></details>
-<noscript><p>The details of a token need JavaScript, which is switched off.</p></noscript>
+<noscript><p>The details of a token need JavaScript, which is switched off in this browser.</p></noscript>
 </main>
 {data("xrays", {"linked": one_text, "models": [_values(name, xray) for name, xray in xrays.items()]})}"""
     return document("Next-token X-ray", body, "xray.js")
 
 
 def _side(number: int, name: str, xray: XRay) -> str:
-    """One model's heading, total and coloured text."""
+    """Return one model's heading, total and coloured text."""
     documents = []
     several = len({(at.row, at.document) for at in xray.positions}) > 1
     for (row, which), group in groupby(xray.positions, key=lambda at: (at.row, at.document)):
         positions = list(group)
         where = f"Row {row + 1}, document {which + 1}" if several else "The text"
-        heading = f'<p class="soft">{where}: its positions start at 0, and it sees no other</p>' if several else ""
+        heading = f'<p class="soft">{where}: its positions start at 0, and it sees no other.</p>' if several else ""
         first = f'<span class="start" aria-hidden="true">{_shown(xray.texts[positions[0].token])}</span>'
         tokens = "".join(_token(xray, at) for at in positions)
         label = f"{where}, token by token, as {text(name)} sees it"
@@ -81,12 +79,12 @@ def _token(xray: XRay, at: Position) -> str:
 
 
 def _shown(token: str) -> str:
-    """A token inside the text: spaces are spaces, unless there is nothing else; a line break is both seen and made."""
+    """Return a token as part of the text: a space is a space, unless it is all there is; a line break is also shown."""
     return html.escape(visible(token, space=" " if token.strip(" ") else "▁").replace("⏎", "⏎\n"))
 
 
 def _values(name: str, xray: XRay) -> dict[str, Any]:
-    """What the script shows of a model: numbers, and the texts of the ids once."""
+    """Return what the script shows of a model: numbers, and the text of each id once."""
     number = {id: i for i, id in enumerate(xray.texts)}
 
     def entries(found: Sequence[Entry]) -> list[list[float]]:
@@ -114,5 +112,5 @@ def _values(name: str, xray: XRay) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    """Four digits that count: what a page shows, in a third of the bytes."""
+    """Round to four significant digits: all that a page shows, in a third of the bytes."""
     return float(f"{value:.4g}")
