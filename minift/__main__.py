@@ -1,4 +1,4 @@
-"""`python -m minift …` is `minift …`: the same commands where the script is not on the PATH."""
+"""Run `minift …` as `python -m minift …`: where the script is not on the PATH."""
 
 import sys
 

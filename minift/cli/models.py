@@ -1,4 +1,4 @@
-"""The commands that use a model: `minift generate|compare|evaluate|convert|info`. See `cli/__init__.py`."""
+"""The commands that use a model: `minift generate`, `compare`, `evaluate`, `convert` and `info`."""
 
 import shlex
 import signal
@@ -8,7 +8,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from minift.cli.parts import MODEL_HELP, add_command, json_text, load, write_json, write_texts
+from minift.cli.parts import (
+    MODEL_HELP,
+    add_command,
+    add_device,
+    add_plain,
+    add_template,
+    json_text,
+    load,
+    write_json,
+    write_texts,
+)
 from minift.config import TrainConfig
 from minift.errors import InputError, one_line
 from minift.look.report import mistake_lines, samples, score_lines, table
@@ -18,20 +28,32 @@ from minift.values import check_number, size
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+GENERATE_MORE = """\
+examples:
+  minift generate --model bundled --prompt "What is the capital of Mexico?"
+  minift generate --model runs/finetune/final --prompt "Name a fruit." --temperature 1 --seed 3"""
+
+
 def add_generate(commands: Any) -> None:
-    """`minift generate`."""
-    command = add_command(commands, "generate", _generate, "let a model continue a prompt; prints what it adds")
-    command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
-    command.add_argument("--prompt", required=True, metavar="TEXT")
-    command.add_argument("--template", default="plain", metavar="NAME", help="put the prompt into a template (plain)")
-    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest (0)")
-    command.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among the N likeliest (0: all)")
-    command.add_argument(
-        "--top-p", type=float, default=1.0, metavar="X", help="… among the likeliest that make up X (1)"
+    """Add `minift generate`."""
+    command = add_command(
+        commands, "generate", _generate, "Let a model continue a prompt; print what it adds.", GENERATE_MORE
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N")
-    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="Continue this text.")
+    add_template(command, default="plain")
+    text = "Add at most N tokens (default: 64)."
+    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help=text)
+    text = "Divide the logits by X before a token is drawn; 0 always takes the likeliest token (default: 0)."
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help=text)
+    text = "Draw among the N likeliest tokens; 0 draws among all (default: 0)."
+    command.add_argument("--top-k", type=int, default=0, metavar="N", help=text)
+    text = "Draw among the likeliest tokens that together have the probability X (default: 1)."
+    command.add_argument("--top-p", type=float, default=1.0, metavar="X", help=text)
+    text = "Start the random numbers from N: the same seed gives the same text (default: 0)."
+    command.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    add_device(command)
+    add_plain(command)
 
 
 def _generate(options: dict[str, Any]) -> int:
@@ -46,7 +68,7 @@ def _generate(options: dict[str, Any]) -> int:
     if pair.question or name == "auto":  # no question, no conflict: a text from its beginning, or an empty template
         name = choose_template(name, [pair])
     prompt, _ = template_named(name).format(pair)
-    ids = stream(model, tokenizer.encode(prompt), options["max_new_tokens"], sampling)
+    ids = stream(model, tokenizer.encode(prompt), options["max_new_tokens"], sampling, options["plain"])
     text, shown, waiting = TextStream(tokenizer), False, ""
     for id in chain(ids, [None]):
         waiting += text.end() if id is None else text.add(id)
@@ -58,17 +80,25 @@ def _generate(options: dict[str, Any]) -> int:
     return 0
 
 
+COMPARE_MORE = """\
+example:
+  minift compare bundled runs/finetune/final --data data/test.jsonl --html compare.html"""
+
+
 def add_compare(commands: Any) -> None:
-    """`minift compare`."""
-    command = add_command(commands, "compare", _compare, "two models side by side on held-out pairs")
+    """Add `minift compare`."""
+    text = "Compare two models on held-out pairs: scores with their intervals, and answers."
+    command = add_command(commands, "compare", _compare, text, COMPARE_MORE)
     command.add_argument("before", metavar="BEFORE", help=MODEL_HELP)
-    command.add_argument("after", metavar="AFTER", help=MODEL_HELP)
-    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="held-out pairs, JSON Lines")
-    command.add_argument("--template", default="auto", metavar="NAME")
-    command.add_argument("--show", type=int, default=4, metavar="N", help="samples to print (4)")
-    command.add_argument("--json", metavar="FILE", help="write the scores and all samples to FILE")
-    command.add_argument("--html", metavar="FILE", help="write a page to look at in a browser")
-    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    command.add_argument("after", metavar="AFTER", help="The model to compare it with, in any of the same formats.")
+    text = "Ask these pairs: JSON Lines, a JSON array or CSV, packed or not."
+    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
+    add_template(command)
+    command.add_argument("--show", type=int, default=4, metavar="N", help="Print N answers (default: 4).")
+    command.add_argument("--json", metavar="FILE", help="Write the scores and all answers to FILE.")
+    command.add_argument("--html", metavar="FILE", help="Write a page to FILE that a browser shows.")
+    add_device(command)
+    add_plain(command)
 
 
 def _compare(options: dict[str, Any]) -> int:
@@ -81,7 +111,8 @@ def _compare(options: dict[str, Any]) -> int:
     pairs = read_all_pairs(options["data"])
     template = choose_template(options["template"], pairs)
     before, after = (load(options[name], options["device"]) for name in ("before", "after"))
-    result = {"template": template, **compare(before, after, pairs, template_named(template))}
+    scores = compare(before, after, pairs, template_named(template), options["plain"])
+    result = {"template": template, **scores}
     print(f"{table(result)}\n\n{samples(result, options['show'])}")
     texts = {}
     if options["html"] is not None:
@@ -94,17 +125,29 @@ def _compare(options: dict[str, Any]) -> int:
     return 0
 
 
+EVALUATE_MORE = """\
+examples:
+  minift evaluate --model runs/finetune/final --data data/test.jsonl --mistakes 3
+  minift evaluate --model bundled --data 'data/pages/*.json.gz'"""
+
+
 def add_evaluate(commands: Any) -> None:
-    """`minift evaluate`."""
-    command = add_command(commands, "evaluate", _evaluate, "score a model on held-out pairs, choices, or pages")
+    """Add `minift evaluate`."""
+    text = "Score a model on held-out pairs, on multiple-choice questions, or on pages."
+    command = add_command(commands, "evaluate", _evaluate, text, EVALUATE_MORE)
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
-    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help="pairs, multiple choice, or pages")
-    command.add_argument("--template", default="auto", metavar="NAME")
-    command.add_argument("--text-field", default="text", metavar="NAME", help="key of a page's text (text)")
-    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a page's window (256)")
-    command.add_argument("--mistakes", type=int, default=0, metavar="N", help="list N answers of each kind of mistake")
-    command.add_argument("--json", metavar="FILE", help="write the scores to FILE")
-    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    text = "Score on these records. The first one tells whether they are pairs, multiple choice, or pages."
+    command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
+    add_template(command)
+    text = "Find a page's text under this key of its record (default: text)."
+    command.add_argument("--text-field", default="text", metavar="NAME", help=text)
+    text = "Cut a page into windows of N tokens (default: 256, or the model's positions if they are fewer)."
+    command.add_argument("--max-length", type=int, metavar="N", help=text)
+    text = "For pairs: list N answers of each kind of mistake (default: 0)."
+    command.add_argument("--mistakes", type=int, default=0, metavar="N", help=text)
+    command.add_argument("--json", metavar="FILE", help="Write the scores to FILE.")
+    add_device(command)
+    add_plain(command)
 
 
 def _evaluate(options: dict[str, Any]) -> int:
@@ -138,7 +181,7 @@ def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
     pairs = read_all_pairs(options["data"])
     template = template_named(choose_template(options["template"], pairs))
     questions, skipped = make_questions(pairs, template, tokenizer, model.config.max_position_embeddings - 1)
-    found = evaluate(model, tokenizer, questions)
+    found = evaluate(model, tokenizer, questions, options["plain"])
     scores = {**found.to_dict(), "skipped": skipped}
     print(score_lines(scores))
     if options["mistakes"]:

@@ -1,4 +1,4 @@
-"""What the commands share: a parser with one-line errors, loading a model, writing a result."""
+"""What the commands share: a parser whose errors are one line, flags, loading a model, writing a result."""
 
 import argparse
 import json
@@ -14,22 +14,28 @@ from minift.errors import InputError
 from minift.storage.names import model_path
 
 MODEL_HELP = (
-    "a model of any format (a minift, Hugging Face or Meta folder, a llama2.c .bin, an adapter's folder), "
-    "a name on Hugging Face's hub whose files are in its cache, or `bundled` for the base that comes with minift"
+    "The model, in any format: a folder of minift's, Hugging Face's or Meta's, a llama2.c .bin, an adapter's folder, "
+    "a name on Hugging Face's hub that is in this machine's cache, or `bundled`, the base that comes with minift."
 )
+TEMPLATES = "auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt"
+
+
+# The parser -----------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose error is one line, as every other error of minift is."""
+    """A parser whose error is one line, as all errors of minift are. It keeps the lines of a description."""
 
     def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, add_help=False, **options)
+        self.add_argument("-h", "--help", action="help", help="Show this help.")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        print(message, end="", file=file or sys.stdout, flush=True)  # argparse would not say that it failed
+        print(message, end="", file=file or sys.stdout, flush=True)  # argparse would hide that writing failed
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         values = super()._get_values(action, arg_strings)
@@ -38,45 +44,44 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
-def add_command(commands: Any, name: str, run: Callable[[dict[str, Any]], int], text: str) -> argparse.ArgumentParser:
-    """A subcommand that calls `run` with its options and exits with what that returns."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+def add_command(
+    commands: Any, name: str, run: Callable[[dict[str, Any]], int], text: str, more: str = ""
+) -> argparse.ArgumentParser:
+    """Add a subcommand that calls `run` with its options and exits with what `run` returns; return its parser.
+
+    Args:
+        text: what it does, in one sentence: its line in the list of commands.
+        more: what its own help says after that sentence, in lines of at most 100 characters, with an example.
+    """
+    description = f"{text}\n\n{more}".strip()
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description)
     command.set_defaults(run=run)
     return command
 
 
-def write_json(file: str | None, values: dict[str, Any]) -> None:
-    """Write a result to a file, if one was asked for. Raises InputError when the disk refuses."""
-    if file is not None:
-        write_texts({file: json_text(values)})
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    text = "Compute on this device; auto takes a GPU if there is one (default: auto)."
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help=text)
 
 
-def json_text(values: dict[str, Any]) -> str:
-    """The text of a file of results."""
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+def add_template(command: argparse.ArgumentParser, default: str = "auto") -> None:
+    """Add --template."""
+    text = f"Write a question and its answer in this template: {TEMPLATES} (default: {default})."
+    command.add_argument("--template", default=default, metavar="NAME", help=text)
 
 
-def write_texts(texts: Mapping[str, str]) -> None:
-    """Write a text to each of some files that were asked for: all of them, or none.
+def add_plain(command: argparse.ArgumentParser) -> None:
+    """Add --plain."""
+    text = "Run the code as it is read: install no faster kernels (minift/kernels/)."
+    command.add_argument("--plain", action="store_true", help=text)
 
-    What is not Unicode in them (a path may be so) is spelled out; in JSON it is read back as it was.
 
-    Raises:
-        InputError: when the disk refuses.
-    """
-    made = [file for file in texts if not os.path.lexists(file)]
-    for file, text in texts.items():
-        try:
-            Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            for other in made:
-                with suppress(OSError):
-                    os.unlink(other)
-            raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
+# Models and results ---------------------------------------------------------------------------------------------------
 
 
 def load(name: str, device: str) -> Any:
-    """(model, tokenizer) of a checkpoint."""
+    """Return a model and its tokenizer. Raises InputError when they are missing or damaged, or do not fit together."""
     from minift.checkpoint import load_model
     from minift.runs.machine import choose_device
     from minift.tokenizer.base import check_fit
@@ -87,3 +92,33 @@ def load(name: str, device: str) -> Any:
     model, tokenizer = load_model(path, device=where), load_tokenizer(path)
     check_fit(model.config, tokenizer)
     return model, tokenizer
+
+
+def json_text(values: dict[str, Any]) -> str:
+    """Return the text of a file of results."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(file: str | None, values: dict[str, Any]) -> None:
+    """Write a result to a file, if one was asked for. Raises InputError when the disk refuses."""
+    if file is not None:
+        write_texts({file: json_text(values)})
+
+
+def write_texts(texts: Mapping[str, str]) -> None:
+    """Write each text to its file: all of them, or none.
+
+    What is not Unicode in them (a path may be so) is escaped; in JSON it is read back as it was.
+
+    Raises:
+        InputError: when the disk refuses.
+    """
+    created = [file for file in texts if not os.path.lexists(file)]
+    for file, text in texts.items():
+        try:
+            Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            for other in created:
+                with suppress(OSError):
+                    os.unlink(other)
+            raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None

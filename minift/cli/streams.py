@@ -1,9 +1,11 @@
-"""Standard output and standard error may be closed, full, or pipes that nobody reads any more. The command line's are.
+"""Standard output and standard error, which may be closed, full, or pipes that have lost their reader.
 
-Where one is closed, it leads nowhere; or else the next file that is opened would take its place, and be printed into.
-What standard error cannot take is dropped: a progress bar must not end a night of training. When standard output cannot
-be written, the command ends with a line that says so. Its reader may leave (`| head`): that ends a command that only
-shows something, and means nothing to one that trains. Read next: `cli/__init__.py`.
+* A closed stream leads nowhere. Left closed, its number would go to the next file that is opened, and what is printed
+  would be written into that file.
+* What standard error cannot take is dropped: a progress bar must not end a night of training.
+* When standard output cannot be written, the command ends with a line that says so.
+* When the reader of standard output has left (`| head`), a command that only shows something ends, and one that trains
+  goes on.
 """
 
 import io
@@ -15,16 +17,16 @@ from minift.errors import RunError
 
 
 class _Stream(io.FileIO):
-    """One of the two. What is written to it after a failure is dropped.
+    """Standard output or standard error. What is written to it after a failure is dropped.
 
     Args:
         title: its name, for the message.
-        forgiven: the errors of writing that nobody is told.
+        ignored: the errors of writing that are not reported.
     """
 
-    def __init__(self, number: int, title: str, forgiven: tuple[type[OSError], ...]):
+    def __init__(self, number: int, title: str, ignored: tuple[type[OSError], ...]):
         super().__init__(number, "w", closefd=False)
-        self.title, self.forgiven = title, forgiven
+        self.title, self.ignored = title, ignored
 
     def write(self, data: Any) -> int:
         try:
@@ -33,7 +35,7 @@ class _Stream(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            if isinstance(error, self.forgiven):
+            if isinstance(error, self.ignored):
                 return memoryview(data).nbytes
             if isinstance(error, BrokenPipeError):
                 raise
@@ -41,23 +43,24 @@ class _Stream(io.FileIO):
 
 
 def open_streams() -> None:
-    """Make the two streams what the module's text says. Those of a notebook or a test are left alone."""
+    """Make the two streams behave as this file says. Those of a notebook or a test stay as they are."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free: this one
-    sys.stdout = _opened(sys.stdout, sys.__stdout__, _Stream(1, "standard output", ()))
-    sys.stderr = _opened(sys.stderr, sys.__stderr__, _Stream(2, "standard error", (OSError,)))
+    sys.stdout = _wrap(sys.stdout, sys.__stdout__, _Stream(1, "standard output", ()))
+    sys.stderr = _wrap(sys.stderr, sys.__stderr__, _Stream(2, "standard error", (OSError,)))
 
 
-def _opened(stream: TextIO | None, first: TextIO | None, raw: _Stream) -> TextIO:
+def _wrap(stream: TextIO | None, original: TextIO | None, raw: _Stream) -> TextIO:
+    """Return a stream that writes by `raw`; `stream` itself where it is not the `original` one of this process."""
     if stream is None:
         return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
-    stream.reconfigure(errors="backslashreplace")  # a terminal that has not every character gets its number instead
-    if stream is not first:
+    stream.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is escaped
+    if stream is not original:
         return stream
     buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)  # with `python -u` there is none
     return io.TextIOWrapper(
@@ -66,8 +69,8 @@ def _opened(stream: TextIO | None, first: TextIO | None, raw: _Stream) -> TextIO
 
 
 def outlive_reader() -> None:
-    """Go on when the reader of standard output has left. For a command that does more than to show something."""
+    """Go on when the reader of standard output has left: for a command that does more than show something."""
     buffer = getattr(sys.stdout, "buffer", None)
     raw = getattr(buffer, "raw", buffer)
     if isinstance(raw, _Stream):
-        raw.forgiven = (BrokenPipeError,)
+        raw.ignored = (BrokenPipeError,)

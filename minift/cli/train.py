@@ -1,4 +1,4 @@
-"""The commands that train: `minift finetune` and `minift pretrain`. See `cli/__init__.py`."""
+"""The commands that train: `minift finetune` and `minift pretrain`. Their flags are the fields of `TrainConfig`."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from minift.cli.parts import MODEL_HELP, add_command
+from minift.cli.parts import MODEL_HELP, add_command, add_plain
 from minift.cli.streams import outlive_reader
 from minift.config import FINETUNE, PRETRAIN, TrainConfig
 from minift.errors import InputError
@@ -17,11 +17,74 @@ from minift.look.report import samples, table
 from minift.storage.names import model_path
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
-FREE = ("workers", "keep", "strict", "parallel")  # that a run may change its mind about
+FREE = ("workers", "keep", "strict", "parallel")  # may differ when a run is resumed: they change no result
 
 
-def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, without: tuple[str, ...] = ()) -> None:
-    """A flag for every field of TrainConfig (but `without`). One that is not given is absent from the result."""
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+
+FINETUNE_MORE = """\
+All weights are trained or, with --lora-rank, adapters. The run's folder gets the model (final/), the
+loss of each step (metrics.jsonl), both models' answers (compare.json), and a page to look at
+(report.html).
+
+example:
+  minift finetune --model bundled --data my_pairs.jsonl --out runs/mine --epochs 3"""
+
+
+def add_finetune(commands: Any) -> None:
+    """Add `minift finetune`."""
+    text = "Finetune a model on instruction pairs, and compare it with what it was before."
+    command = add_command(commands, "finetune", _finetune, text, FINETUNE_MORE)
+    given = argparse.SUPPRESS  # a flag that is not given is absent from the options
+    command.add_argument("--model", default=given, metavar="DIR", help=f"{MODEL_HELP[:-1]} (default: bundled).")
+    text = "Train on these instruction pairs: JSON Lines, a JSON array or CSV, packed or not (default: bundled)."
+    command.add_argument("--data", nargs="+", default=given, metavar="FILE", help=text)
+    text = (
+        "Hold these pairs out, and ask both models (default: a tenth of --data; bundled questions for bundled pairs)."
+    )
+    command.add_argument("--test", nargs="+", default=given, metavar="FILE", help=text)
+    _add_run_flags(command, "runs/finetune")
+    _add_train_flags(command, FINETUNE, without=("isolate", "shuffle_buffer", "workers"))  # those are for pages
+
+
+PRETRAIN_MORE = """\
+--config, --data and --tokenizer are needed, unless --resume continues a run. The run's folder gets the
+model (final/), the loss of each step (metrics.jsonl), and a page to look at (report.html).
+
+example:
+  minift pretrain --config bundled --data 'data/pages/*.json.gz' --tokenizer data/base --steps 20"""
+
+
+def add_pretrain(commands: Any) -> None:
+    """Add `minift pretrain`."""
+    text = "Train a model with random weights on pages of text."
+    command = add_command(commands, "pretrain", _pretrain, text, PRETRAIN_MORE)
+    given = argparse.SUPPRESS
+    text = "The shape of the model: the name of a preset, or a config.json."
+    command.add_argument("--config", default=given, metavar="NAME|FILE", help=text)
+    text = "Train on these pages: JSON Lines or text, packed or not."
+    command.add_argument("--data", nargs="+", default=given, metavar="GLOB", help=text)
+    text = "Encode the pages with this tokenizer: a tokenizer.model, or its folder."
+    command.add_argument("--tokenizer", default=given, metavar="FILE", help=text)
+    text = "Evaluate on these pages, which are held out of training (default: none)."
+    command.add_argument("--validation", nargs="+", default=given, metavar="GLOB", help=text)
+    text = "Find a page's text under this key of its record (default: text)."
+    command.add_argument("--text-field", default=given, metavar="NAME", help=text)
+    _add_run_flags(command, "runs/pretrain")
+    _add_train_flags(command, PRETRAIN, without=("template", "pack", *LORA))  # those are for pairs
+
+
+def _add_run_flags(command: argparse.ArgumentParser, out: str) -> None:
+    """Add the flags that are not part of a run's settings."""
+    command.add_argument("--out", default=out, metavar="DIR", help=f"Make the run's folder here (default: {out}).")
+    text = "Continue the run in --out, from its last checkpoint. Its settings are read from there."
+    command.add_argument("--resume", action="store_true", help=text)
+    add_plain(command)
+
+
+def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, without: tuple[str, ...]) -> None:
+    """Add a flag for every field of TrainConfig but those of `without`. One that is not given is absent."""
     group = command.add_argument_group("training")
     hints = get_type_hints(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
@@ -37,64 +100,39 @@ def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, wi
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
-def add_finetune(commands: Any) -> None:
-    """`minift finetune`."""
-    command = add_command(commands, "finetune", _finetune, "finetune all the weights of a model on instruction pairs")
-    given = argparse.SUPPRESS
-    command.add_argument("--model", default=given, metavar="DIR", help=f"{MODEL_HELP} (default: bundled)")
-    command.add_argument(
-        "--data", nargs="+", default=given, metavar="FILE", help="instruction pairs, JSON Lines (default: bundled)"
-    )
-    command.add_argument(
-        "--test", nargs="+", default=given, metavar="FILE", help="held-out pairs (default: a tenth of the data)"
-    )
-    command.add_argument("--out", default="runs/finetune", metavar="DIR", help="the run's folder (runs/finetune)")
-    command.add_argument("--resume", action="store_true", help="continue the run that --out holds")
-    _add_train_flags(command, FINETUNE, without=("isolate", "shuffle_buffer", "workers"))  # those are for pages
-
-
-def add_pretrain(commands: Any) -> None:
-    """`minift pretrain`."""
-    command = add_command(commands, "pretrain", _pretrain, "train a model with random weights on pages of text")
-    given = argparse.SUPPRESS
-    command.add_argument("--config", default=given, metavar="NAME|FILE", help="a preset's name, or a config.json")
-    command.add_argument(
-        "--data", nargs="+", default=given, metavar="GLOB", help="pages: JSON Lines or text, packed or not"
-    )
-    command.add_argument("--tokenizer", default=given, metavar="FILE", help="a tokenizer.model, or its folder")
-    command.add_argument("--validation", nargs="+", default=given, metavar="GLOB", help="held-out pages (none)")
-    command.add_argument("--text-field", default=given, metavar="NAME", help="key of a page's text (text)")
-    command.add_argument("--out", default="runs/pretrain", metavar="DIR", help="the run's folder (runs/pretrain)")
-    command.add_argument("--resume", action="store_true", help="continue the run that --out holds")
-    _add_train_flags(command, PRETRAIN, without=("template", "pack", *LORA))  # those are for pairs
+# Commands -------------------------------------------------------------------------------------------------------------
 
 
 def _finetune(options: dict[str, Any]) -> int:
     from minift.runs import finetune as jobs
 
     outlive_reader()
-    out, resume = Path(options.pop("out")), options.pop("resume")
+    out, resume, plain = Path(options.pop("out")), options.pop("resume"), options.pop("plain")
     if resume:
-        inputs, config = _resumed("finetune", out, options)
+        inputs, config = _settings_of("finetune", out, options)
         job = jobs.finetune_job(**inputs)
     else:
         config = FINETUNE.replace(**train_options(options))
         job = jobs.finetune_job(options.get("model", "bundled"), options.get("data"), options.get("test"))
-    result = jobs.finetune(job, config, out, resume)
+    result = jobs.finetune(job, config, out, resume, plain)
     if result is None:
-        return _say_resume("finetune", out)
-    if not result:  # this is one of several processes, and another has the result
-        return 0
+        return _say_how_to_resume("finetune", out, plain)
+    if result:  # of several processes, only the main one has it
+        _show_result(result, config, out)
+    return 0
+
+
+def _show_result(result: dict[str, Any], config: TrainConfig, out: Path) -> None:
+    """Print the scores and some answers before and after, what was saved, and how to ask the new model."""
     print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
     adapter = f"{out / 'adapter'} (the adapters alone), " if config.lora_rank else ""
     print(f"saved: {out / 'final'} (the model), {adapter}{out / 'compare.json'}, {out / 'metrics.jsonl'}")
     print(f"look at it: {out / 'report.html'}")
     template = result["template"]
-    if template == "carried":  # the questions brought it with them; a new one has to be put into it
+    if template == "carried":  # the pairs brought their template with them; a new question is written in it
         template = "alpaca" if result["samples"][0]["question"].endswith("### Response:") else "qa"
     if template != "plain":
         print(f'ask it as it was trained: minift generate --model {out / "final"} --template {template} --prompt "…"')
-    return 0
 
 
 def _pretrain(options: dict[str, Any]) -> int:
@@ -102,35 +140,34 @@ def _pretrain(options: dict[str, Any]) -> int:
     from minift.runs import pretrain as jobs
 
     outlive_reader()
-    out, resume = Path(options.pop("out")), options.pop("resume")
+    out, resume, plain = Path(options.pop("out")), options.pop("resume"), options.pop("plain")
     if resume:
-        inputs, config = _resumed("pretrain", out, options)
+        inputs, config = _settings_of("pretrain", out, options)
     else:
         config = PRETRAIN.replace(**train_options(options))
         for name in ("config", "data", "tokenizer"):
             if name not in options:
                 raise InputError(f"pretrain needs --{name} (see minift pretrain --help)")
         inputs = options
-    job = jobs.pretrain_job(**inputs)
-    if not jobs.pretrain(job, config, out, resume):
-        return _say_resume("pretrain", out)
-    if not is_main_process():
-        return 0
-    print(f"saved: {out / 'final'} (the model), {out / 'metrics.jsonl'}")
-    print(f"look at it: {out / 'report.html'}")
+    if not jobs.pretrain(jobs.pretrain_job(**inputs), config, out, resume, plain):
+        return _say_how_to_resume("pretrain", out, plain)
+    if is_main_process():
+        print(f"saved: {out / 'final'} (the model), {out / 'metrics.jsonl'}")
+        print(f"look at it: {out / 'report.html'}")
     return 0
 
 
 def train_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the flags of TrainConfig out of `options`."""
+    """Take the fields of TrainConfig out of `options`; return them."""
     return {item.name: options.pop(item.name) for item in dataclasses.fields(TrainConfig) if item.name in options}
 
 
-def _resumed(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
-    """The settings of the run in `out`. A flag that says otherwise is refused: it would be another run.
+def _settings_of(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
+    """Return the inputs and the config of the run in `out`.
 
-    Only those may differ that change no result: a run that bears nothing may go on as one that does, and one of several
-    processes as one of another number.
+    Raises:
+        InputError: when there is no such run, or a flag of `options` differs from its settings: that would be another
+            run. Only those of FREE may differ.
     """
     from minift.runs.folder import read_run
 
@@ -147,13 +184,14 @@ def _resumed(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[str, A
     return inputs, config
 
 
-def _say_resume(name: str, out: Path) -> int:
+def _say_how_to_resume(name: str, out: Path, plain: bool) -> int:
+    """Print the command that continues an interrupted run; return its exit code."""
     from minift.distributed.world import is_main_process, started_by_torchrun
 
-    if not is_main_process():
-        return 1
-    program = "minift" if shutil.which("minift") else f"{shlex.quote(sys.executable)} -m minift"
-    if started_by_torchrun():
-        program = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m minift"
-    print(f"stopped and saved; continue with: {program} {name} --resume --out {shlex.quote(str(out))}")
+    if is_main_process():
+        program = "minift" if shutil.which("minift") else f"{shlex.quote(sys.executable)} -m minift"
+        if started_by_torchrun():
+            program = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m minift"
+        command = f"{program} {name} --resume --out {shlex.quote(str(out))}" + " --plain" * plain
+        print(f"stopped and saved; continue with: {command}")
     return 1

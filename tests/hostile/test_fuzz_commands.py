@@ -22,7 +22,7 @@ pytest.importorskip("tokenizers")
 from hypothesis import strategies as st
 
 from minift.checkpoint import load_model, save_model
-from minift.cli import _parser
+from minift.cli.commands import make_parser
 from minift.errors import InputError
 from tests.helpers import small_model
 from tests.hostile import fuzzing
@@ -78,7 +78,7 @@ def flags() -> list[tuple[str, str]]:
             elif name:
                 found.extend((name, flag) for flag in action.option_strings or [""])
 
-    walk(_parser(), "")
+    walk(make_parser(), "")
     return sorted({(name, flag) for name, flag in found if name in COMMANDS and flag not in NOTHING_BUT_ODD})
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from minift.cli import _parser, main
+from minift.cli import main
+from minift.cli.commands import make_parser
 from minift.cli.train import train_options
 from minift.config import FINETUNE, PRETRAIN, LlamaConfig
 from minift.costs.flops import count_parameters
@@ -91,7 +92,7 @@ def test_the_command_does_the_run_again(run: Path) -> None:
     saved = json.loads((run / "config.json").read_text())
     words = shlex.split(run_command(saved, run))
     assert words[0] == "minift"
-    options = vars(_parser().parse_args(words[1:]))
+    options = vars(make_parser().parse_args(words[1:]))
     assert (options.pop("run").__name__, options.pop("out")) == ("_finetune", str(run))
     assert FINETUNE.replace(**train_options(options)).to_dict() == saved["train"]
     assert {"model": options["model"], "data": options["data"], "test": []} == saved["inputs"]
@@ -111,7 +112,7 @@ def test_a_pretraining_run_has_a_page_too(tmp_path: Path) -> None:
     assert "Pretraining" in words
     assert "Before and after" not in words
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    options = vars(_parser().parse_args(shlex.split(run_command(saved, tmp_path / "run"))[1:]))
+    options = vars(make_parser().parse_args(shlex.split(run_command(saved, tmp_path / "run"))[1:]))
     assert PRETRAIN.replace(**train_options(options)).to_dict() == saved["train"]
 
 
