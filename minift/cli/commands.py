@@ -20,7 +20,7 @@ trains the bundled base on the bundled pairs, and shows its answers before and a
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser. Its result has `run`, a function that takes the other options and returns an exit code."""
     parser = Parser(prog="minift", description=DESCRIPTION, epilog="`minift COMMAND --help` describes a command.")
-    parser.add_argument("--version", action="version", version=f"minift {__version__}", help="Print the version.")
+    parser.add_argument("--version", action="version", version=f"minift {__version__}", help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_finetune(commands)
     add_pretrain(commands)

@@ -37,20 +37,20 @@ examples:
 def add_generate(commands: Any) -> None:
     """Add `minift generate`."""
     command = add_command(
-        commands, "generate", _generate, "Let a model continue a prompt; print what it adds.", GENERATE_MORE
+        commands, "generate", _generate, "let a model continue a prompt, and print what it adds", GENERATE_MORE
     )
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
-    command.add_argument("--prompt", required=True, metavar="TEXT", help="Continue this text.")
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="continue this text")
     add_template(command, default="plain")
-    text = "Add at most N tokens (default: 64)."
+    text = "add at most N tokens (default: 64)"
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help=text)
-    text = "Divide the logits by X before a token is drawn; 0 always takes the likeliest token (default: 0)."
+    text = "divide the logits by X before a token is drawn; 0 always takes the likeliest token (default: 0)"
     command.add_argument("--temperature", type=float, default=0.0, metavar="X", help=text)
-    text = "Draw among the N likeliest tokens; 0 draws among all (default: 0)."
+    text = "draw among the N likeliest tokens; 0 draws among all (default: 0)"
     command.add_argument("--top-k", type=int, default=0, metavar="N", help=text)
-    text = "Draw among the likeliest tokens that together have the probability X (default: 1)."
+    text = "draw among the likeliest tokens that together have the probability X (default: 1)"
     command.add_argument("--top-p", type=float, default=1.0, metavar="X", help=text)
-    text = "Start the random numbers from N: the same seed gives the same text (default: 0)."
+    text = "start the random numbers from N: the same seed gives the same text (default: 0)"
     command.add_argument("--seed", type=int, default=0, metavar="N", help=text)
     add_device(command)
     add_plain(command)
@@ -87,16 +87,16 @@ example:
 
 def add_compare(commands: Any) -> None:
     """Add `minift compare`."""
-    text = "Compare two models on held-out pairs: scores with their intervals, and answers."
+    text = "compare two models on held-out pairs: scores with their intervals, and answers"
     command = add_command(commands, "compare", _compare, text, COMPARE_MORE)
     command.add_argument("before", metavar="BEFORE", help=MODEL_HELP)
-    command.add_argument("after", metavar="AFTER", help="The model to compare it with, in any of the same formats.")
-    text = "Ask these pairs: JSON Lines, a JSON array or CSV, packed or not."
+    command.add_argument("after", metavar="AFTER", help="a second model, of any of these formats")
+    text = "ask these pairs: JSON Lines, a JSON array or CSV, packed or not"
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
     add_template(command)
-    command.add_argument("--show", type=int, default=4, metavar="N", help="Print N answers (default: 4).")
-    command.add_argument("--json", metavar="FILE", help="Write the scores and all answers to FILE.")
-    command.add_argument("--html", metavar="FILE", help="Write a page to FILE that a browser shows.")
+    command.add_argument("--show", type=int, default=4, metavar="N", help="print N answers (default: 4)")
+    command.add_argument("--json", metavar="FILE", help="write the scores and all answers to FILE")
+    command.add_argument("--html", metavar="FILE", help="write a page to FILE that a browser shows")
     add_device(command)
     add_plain(command)
 
@@ -133,19 +133,19 @@ examples:
 
 def add_evaluate(commands: Any) -> None:
     """Add `minift evaluate`."""
-    text = "Score a model on held-out pairs, on multiple-choice questions, or on pages."
+    text = "score a model on held-out pairs, on multiple-choice questions, or on pages"
     command = add_command(commands, "evaluate", _evaluate, text, EVALUATE_MORE)
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
-    text = "Score on these records. The first one tells whether they are pairs, multiple choice, or pages."
+    text = "score on these records; the first one tells whether they are pairs, multiple choice, or pages"
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
     add_template(command)
-    text = "Find a page's text under this key of its record (default: text)."
+    text = "find a page's text under this key of its record (default: text)"
     command.add_argument("--text-field", default="text", metavar="NAME", help=text)
-    text = "Cut a page into windows of N tokens (default: 256, or the model's positions if they are fewer)."
+    text = "cut a page into windows of N tokens (default: 256, or the model's positions if they are fewer)"
     command.add_argument("--max-length", type=int, metavar="N", help=text)
-    text = "For pairs: list N answers of each kind of mistake (default: 0)."
+    text = "for pairs: list N answers of each kind of mistake (default: 0)"
     command.add_argument("--mistakes", type=int, default=0, metavar="N", help=text)
-    command.add_argument("--json", metavar="FILE", help="Write the scores to FILE.")
+    command.add_argument("--json", metavar="FILE", help="write the scores to FILE")
     add_device(command)
     add_plain(command)
 

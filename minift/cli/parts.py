@@ -14,8 +14,8 @@ from minift.errors import InputError
 from minift.storage.names import model_path
 
 MODEL_HELP = (
-    "The model, in any format: a folder of minift's, Hugging Face's or Meta's, a llama2.c .bin, an adapter's folder, "
-    "a name on Hugging Face's hub that is in this machine's cache, or `bundled`, the base that comes with minift."
+    "a model of any format: a minift, Hugging Face or Meta folder, a llama2.c .bin, an adapter's folder, "
+    "a name on Hugging Face's hub whose files are in this machine's cache, or `bundled`, minift's own small base"
 )
 TEMPLATES = "auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt"
 
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, add_help=False, **options)
-        self.add_argument("-h", "--help", action="help", help="Show this help.")
+        self.add_argument("-h", "--help", action="help", help="show this help")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -50,10 +50,10 @@ def add_command(
     """Add a subcommand that calls `run` with its options and exits with what `run` returns; return its parser.
 
     Args:
-        text: what it does, in one sentence: its line in the list of commands.
-        more: what its own help says after that sentence, in lines of at most 100 characters, with an example.
+        text: what it does, as a line in the list of commands.
+        more: what its own help says after that, in lines of at most 100 characters, with an example.
     """
-    description = f"{text}\n\n{more}".strip()
+    description = f"{text[0].upper()}{text[1:]}.\n\n{more}".strip()
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description)
     command.set_defaults(run=run)
     return command
@@ -61,19 +61,19 @@ def add_command(
 
 def add_device(command: argparse.ArgumentParser) -> None:
     """Add --device."""
-    text = "Compute on this device; auto takes a GPU if there is one (default: auto)."
+    text = "compute on this device; auto takes a GPU if there is one (default: auto)"
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help=text)
 
 
 def add_template(command: argparse.ArgumentParser, default: str = "auto") -> None:
     """Add --template."""
-    text = f"Write a question and its answer in this template: {TEMPLATES} (default: {default})."
+    text = f"write questions and answers in this template: {TEMPLATES} (default: {default})"
     command.add_argument("--template", default=default, metavar="NAME", help=text)
 
 
 def add_plain(command: argparse.ArgumentParser) -> None:
     """Add --plain."""
-    text = "Run the code as it is read: install no faster kernels (minift/kernels/)."
+    text = "run the code as it is read: install no faster kernels (minift/kernels/)"
     command.add_argument("--plain", action="store_true", help=text)
 
 

@@ -34,15 +34,13 @@ example:
 
 def add_finetune(commands: Any) -> None:
     """Add `minift finetune`."""
-    text = "Finetune a model on instruction pairs, and compare it with what it was before."
+    text = "finetune a model on instruction pairs, and compare it with what it was before"
     command = add_command(commands, "finetune", _finetune, text, FINETUNE_MORE)
     given = argparse.SUPPRESS  # a flag that is not given is absent from the options
-    command.add_argument("--model", default=given, metavar="DIR", help=f"{MODEL_HELP[:-1]} (default: bundled).")
-    text = "Train on these instruction pairs: JSON Lines, a JSON array or CSV, packed or not (default: bundled)."
+    command.add_argument("--model", default=given, metavar="DIR", help=f"{MODEL_HELP} (default: bundled)")
+    text = "train on these instruction pairs: JSON Lines, a JSON array or CSV, packed or not (default: bundled)"
     command.add_argument("--data", nargs="+", default=given, metavar="FILE", help=text)
-    text = (
-        "Hold these pairs out, and ask both models (default: a tenth of --data; bundled questions for bundled pairs)."
-    )
+    text = "hold out these pairs (default: a tenth of --data; for the bundled pairs, the bundled questions)"
     command.add_argument("--test", nargs="+", default=given, metavar="FILE", help=text)
     _add_run_flags(command, "runs/finetune")
     _add_train_flags(command, FINETUNE, without=("isolate", "shuffle_buffer", "workers"))  # those are for pages
@@ -58,18 +56,18 @@ example:
 
 def add_pretrain(commands: Any) -> None:
     """Add `minift pretrain`."""
-    text = "Train a model with random weights on pages of text."
+    text = "train a model with random weights on pages of text"
     command = add_command(commands, "pretrain", _pretrain, text, PRETRAIN_MORE)
     given = argparse.SUPPRESS
-    text = "The shape of the model: the name of a preset, or a config.json."
+    text = "the shape of the model: the name of a preset, or a config.json"
     command.add_argument("--config", default=given, metavar="NAME|FILE", help=text)
-    text = "Train on these pages: JSON Lines or text, packed or not."
+    text = "train on these pages: JSON Lines or text, packed or not"
     command.add_argument("--data", nargs="+", default=given, metavar="GLOB", help=text)
-    text = "Encode the pages with this tokenizer: a tokenizer.model, or its folder."
+    text = "encode the pages with this tokenizer: a tokenizer.model, or its folder"
     command.add_argument("--tokenizer", default=given, metavar="FILE", help=text)
-    text = "Evaluate on these pages, which are held out of training (default: none)."
+    text = "evaluate on these pages, which are held out of training (default: none)"
     command.add_argument("--validation", nargs="+", default=given, metavar="GLOB", help=text)
-    text = "Find a page's text under this key of its record (default: text)."
+    text = "find a page's text under this key of its record (default: text)"
     command.add_argument("--text-field", default=given, metavar="NAME", help=text)
     _add_run_flags(command, "runs/pretrain")
     _add_train_flags(command, PRETRAIN, without=("template", "pack", *LORA))  # those are for pairs
@@ -77,8 +75,8 @@ def add_pretrain(commands: Any) -> None:
 
 def _add_run_flags(command: argparse.ArgumentParser, out: str) -> None:
     """Add the flags that are not part of a run's settings."""
-    command.add_argument("--out", default=out, metavar="DIR", help=f"Make the run's folder here (default: {out}).")
-    text = "Continue the run in --out, from its last checkpoint. Its settings are read from there."
+    command.add_argument("--out", default=out, metavar="DIR", help=f"make the run's folder here (default: {out})")
+    text = "continue the run in --out from its last checkpoint, with the settings that it has"
     command.add_argument("--resume", action="store_true", help=text)
     add_plain(command)
 
