@@ -1,4 +1,4 @@
-"""`BasicModelRunner`: the few lines in which a course finetunes a model by a paid service, on one's own machine.
+"""`BasicModelRunner`: the few lines of a course that finetunes a model with a paid service, on your own machine.
 
     from minift import BasicModelRunner
 
@@ -9,9 +9,11 @@
     print(model("What is the capital of Mexico?"))
     model.evaluate()
 
-What the service hides can be read: `train` is `jobs.finetune`, a call is `generate.generate`, and `evaluate` hands out
-what `evaluate.compare` found on the held-out pairs. Only names, and the keys of what `evaluate` returns, are the
-service's. Read next: `runs/finetune.py`.
+What the service hides can be read here: a call is `generate.generate`, `train` is `runs.finetune.finetune`, and
+`evaluate` returns what `evaluation.evaluate.compare` found on the held-out pairs. Only the names, and the keys of what
+`evaluate` returns, are the service's.
+
+Read next: `one_page.py`.
 """
 
 import dataclasses
@@ -42,12 +44,13 @@ class BasicModelRunner:
     """A model that can be called, given pairs, finetuned on them, and called again.
 
     Args:
-        model_name: a folder or file in any format that minift knows; "bundled", the small base that comes with it; or
-            a name on Hugging Face's hub, of a model that is in its cache on this machine.
-        system_prompt: what the model is told before every question, in training, too.
-        prompt_template: how a question is put: a name in `prompts.TEMPLATES`, a file of one's own, or a text that
-            holds `{input}`. "auto": as it stands; once trained, as in training.
+        model_name: a folder or file in any format that minift knows; "bundled", the small base that comes with minift;
+            or a name on Hugging Face's hub, if the model is in the hub's cache on this machine.
+        system_prompt: a text before every question, also in training.
+        prompt_template: the text around a question: a name in `prompts.TEMPLATES`, a file of your own, or a text that
+            contains `{input}`. "auto": nothing around it; after training, the template of the training.
         device: auto, cpu or cuda.
+        plain: run the pages as they are read, without the faster code of `kernels/`.
 
     Raises:
         InputError: when there is no such model, template or device.
@@ -59,16 +62,18 @@ class BasicModelRunner:
         system_prompt: str = "",
         prompt_template: str = "auto",
         device: str = "auto",
+        plain: bool = False,
     ):
         self.model_name = str(model_name)
         self.system_prompt = system_prompt
         self.prompt_template = prompt_template
         self.device = device
-        self._template(prompt_template)
+        self.plain = plain
+        self._template(prompt_template)  # refuse a wrong one before the model is loaded
         self._path = model_path(model_name)
         self._load(self._path)
         self._pairs: list[Pair] = []
-        self._asked_as = "plain"  # the template that "auto" stands for; once trained, that of the training
+        self._auto_template = "plain"  # what "auto" means: after training, the template of the training
         self._result: dict[str, Any] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -76,6 +81,12 @@ class BasicModelRunner:
         self.model = load_model(path, device=choose_device(TrainConfig(device=self.device)))
         self.tokenizer = load_tokenizer(path)
         check_fit(self.model.config, self.tokenizer)
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        model = f"{self.model_name!r}: {parameters:,} parameters on {self.model.device}"
+        pairs = f"{len(self._pairs):,} pair{'s' * (len(self._pairs) != 1)}"
+        return f"<BasicModelRunner {model}, {pairs}, {'trained' if self._result else 'not trained'}>"
 
     # Asking -----------------------------------------------------------------------------------------------------------
 
@@ -92,7 +103,11 @@ class BasicModelRunner:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> str | list[str]:
-        """What the model says behind a prompt; for a list of prompts, a list. The options are `generate.generate`'s.
+        """Return the model's answer to a prompt; for a list of prompts, a list of answers.
+
+        Args:
+            max_tokens: the largest number of tokens of an answer.
+            temperature, top_k, top_p, seed: as in `generate.Sampling`; by default greedy.
 
         Raises:
             InputError: for an option out of bounds, or a prompt that is too long for the model.
@@ -101,17 +116,16 @@ class BasicModelRunner:
         prompts = [inputs] if isinstance(inputs, str) else inputs
         if not prompts:
             return []
-        ids = generate(
-            self.model, [self.tokenizer.encode(self._prompt(text)) for text in prompts], max_tokens, sampling
-        )
-        texts = [self.tokenizer.decode_continuation(answer).strip() for answer in ids]
+        prompt_ids = [self.tokenizer.encode(self._prompt(text)) for text in prompts]
+        answer_ids = generate(self.model, prompt_ids, max_tokens, sampling, self.plain)
+        texts = [self.tokenizer.decode_continuation(ids).strip() for ids in answer_ids]
         return texts[0] if isinstance(inputs, str) else texts
 
     def _prompt(self, text: str) -> str:
-        """The whole prompt: the text, in the template."""
-        text = text.rstrip()  # as in training: no prompt ends in a space
-        name = self._asked_as if self.prompt_template == "auto" else self.prompt_template
-        if text.endswith(CARRIED_MARKERS):  # it brings its template with it
+        """Return the complete prompt: the text in the template, as in training."""
+        text = text.rstrip()  # in training no prompt ends in a space
+        name = self._auto_template if self.prompt_template == "auto" else self.prompt_template
+        if text.endswith(CARRIED_MARKERS):  # the text has its template in it already
             name = "carried"
         return self._template(name).format(Pair(text, answer="", system=self.system_prompt))[0]
 
@@ -126,11 +140,11 @@ class BasicModelRunner:
     def load_data(
         self, data: Iterable[Mapping[str, Any]], input_key: str = "input", output_key: str = "output"
     ) -> None:
-        """Add pairs to train on, from dictionaries. A few that hold no text are skipped and reported (`Skipped`).
+        """Add pairs to train on, from dictionaries. A few records without a text are skipped and reported (`Skipped`).
 
         Raises:
-            InputError: when a record has not both keys (it lists those that are there), or more than 1 % of them cannot
-                be used. Nothing is added then.
+            InputError: when a record does not have both keys, or more than 1 % of them cannot be used. Then nothing is
+                added.
         """
         named = ((values, f"record {number}") for number, values in enumerate(data, start=1))
         self._add(named, input_key, output_key)
@@ -138,7 +152,7 @@ class BasicModelRunner:
     def load_data_from_jsonlines(
         self, file_path: str | Path, input_key: str = "input", output_key: str = "output"
     ) -> None:
-        """Add pairs to train on, from a file of JSON Lines (packed or not), or a JSON array. Raises as `load_data`."""
+        """Add pairs to train on, from a file of JSON Lines (also compressed) or a JSON array. Raises as `load_data`."""
         self._add(_named(file_path), input_key, output_key)
 
     def load_data_from_csv(self, file_path: str | Path, input_key: str = "input", output_key: str = "output") -> None:
@@ -150,16 +164,16 @@ class BasicModelRunner:
         self.load_data(df.to_dict(orient="records"), input_key, output_key)
 
     def clear_data(self) -> None:
-        """Forget the pairs."""
+        """Remove all pairs."""
         self._pairs = []
 
     def _add(
         self, records: Iterable[tuple[Mapping[str, Any], str] | InputError], input_key: str, output_key: str
     ) -> None:
         skipped, pairs = Skipped(), list[Pair]()
-        for item in records:
+        for record in records:
             skipped.records += 1
-            pair = item if isinstance(item, InputError) else _pair(*item, input_key, output_key)
+            pair = record if isinstance(record, InputError) else _pair(*record, input_key, output_key)
             if isinstance(pair, InputError):
                 skipped.add(pair)
             else:
@@ -172,12 +186,12 @@ class BasicModelRunner:
     def train(
         self, limit: int | None = None, is_public: bool = False, out: str | Path | None = None, **options: Any
     ) -> None:
-        """Finetune all the weights of the model that the runner began with on the pairs, or on the first `limit`.
+        """Finetune all the weights of the runner's first model on the pairs, or on the first `limit` of them.
 
         Args:
-            is_public: who may see the result at the service; here nobody else can.
-            out: a folder to make, which keeps the pairs and the run (`runs/finetune.py`); by default a temporary one.
-            options: those of `TrainConfig`, as `minift finetune` has them: epochs, steps, lr, batch_size, …
+            is_public: at the service, who may see the result; here it has no effect.
+            out: a folder to make, which keeps the pairs and the run (`runs/folder.py`); by default a temporary one.
+            options: those of `TrainConfig`, which are the flags of `minift finetune`: epochs, steps, lr, batch_size, …
 
         Raises:
             InputError: when there are fewer than two pairs, for an unknown option or a value out of bounds.
@@ -192,42 +206,47 @@ class BasicModelRunner:
         if len(pairs) < 2:
             raise InputError(f"{len(pairs)} pairs to train on; load at least 2 (a tenth is held out)")
         config = FINETUNE.replace(**{"device": self.device, **options})
+        if "template" not in options and self.prompt_template != "auto":
+            config = config.replace(template=self.prompt_template)
         if out is None:
             self._folder = tempfile.TemporaryDirectory(prefix="minift-")  # removed with the runner
         folder = Path(self._folder.name if out is None and self._folder else str(out))
+        data, template = self._write_inputs(folder, pairs, config.template)
+        run = folder / "run"
+        job = jobs.finetune_job(str(self._path), [str(data)])
+        result = jobs.finetune(job, config.replace(template=template), run, plain=self.plain)
+        if result is None:
+            raise RunError(f"interrupted; the finished steps are saved in {run}")
+        self._load(run / "final")
+        self._result, self._auto_template = result, result["template"]
+        if self._auto_template == "carried":  # the pairs have their template in them: a new question is given the same
+            self._auto_template = "alpaca" if pairs[0].question.endswith("### Response:") else "qa"
+
+    def _write_inputs(self, folder: Path, pairs: list[Pair], template: str) -> tuple[Path, str]:
+        """Write what a run reads to a new folder; return the file of pairs and the template's name or file."""
         check_free(folder)
-        if "template" not in options and self.prompt_template != "auto":
-            config = config.replace(template=self.prompt_template)
+        data, template_file = folder / "pairs.jsonl", folder / TEMPLATE_FILE
+        system = {"system": self.system_prompt} if self.system_prompt else {}
+        records = [{"question": pair.question, "answer": pair.answer, **system} for pair in pairs]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if "{input}" in config.template:
-                text = self._template(config.template)
-                (folder / TEMPLATE_FILE).write_text(text.prompt + text.answer, encoding="utf-8")
-                config = config.replace(template=str(folder / TEMPLATE_FILE))
-            lines = [json.dumps(self._record(pair), ensure_ascii=False) + "\n" for pair in pairs]
-            (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+            data.write_text("".join(lines), encoding="utf-8")
+            if "{input}" in template:
+                text = self._template(template)
+                template_file.write_text(text.prompt + text.answer, encoding="utf-8")
+                template = str(template_file)
         except OSError as error:
             raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from None
-        run = folder / "run"
-        result = jobs.finetune(jobs.finetune_job(str(self._path), [str(folder / "pairs.jsonl")]), config, run)
-        if result is None:
-            raise RunError(f"interrupted; what was reached is saved in {run}")
-        self._load(run / "final")
-        self._result, self._asked_as = result, result["template"]
-        if self._asked_as == "carried":  # the pairs brought a template with them: a question without it is put into it
-            self._asked_as = "alpaca" if pairs[0].question.endswith("### Response:") else "qa"
-
-    def _record(self, pair: Pair) -> dict[str, str]:
-        record = {"question": pair.question, "answer": pair.answer}
-        return record | {"system": self.system_prompt} if self.system_prompt else record
+        return data, template
 
     def evaluate(self) -> dict[str, Any]:
-        """The base and the trained model side by side, on the pairs that were held out of training.
+        """Return the answers and scores of the base and the trained model, on the pairs held out of training.
 
         Returns:
-            `eval_results`, as the service has it: for each question its `input` and two `outputs`, the trained model's
-            and the base's, each with a `model_name` and an `output`; here also the right `answer`. `before` and
-            `after`: the scores of the two (`evaluate.evaluate`).
+            `eval_results`, in the service's form: for each question its `input` and two `outputs`, the trained model's
+            and the base's, each with a `model_name` and an `output`; in addition the right `answer`. `before` and
+            `after`: the scores of the two (`evaluation.evaluate.Evaluation.to_dict`).
 
         Raises:
             InputError: before `train`.
@@ -260,12 +279,13 @@ class BasicModelRunner:
 
 
 def _named(file: str | Path) -> Iterator[tuple[Mapping[str, Any], str] | InputError]:
+    """Yield each record of a file with the words that name its place."""
     for item in scan(file):
         yield item if isinstance(item, InputError) else (item.values, item.where)
 
 
 def _pair(values: Mapping[str, Any], where: str, input_key: str, output_key: str) -> Pair | InputError:
-    """The pair of a record, or what is wrong with it. Raises InputError for a key that is not there."""
+    """Return the pair of a record, or what is wrong with it. Raises InputError for a key that is missing."""
     texts = []
     for key in (input_key, output_key):
         if key not in values:

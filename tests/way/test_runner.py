@@ -105,6 +105,43 @@ def test_training_is_finetune(runner: BasicModelRunner, small_checkpoint: Path, 
     assert weights_equal(BasicModelRunner(tmp_path / "saved").model, runner.model)
 
 
+def test_plain_runs_the_pages_as_they_are_read(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of `kernels/` is asked for a decoder; training and the comparison are plain, too."""
+    fast, plain = BasicModelRunner(small_checkpoint), BasicModelRunner(small_checkpoint, plain=True)
+    expected = fast("Tell me", max_tokens=9)
+
+    def no_decoder(*given: Any) -> None:
+        raise AssertionError("a fast decoder was asked for")
+
+    monkeypatch.setattr("minift.kernels.fast_decoder", no_decoder)
+    assert plain("Tell me", max_tokens=9) == expected
+    asked: dict[str, Any] = {}
+    finetune = jobs.finetune
+
+    def spy(*given: Any, **options: Any) -> Any:
+        asked.update(options)
+        return finetune(*given, **options)
+
+    monkeypatch.setattr(jobs, "finetune", spy)
+    plain.load_data(RECORDS, "question", "answer")
+    plain.train(**QUICK)
+    assert asked == {"plain": True}
+    assert len(plain.evaluate()["eval_results"]) == 1
+
+
+def test_its_repr_says_what_it_is(runner: BasicModelRunner, small_checkpoint: Path) -> None:
+    count = sum(parameter.numel() for parameter in runner.model.parameters())
+    start = f"<BasicModelRunner {str(small_checkpoint)!r}: {count:,} parameters on {runner.model.device}"
+    assert repr(runner) == f"{start}, 0 pairs, not trained>"
+    runner.load_data(RECORDS[:1], "question", "answer")
+    assert repr(runner) == f"{start}, 1 pair, not trained>"
+    runner.load_data(RECORDS, "question", "answer")
+    runner.train(**QUICK)
+    assert repr(runner) == f"{start}, 13 pairs, trained>"
+
+
 def test_a_second_training_begins_with_the_base(runner: BasicModelRunner) -> None:
     runner.load_data(RECORDS, "question", "answer")
     runner.train(**QUICK)
