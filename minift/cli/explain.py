@@ -6,7 +6,16 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from minift.cli.parts import MODEL_HELP, add_command, json_text, load, write_texts
+from minift.cli.parts import (
+    MODEL_HELP,
+    add_command,
+    add_device,
+    add_plain,
+    add_template,
+    json_text,
+    load,
+    write_texts,
+)
 from minift.config import TrainConfig
 from minift.errors import InputError
 from minift.look.report import xray_table
@@ -17,30 +26,34 @@ if TYPE_CHECKING:  # `minift --help` need not wait for what these import
     from minift.prompts import Pair
 
 
+EXPLAIN_MORE = """\
+examples:
+  minift explain "The capital of France is Paris." --model bundled
+  minift explain "What is the capital of Mexico?" --answer "Mexico City" --model bundled --html xray.html"""
+
+
 def add_explain(commands: Any) -> None:
-    """Add the command to the parser."""
+    """Add `minift explain`."""
     text = "show what the loss sees at every token of a text, or of a question and its answer"
-    command = add_command(commands, "explain", _explain, text)
+    command = add_command(commands, "explain", _explain, text, EXPLAIN_MORE)
     command.add_argument("text", nargs="?", metavar="TEXT", help="a text; with --answer, a question")
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
-    command.add_argument("--against", metavar="DIR", help="a second model to compare with; the same kinds as --model")
-    command.add_argument("--answer", metavar="TEXT", help="the answer to learn; the question is then only given")
+    command.add_argument("--against", metavar="DIR", help="a second model, of any of these formats")
+    command.add_argument("--answer", metavar="TEXT", help="learn this answer; the question is then only given")
     command.add_argument("--data", nargs="+", metavar="FILE", help="show records of these files instead of TEXT")
-    command.add_argument(
-        "-n", type=int, default=1, metavar="N", help="show N records of --data, packed as in training (1)"
-    )
-    command.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N records of --data (0)")
-    command.add_argument("--no-pack", dest="pack", action="store_false", help="give each record of --data its own row")
-    command.add_argument("--template", default="auto", metavar="NAME", help="the template of pairs (auto)")
-    command.add_argument(
-        "--dtype", default="float32", metavar="float32|bfloat16|float16", help="the arithmetic (float32)"
-    )
-    command.add_argument(
-        "--colour", default="auto", metavar="auto|always|never", help="colour lines by surprise (auto)"
-    )
-    command.add_argument("--html", metavar="FILE", help="write a page to look at in a browser")
+    text = "show N records of --data, packed as in training (default: 1)"
+    command.add_argument("-n", type=int, default=1, metavar="N", help=text)
+    command.add_argument("--skip", type=int, default=0, metavar="N", help="skip the first N records (default: 0)")
+    command.add_argument("--no-pack", dest="pack", action="store_false", help="give each record its own row")
+    add_template(command)
+    text = "compute in this dtype (default: float32)"
+    command.add_argument("--dtype", default="float32", metavar="float32|bfloat16|float16", help=text)
+    text = "colour the lines by surprise; auto does so in a terminal (default: auto)"
+    command.add_argument("--colour", default="auto", metavar="auto|always|never", help=text)
+    command.add_argument("--html", metavar="FILE", help="write a page to FILE that a browser shows")
     command.add_argument("--json", metavar="FILE", help="write all numbers to FILE")
-    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="compute on this device (auto)")
+    add_device(command)
+    add_plain(command)
 
 
 def _explain(options: dict[str, Any]) -> int:
@@ -56,7 +69,7 @@ def _explain(options: dict[str, Any]) -> int:
     config = TrainConfig(dtype=options["dtype"], device=options["device"], template=template)
     choose_device(config)  # refuse a wrong device before a model is loaded
     models = [model for model in (options["model"], options["against"]) if model is not None]
-    xrays = {model: _xray(model, pairs, config, options["pack"]) for model in models}
+    xrays = {model: _xray(model, pairs, config, options["pack"], options["plain"]) for model in models}
     print(xray_table(xrays, colour, shutil.get_terminal_size((120, 24)).columns))
     texts = {}
     if options["html"] is not None:
@@ -67,7 +80,7 @@ def _explain(options: dict[str, Any]) -> int:
     return 0
 
 
-def _xray(path: str, pairs: "list[Pair]", config: TrainConfig, pack: bool) -> "XRay":
+def _xray(path: str, pairs: "list[Pair]", config: TrainConfig, pack: bool, plain: bool) -> "XRay":
     """Load a model and return its X-ray of the pairs. Say on standard error what is left out or cut."""
     from minift.look.explain import explain
     from minift.pack import encode_pairs
@@ -80,7 +93,7 @@ def _xray(path: str, pairs: "list[Pair]", config: TrainConfig, pack: bool) -> "X
         print(f"note: {dropped} of {len(pairs)} records have no target and are left out", file=sys.stderr)
     if any(example.answer[-1] != tokenizer.eos_id for example in examples):
         print(f"note: cut to the {positions:,} positions of {path}", file=sys.stderr)
-    return explain(model, tokenizer, examples, config, pack)
+    return explain(model, tokenizer, examples, config, pack, plain)
 
 
 def _pairs(options: dict[str, Any]) -> "list[Pair]":

@@ -21,7 +21,7 @@ Source of the closed form: Goodfellow et al., "Deep Learning" (2016), section 6.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -106,7 +106,12 @@ class XRay:
 
 
 def explain(
-    model: Llama, tokenizer: Tokenizer, examples: Sequence[Example], config: TrainConfig, pack: bool = True
+    model: Llama,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    pack: bool = True,
+    plain: bool = False,
 ) -> XRay:
     """Return the X-ray of one micro-batch of all `examples`, computed as a training step computes it.
 
@@ -114,6 +119,7 @@ def explain(
         examples: pairs or texts as ids (`pack.encode_pair`).
         config: only its `dtype` and `loss_chunk` are read.
         pack: whether several short examples share a row, as in `minift finetune`.
+        plain: whether to compute what a training step with `--plain` computes.
 
     Raises:
         InputError: when an id or a row does not fit the model.
@@ -128,7 +134,7 @@ def explain(
     unmasked = collate([Example(ids[:1], ids[1:]) for ids in texts], pad_id, pack=pack).to(device)
     given_targets = torch.where(batch.targets == IGNORE, unmasked.targets, IGNORE)  # the prompts', of weight 0
 
-    with torch.no_grad(), autocast(model, config), _as_trained(model, config):
+    with torch.no_grad(), autocast(model, config), nullcontext() if plain else _as_trained(model, config):
         learned = _measure(*batch_states(model, batch), model.head_weight, config.loss_chunk)
         given = _measure(batch_hidden(model, batch), given_targets, model.head_weight, config.loss_chunk)
     positions = list(_positions(batch, unmasked.targets, learned, given))

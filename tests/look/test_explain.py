@@ -65,6 +65,16 @@ def test_the_sum_is_the_loss_of_a_training_step(
     assert xray.dtype == dtype
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_a_plain_xray_has_the_same_numbers(dtype: str, tolerance: float, model: Llama, tokenizer: Tokenizer) -> None:
+    examples, config = examples_of(tokenizer, PAIRS), TrainConfig(dtype=dtype, device="cpu")
+    fast, plain = (explain(model, tokenizer, examples, config, plain=plain) for plain in (False, True))
+    assert plain.loss == pytest.approx(fast.loss, rel=tolerance)
+    for ours, theirs in zip(plain.positions, fast.positions, strict=True):
+        assert (ours.token, ours.next, ours.learned) == (theirs.token, theirs.next, theirs.learned)
+        assert ours.nll == pytest.approx(theirs.nll, rel=tolerance, abs=tolerance)
+
+
 def test_every_number_is_the_textbooks(model: Llama, tokenizer: Tokenizer) -> None:
     """Each pair alone, through plain logits in float64: softmax, rank, and autograd's gradient at the logits."""
     exact = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=128, std=0.3).double()
