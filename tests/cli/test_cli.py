@@ -1,7 +1,7 @@
-"""The promise of `cli/__init__.py`: thin commands that do what their help says, on bundled and on real input.
+"""The promise of `cli/`: thin commands that do what their help says, on bundled and on real input.
 
-Output is compared with what the library gives for the same arguments; that every field of `TrainConfig` is a flag is
-shown by giving them all and reading back the run's settings.
+Output is compared with what the library returns for the same arguments. That every field of `TrainConfig` is a flag is
+shown by giving all of them and reading the run's settings.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ COMMANDS = ["finetune", "pretrain", "generate", "compare", "evaluate", "tokenize
 
 # Each field's value here is neither its default nor that of a job, but a run of one step goes through with it.
 EVERY_FLAG: dict[str, Any] = {
-    "parallel": "auto",  # another value wants torchrun (test_communication.py)
+    "parallel": "auto",  # another value needs torchrun (test_communication.py)
     "steps": 1,
-    "epochs": None,  # excludes steps; it has a run of its own
+    "epochs": None,  # excludes steps; it has a test of its own
     "batch_size": 3,
     "grad_accum": 2,
     "lr": 0.003,
@@ -117,7 +117,7 @@ USES = [
 def test_what_one_process_does_imports_neither_the_compiler_nor_what_many_need(
     words: list[str], tmp_path: Path
 ) -> None:
-    """They take as long to import as torch does."""
+    """Each of these takes as long to import as torch does."""
     code = f"import sys; from minift.cli import main\nstatus = main({words!r})\n"
     code += "heavy = ['torch._dynamo', 'torch._inductor', 'torch.distributed.checkpoint', 'torch.distributed.tensor']\n"
     code += "print('heavy:', [name for name in heavy if name in sys.modules], 'torch' in sys.modules); sys.exit(status)"
@@ -170,7 +170,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def words(
     tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, tokenizer: Tokenizer
 ) -> dict[str, list[str]]:
-    """For each job, the words that name its inputs."""
+    """Return for each job the words that name its inputs."""
     folder = tmp_path_factory.mktemp("inputs")
     pairs = [{"question": f"What is {i}?", "answer": f"The number {i}."} for i in range(20)]
     pages = [{"text": f"The number {i} comes after the number {i - 1}."} for i in range(50)]
@@ -191,7 +191,7 @@ def test_every_field_is_a_flag(words: dict[str, list[str]], tmp_path: Path, comm
     pytest.importorskip("tokenizers")
     assert set(EVERY_FLAG) == {item.name for item in dataclasses.fields(TrainConfig)}
     defaults = FINETUNE if command == "finetune" else PRETRAIN
-    without = (*NOT_OF[command], *(("patience",) if command == "pretrain" else ()))  # it has no held-out pages
+    without = (*NOT_OF[command], *(("patience",) if command == "pretrain" else ()))  # this run has no held-out pages
     given = {name: value for name, value in EVERY_FLAG.items() if name not in without}
     for name, value in given.items():
         assert name in ("compile", "epochs", "parallel") or value != getattr(defaults, name)
@@ -241,7 +241,7 @@ def test_generate_from_nothing(
     prompt: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """An empty prompt: a text from BOS on."""
+    """An empty prompt gives a text that begins at BOS."""
     flags = ["--template", template, "--max-new-tokens", "8"]
     assert run("generate", "--model", small_checkpoint, "--prompt", "", *flags) == 0
     text = tokenizer.decode_continuation(greedy(model, tokenizer.encode(prompt), 8))
@@ -274,7 +274,7 @@ def test_the_same_seed_gives_the_same_text(small_checkpoint: Path, capsys: pytes
     sampled = [text("--temperature", "1", "--seed", str(seed)) for seed in (1, 1, 2, 3)]
     assert sampled[0] == sampled[1]
     assert len(set(sampled)) == 3
-    assert text("--temperature", "1", "--seed", "2", "--top-k", "1") == text()  # the likeliest alone is greedy
+    assert text("--temperature", "1", "--seed", "2", "--top-k", "1") == text()  # among the likeliest alone: greedy
     assert text("--temperature", "1", "--seed", "3", "--top-p", "1e-6") == text()
 
 
@@ -372,7 +372,9 @@ def test_pretrain_stories15m_with_llamas_tokenizer(
     assert "15,191,712 parameters" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines[0]["loss"] == pytest.approx(torch.tensor(32_000.0).log().item(), abs=0.3)  # a uniform guess
+    assert lines[0]["loss"] == pytest.approx(
+        torch.tensor(32_000.0).log().item(), abs=0.3
+    )  # the loss of a uniform distribution
     assert lines[0]["tokens"] == 2 * 64
     model = load_model(tmp_path / "out" / "final")
     config = model.config

@@ -1,14 +1,14 @@
-"""The promise to whoever tries minift first: wherever the command runs, it works, or it says why in one line.
+"""The promise to a new user: wherever the command runs, it works, or it says why in one line.
 
-A little finetuning run is a process of its own here, in each of the circumstances that a program is seldom tried in:
+A small finetuning run is started in a process of its own, in circumstances in which programs are seldom tested:
 
 * no home, no cache, no terminal, a source tree that cannot be written, `python -O`;
-* locales whose encoding is not UTF-8, or in which I has no dot: data are UTF-8 all the same, and so is what is written;
+* locales whose encoding is not UTF-8, or in which I has no dot: data are UTF-8 there, too, and so is what is written;
 * spaces and characters of several scripts in every path, and another working directory;
 * standard output and error that are closed, full, or pipes whose reader has left;
 * one core, and two gibibytes of memory.
 
-What is left on standard error, but for the progress bar, is counted to the line.
+Every line on standard error but the progress bar is counted.
 """
 
 import json
@@ -34,7 +34,7 @@ ALL = {"compare.json", "config.json", "final", "metrics.jsonl", "report.html"}  
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Path:
-    """A folder with a model and pairs, also under names that are hard to pass on."""
+    """Make a folder with a model and pairs, and the same under difficult names."""
     folder = tmp_path_factory.mktemp("newcomer")
     text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in PAIRS)
     (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
@@ -47,7 +47,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> 
 
 
 def variables(**changes: str | None) -> dict[str, str]:
-    """The environment of a process: little more than a path. None takes a variable away."""
+    """Return the environment of a process: little more than a path. None removes a variable."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
     given = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8", **changes}
     return {name: value for name, value in given.items() if value is not None}
@@ -56,7 +56,7 @@ def variables(**changes: str | None) -> dict[str, str]:
 def run(
     *words: str | Path, python: tuple[str, ...] = (), redirected: str = "", **options: Any
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run `minift …` by a shell, which can close its streams. What is shown is left as bytes."""
+    """Run `minift …` by a shell, which can close its streams. The output is bytes."""
     command = shlex.join([sys.executable, *python, "-m", "minift", *map(str, words)])
     options = {"env": variables(), "capture_output": True, "timeout": 240, **options}
     return subprocess.run(["sh", "-c", f"{command} {redirected}"], **options)
@@ -68,14 +68,14 @@ def finetune(inputs: Path, out: Path, *more: str, **options: Any) -> subprocess.
 
 
 def complaints(result: subprocess.CompletedProcess[bytes]) -> list[str]:
-    """The lines on standard error that are not the progress bar's. A line that is drawn again begins with \\r."""
+    """Return the lines on standard error but for the progress bar's. A line that is drawn again begins with \\r."""
     text = result.stderr.decode("utf-8", "backslashreplace")
     lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
     return [line for line in lines if not line.startswith("training:")]
 
 
 def check_done(result: subprocess.CompletedProcess[bytes], out: Path) -> None:
-    """The run is whole, nothing was complained about, and the pairs were read as UTF-8."""
+    """Check that the run is complete, that it printed no complaint, and that the pairs were read as UTF-8."""
     assert (result.returncode, complaints(result)) == (0, [])
     assert {file.name for file in out.iterdir()} - {"curves.png"} == ALL
     held_out = json.loads((out / "compare.json").read_text(encoding="utf-8"))["samples"]
@@ -98,7 +98,7 @@ def test_a_run_needs_nothing_around_it(inputs: Path, tmp_path: Path, options: di
 
 
 def test_a_source_tree_that_cannot_be_written_is_enough(inputs: Path, tmp_path: Path) -> None:
-    """Nothing is written beside the modules."""
+    """Nothing is written next to the modules."""
     source = tmp_path / "source"
     shutil.copytree(ROOT / "minift", source / "minift", ignore=shutil.ignore_patterns("__pycache__"))
     before = sorted(source.rglob("*"))
@@ -125,7 +125,7 @@ def test_one_core_and_two_gibibytes_are_enough(inputs: Path, tmp_path: Path) -> 
 
 # Languages ------------------------------------------------------------------------------------------------------------
 
-# Of a locale: its source and its charset, where it has to be made.
+# Each locale, with its source and its charset where it has to be made.
 LOCALES: dict[str, tuple[str, ...]] = {
     "C": (),
     "tr_TR.UTF-8": ("tr_TR", "UTF-8"),
@@ -136,12 +136,12 @@ LOCALES: dict[str, tuple[str, ...]] = {
 
 @pytest.fixture(scope="module")
 def made_locale(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
-    """Make a locale, wherever it is not installed; returns the variables that choose it."""
+    """Return a function that makes a locale and returns the variables that choose it."""
     folder = tmp_path_factory.mktemp("locales")
 
     def make(name: str) -> dict[str, str]:
         if not LOCALES[name]:
-            return {"LC_ALL": name, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # not what Python makes of it
+            return {"LC_ALL": name, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # or Python replaces it by UTF-8
         source, charset = LOCALES[name]
         if shutil.which("localedef") is None:
             pytest.skip(f"there is no localedef to make the locale {name}")
@@ -157,7 +157,7 @@ def made_locale(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
 def test_data_are_utf_8_in_every_locale(
     inputs: Path, tmp_path: Path, made_locale: Callable[[str], dict[str, str]], name: str
 ) -> None:
-    """What a terminal cannot show is spelled out, names that PyTorch cannot open are refused, and there is a remedy."""
+    """What a terminal cannot show is escaped; names that PyTorch cannot open are refused, with a remedy."""
     env = variables(**made_locale(name))
     encoding = subprocess.run(
         [sys.executable, "-c", "import sys; print(sys.stdout.encoding)"], env=env, capture_output=True, text=True
@@ -182,7 +182,7 @@ def test_data_are_utf_8_in_every_locale(
 
 
 def test_every_file_is_opened_with_its_encoding(inputs: Path, tmp_path: Path) -> None:
-    """And is closed by its name, not by chance. Other packages may do as they like, also in a `.venv` of this folder."""
+    """And is closed explicitly. Only minift's own files count, not the packages in a `.venv` of this folder."""
     warned = ("-W", "always::EncodingWarning", "-W", "always::ResourceWarning", "-W", "always::DeprecationWarning")
     env = variables(PYTHONWARNDEFAULTENCODING="1")
     for result in (
@@ -197,7 +197,7 @@ def test_every_file_is_opened_with_its_encoding(inputs: Path, tmp_path: Path) ->
 
 
 def test_any_name_will_do_from_anywhere(inputs: Path, tmp_path: Path) -> None:
-    """Spaces, quotation marks and four scripts in the names of the model, the data and the run; a run is moved."""
+    """Spaces, quotation marks and four scripts are in the names of the model, the data and the run."""
     (hard,) = (path for path in inputs.iterdir() if " " in path.name)
     here = tmp_path / "ici là-bas"
     here.mkdir()
@@ -231,7 +231,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("redirected", BROKEN.values(), ids=BROKEN)
 def test_a_run_goes_on_without_its_streams(inputs: Path, tmp_path: Path, redirected: str) -> None:
-    """What it prints at once makes it meet a reader that has left early."""
+    """Unbuffered output makes it notice that its reader has left."""
     out, status = tmp_path / "run", tmp_path / "status"
     first, pipe, reader = redirected.partition("|")
     words = f"{first}; echo $? >{shlex.quote(str(status))}"
@@ -239,13 +239,13 @@ def test_a_run_goes_on_without_its_streams(inputs: Path, tmp_path: Path, redirec
     given = {"model": inputs / "model", "data": inputs / "pairs.jsonl", "steps": 3, "out": out}
     options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     command = shlex.join([sys.executable, "-m", "minift", "finetune", *options])
-    line = f"{{ {command} {words}{shown}"  # the braces hold the command and the note of its exit code
+    line = f"{{ {command} {words}{shown}"  # the braces hold the command, and the echo of its exit code
     result = subprocess.run(["sh", "-c", line], env=UNBUFFERED["unbuffered"], capture_output=True, timeout=240)
     assert status.read_text() == "0\n"
     assert complaints(result) == []
     assert {file.name for file in out.iterdir()} - {"curves.png"} == ALL
     state = (out / "final" / "model.pt").read_bytes()
-    assert b"parameters, all of them trained" not in state  # a closed number was not given to a file
+    assert b"parameters, all of them trained" not in state  # the number of a closed stream was not given to this file
 
 
 @pytest.mark.parametrize("env", UNBUFFERED.values(), ids=["buffered", "unbuffered"])
@@ -257,13 +257,13 @@ def test_a_full_disk_under_the_output_is_said_in_one_line(inputs: Path, tmp_path
 
 
 @pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-", ">&- 2>&- <&-"])
-def test_wrong_input_is_wrong_though_nobody_is_told(redirected: str) -> None:
+def test_wrong_input_is_refused_though_no_stream_can_show_it(redirected: str) -> None:
     result = run("info", "--config", "none", redirected=redirected)
     assert (result.returncode, result.stdout, result.stderr) == (2, b"", b"")
 
 
 @pytest.mark.parametrize("env", UNBUFFERED.values(), ids=["buffered", "unbuffered"])
-def test_who_has_seen_enough_of_a_listing_ends_it(inputs: Path, env: dict[str, str]) -> None:
+def test_a_listing_ends_quietly_when_its_reader_has_left(inputs: Path, env: dict[str, str]) -> None:
     for words in (["data", "peek", "-n", "10", inputs / "pairs.jsonl"], ["finetune", "--help"]):
         read, write = os.pipe()
         os.close(read)

@@ -1,8 +1,8 @@
-"""The promise that minift stays where it is: no connection, no other program, no code from data, no way out.
+"""The promise that minift opens no connection, starts no other program, and runs no code from data.
 
-A process in which Python reports every attempt (its audit hooks, which nothing can take away) goes through the main
-paths: training and resuming both jobs, every use of a model, every conversion, the data commands. Then hostile files
-are given to it: links and names that lead elsewhere, expressions that never end, text that would be HTML.
+A process in which Python reports every attempt (by an audit hook, which cannot be removed) goes through the main paths:
+training and resuming both jobs, every use of a model, every conversion, the data commands. Then it is given hostile
+files: links and names that lead elsewhere, expressions that never end, text that would be HTML.
 """
 
 import ast
@@ -25,7 +25,7 @@ from minift.tokenizer.guard import may_match_forever
 from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, small_model, write_jsonl
 
-# Everything by which Python could reach the network, start a program or run what stands in a file.
+# Everything by which Python could reach the network, start a program or run the contents of a file.
 FORBIDDEN = """
 import sys
 
@@ -88,7 +88,7 @@ print("ALL DONE")
 
 
 def guarded(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script under the hook, which is there before anything is imported."""
+    """Run a script under the hook, which is set before anything is imported."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", FORBIDDEN + script, *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
@@ -157,7 +157,7 @@ def test_no_main_path_connects_starts_a_program_or_runs_data(small_checkpoint: P
 
 
 def test_the_code_asks_for_none_of_it() -> None:
-    """By its own text: no eval, no exec, no shell, no socket, no unpickling but the two restricted ways."""
+    """The source has no eval, no exec, no shell, no socket, and unpickles in two restricted ways only."""
     functions, methods = (
         {"eval", "exec", "compile", "__import__", "breakpoint"},
         {"system", "popen", "Popen", "urlopen"},
@@ -200,7 +200,7 @@ def test_the_code_asks_for_none_of_it() -> None:
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """Something of the user's that is no part of a model."""
+    """Make a file of the user's that is no part of a model."""
     file = tmp_path / "home" / "secret"
     file.parent.mkdir()
     file.write_text('{"password": "swordfish"}')
@@ -316,7 +316,7 @@ HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\"'&lt;<!-
 
 
 class Elements(HTMLParser):
-    """Which elements a page has, their event handlers, and where they would load something from."""
+    """The elements of a page, their event handlers, and the addresses from which they would load something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,7 +341,7 @@ def elements(file: Path) -> Elements:
 
 
 def test_no_text_of_a_user_or_a_model_becomes_html(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """The same pages, of plain words and of hostile ones, consist of the same kinds of elements."""
+    """A page of hostile words has the same kinds of elements as one of plain words."""
     model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
     pages: dict[str, list[Elements]] = {}
     for kind, words in (("plain", "plain words"), ("hostile", HOSTILE)):
@@ -363,7 +363,7 @@ def test_no_text_of_a_user_or_a_model_becomes_html(tmp_path: Path, tokenizer: To
     for plain, hostile in zip(pages["plain"], pages["hostile"], strict=True):
         assert hostile.names <= plain.names
         assert hostile.suspicious == plain.suspicious
-        assert "alert(1)" in hostile.text  # it is there, as text
+        assert "alert(1)" in hostile.text  # as text
 
 
 def test_the_bundled_model_is_plain_files() -> None:

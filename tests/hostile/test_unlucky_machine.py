@@ -1,6 +1,6 @@
 """The promise that an unlucky machine, or a hasty user, costs nothing but the work since the last save.
 
-Two runs on one folder, too little memory, a clock that jumps: each ends, or goes on, with one line that says why.
+Two runs in one folder, too little memory, a clock that jumps: each ends with one line that says why, or continues.
 """
 
 import json
@@ -35,7 +35,7 @@ MINIFT = [sys.executable, "-m", "minift"]
 
 @pytest.fixture
 def words(tmp_path: Path, small_checkpoint: Path) -> list[str]:
-    """A finetuning without its length and its `--out`."""
+    """Return the words of a finetuning, without its length and its `--out`."""
     pairs = [{"question": f"What comes after {i}?", "answer": f"The number {i + 1}."} for i in range(12)]
     data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
     command = ["finetune", "--model", small_checkpoint, "--data", data, "--batch-size", 4]
@@ -56,7 +56,7 @@ def steps(out: Path) -> list[int]:
 
 @pytest.fixture
 def running(words: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A run that would take for ever, in its first steps."""
+    """Start a run that would take very long; yield its process and its folder during its first steps."""
     out = tmp_path / "run"
     command = [*MINIFT, *words, "--steps", "1000000", "--save-every", "5", "--keep", "2", "--out", str(out)]
     process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -80,7 +80,7 @@ def test_a_run_in_use_is_not_continued_and_not_begun_anew(
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.wait()
-    assert steps(out) == list(range(1, len(steps(out)) + 1))  # nobody wrote between its lines
+    assert steps(out) == list(range(1, len(steps(out)) + 1))  # no other run has written between its lines
     assert not (out / LOCK).exists()
 
 
@@ -88,12 +88,12 @@ def test_a_killed_run_is_free_at_once(running: tuple[subprocess.Popen[bytes], Pa
     process, out = running
     process.kill()
     process.wait()
-    assert (out / LOCK).exists()  # of no meaning any more
+    assert (out / LOCK).exists()  # it has no meaning any more
     with locked(out):
         pass
 
 
-def test_of_two_runs_that_begin_at_once_one_is_done_and_one_is_told(words: list[str], tmp_path: Path) -> None:
+def test_of_two_runs_that_begin_at_once_one_is_done_and_one_is_refused(words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [*MINIFT, *words, "--steps", "20", "--out", str(out)]
     pipe = subprocess.PIPE
@@ -128,7 +128,7 @@ def test_a_run_that_died_when_it_had_taken_the_folder_is_begun_again(words: list
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
-# What PyTorch says, and what is made of it.
+# Messages of PyTorch, and what is reported of them.
 FULL = {
     "DefaultCPUAllocator: can't allocate memory: you tried to allocate 79421440 bytes.": "79,421,440 bytes",
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB": "2.00 GiB",
@@ -177,7 +177,7 @@ def test_the_steps_before_memory_ran_out_are_saved(
 
 
 def limited(megabytes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `minift …` with so much address space beyond what its imports have taken."""
+    """Run `minift …` with that much address space in addition to what its imports have taken."""
     script = (
         "import resource, sys, torch, minift.runs.finetune, minift.runner; from minift.cli import main\n"
         "status = open('/proc/self/status', encoding='utf-8').read().split()\n"
@@ -201,7 +201,7 @@ def test_a_batch_too_large_for_the_machine_says_what_to_lower(words: list[str], 
     assert done.returncode == 1, done.stderr
     assert "out of memory: " in last_line(done.stderr)
     assert "lower --batch-size and raise --grad-accum, or --checkpoint-activations" in last_line(done.stderr)
-    again = limited(300, *command[:-1], str(tmp_path / "again"), "--batch-size", "4")  # and that it helps
+    again = limited(300, *command[:-1], str(tmp_path / "again"), "--batch-size", "4")  # the advice helps
     assert again.returncode == 0, again.stderr
 
 
@@ -209,7 +209,7 @@ def test_a_batch_too_large_for_the_machine_says_what_to_lower(words: list[str], 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "convert", "compare"])
 def test_a_model_too_large_for_the_machine_is_one_line(command: str, small_checkpoint: Path, tmp_path: Path) -> None:
-    """A sparse file of a gigabyte, of which no byte is on the disk."""
+    """The model is a sparse file of a gigabyte, which takes no room on the disk."""
     large = tmp_path / "large.bin"
     width, hidden, layers, heads, vocabulary, length = 2_048, 8_192, 4, 16, 2_048, 512
     shape = LlamaConfig(
@@ -246,7 +246,7 @@ def test_a_model_too_large_for_the_machine_is_one_line(command: str, small_check
 def test_a_clock_that_jumps_changes_nothing_but_the_dates(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float | str
 ) -> None:
-    """Set back by 30 years in the middle of a run, or forth, or at every look."""
+    """It is set back by 30 years in the middle of a run, or forward, or anew whenever it is read."""
     real, draw, looks = time.time, random.Random(0), [0]
 
     def jumping() -> float:

@@ -1,8 +1,8 @@
 """The promise that wrong input is never a traceback and never a silent default: exit code 2, and one line.
 
-Each command is given one wrong thing. It must return 2, print exactly one line on stderr, name the culprit there, and
-leave nothing behind in `--out`. The numbers' bounds are written down here once more, apart from `config.py`, and a
-field without an entry fails.
+Each command is given one wrong input. It must return 2, print exactly one line on stderr, name the fault there, and
+write nothing to `--out`. The numbers' bounds are written here once more, apart from `config.py`, and a field without an
+entry fails.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ Refuse = Callable[..., str]
 
 @pytest.fixture
 def refuse(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refuse:
-    """Run a command that must be refused in one line, which is returned, with nothing written to `tmp_path/out`."""
+    """Return a function that checks that a command is refused in one line and writes nothing, and returns the line."""
 
     def run(*words: str | Path) -> str:
         assert main([str(word) for word in words]) == 2
@@ -57,21 +57,21 @@ def pages(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shape(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    """A config.json for pretraining with the bundled tokenizer."""
+    """Return a config.json for pretraining with the bundled tokenizer."""
     (tmp_path / "shape.json").write_text(json.dumps({**SMALL, "vocab_size": tokenizer.vocab_size}))
     return tmp_path / "shape.json"
 
 
 @pytest.fixture
 def finetune(small_checkpoint: Path, pairs: Path, tmp_path: Path) -> list[str | Path]:
-    """A command that would work; what is added overrides."""
+    """Return a command that would work; words that are added override it."""
     common: list[str | Path] = ["--out", tmp_path / "out", "--device", "cpu", "--steps", "1"]
     return ["finetune", "--model", small_checkpoint, "--data", pairs, *common]
 
 
 @pytest.fixture
 def pretrain(shape: Path, pages: Path, tokenizer: Tokenizer, tmp_path: Path) -> list[str | Path]:
-    """A command that would work; what is added overrides."""
+    """Return a command that would work; words that are added override it."""
     tokenizer.save(tmp_path)
     common: list[str | Path] = ["--out", tmp_path / "out", "--device", "cpu", "--steps", "1", "--max-length", "32"]
     return ["pretrain", "--config", shape, "--data", pages, "--tokenizer", tmp_path / "tokenizer.model", *common]
@@ -164,7 +164,7 @@ def test_a_bad_record_of_pairs(
 def test_a_bad_page(
     refuse: Refuse, pretrain: list[str | Path], tmp_path: Path, line: bytes, culprit: str, number: int, more: list[str]
 ) -> None:
-    """The first page is always read before anything is written; all of them are, where an epoch has to be counted."""
+    """The first page is always read before anything is written; with --epochs, all pages are."""
     file = write_jsonl(tmp_path / "bad.jsonl", [*PAGES[: number - 1], line])
     words = [word for word in pretrain if word not in ("--steps", "1")] if more else pretrain
     message = refuse(*words, "--data", file, *more)
@@ -175,7 +175,7 @@ def test_a_bad_page(
 def test_a_bad_page_in_the_middle_of_a_strict_run(
     pretrain: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is found only when the run gets there: then, too, the last line names it and the code is 2."""
+    """It is found only when the run reaches it: then, too, the last line names it and the code is 2."""
     file = write_jsonl(tmp_path / "bad.jsonl", [*PAGES, b"{oops"])
     flags = ["--steps", "100", "--batch-size", "2", "--strict", "--shuffle-buffer", "0"]
     assert main([str(word) for word in [*pretrain, "--data", file, *flags]]) == 2
@@ -188,7 +188,7 @@ def test_a_bad_page_in_the_middle_of_a_strict_run(
 
 
 def test_a_run_goes_on_where_a_bad_page_ended_it(pretrain: list[str | Path], tmp_path: Path) -> None:
-    """The micro-batches that waited for the bad one's window are drawn again, once the page may be skipped."""
+    """The micro-batches of the window with the bad page are drawn again, once the page may be skipped."""
     pages = [{"text": f"Page {i} is about {i}."} for i in range(300)]
     flags = ["--steps", "12", "--batch-size", "1", "--grad-accum", "3", "--max-length", "7", "--device", "cpu"]
     flags += ["--shuffle-buffer", "0"]
@@ -357,7 +357,7 @@ BAD = {
 
 
 def numbers() -> dict[str, type]:
-    """The numeric fields of TrainConfig and their types."""
+    """Return the numeric fields of TrainConfig and their types."""
     hints = get_type_hints(TrainConfig)
     kinds = {
         item.name: (get_args(hints[item.name]) or (hints[item.name],))[0] for item in dataclasses.fields(TrainConfig)
@@ -664,7 +664,7 @@ def test_a_json_file_that_cannot_be_written(
 
 
 def test_resuming_on_other_data(finetune: list[str | Path], pairs: Path, tmp_path: Path) -> None:
-    """A run that was saved in the middle of an epoch would otherwise go on with other pairs, and say nothing."""
+    """A run that was saved in the middle of an epoch would otherwise continue with other pairs, in silence."""
     words = [*finetune, "--steps", "4", "--batch-size", "2", "--save-every", "3"]
     assert main([str(word) for word in words]) == 0
     shutil.rmtree(tmp_path / "out" / "final")
@@ -674,7 +674,7 @@ def test_resuming_on_other_data(finetune: list[str | Path], pairs: Path, tmp_pat
 
 
 def test_a_text_that_is_not_unicode(refuse: Refuse, finetune: list[str | Path]) -> None:
-    """What a shell passes on when an argument is not UTF-8."""
+    """A shell passes an argument that is not UTF-8 as half surrogates."""
     assert "not Unicode" in refuse("generate", "--model", finetune[2], "--prompt", "caf\udce9")
 
 

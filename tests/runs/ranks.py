@@ -14,7 +14,7 @@ from minift.distributed.world import World, join
 
 
 def run_ranks(size: int, parallel: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(world, *arguments)` gives back on each of `size` ranks; it must be plain values or tensors."""
+    """Return what `function(world, *arguments)` returns on each of `size` ranks; it must be plain values or tensors."""
     context = multiprocessing.get_context("fork")
     port = free_port()
     pipes, processes = [], []
@@ -49,12 +49,12 @@ def _rank(
         with join(parallel, torch.device("cpu")) as world:
             result = function(world, *arguments)
         pipe.send_bytes(pickle.dumps(result))  # by value: shared memory would end with this process
-    except BaseException as error:  # all of it belongs to the test
+    except BaseException as error:  # the test raises it again
         pipe.send_bytes(pickle.dumps(error))
 
 
 def as_rank(rank: int, size: int, port: int) -> None:
-    """Let this process look as torchrun would have started it."""
+    """Set the environment of this process as torchrun does."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -66,7 +66,7 @@ def as_rank(rank: int, size: int, port: int) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
@@ -74,5 +74,5 @@ def free_port() -> int:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The same by this process."""
+    """Return what `function(world, *arguments)` returns in this process alone."""
     return function(World(), *arguments)

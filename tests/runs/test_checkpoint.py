@@ -1,7 +1,7 @@
 """The promise of `checkpoint.py`: what is saved comes back bit for bit, whole or not at all, and never runs code.
 
-Files are looked into with plain `torch.load` and JSON; damaged and hostile ones are made by hand; a save is made to
-fail at each of its steps, and the older checkpoint must still be there.
+Files are read with plain `torch.load` and JSON. Damaged and hostile ones are made by hand. A save is made to fail at
+each of its steps, and the older checkpoint must still be there.
 """
 
 import json
@@ -33,7 +33,7 @@ FILES = [CHECKSUMS, "config.json", "model.pt", "tokenizer.model"]
 
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    """A whole checkpoint, to be damaged."""
+    """Return a whole checkpoint, to be damaged."""
     save_model(tmp_path / "model", small_model(), tokenizer)
     return tmp_path / "model"
 
@@ -152,7 +152,7 @@ def test_step_folders_come_the_newest_first_by_their_numbers(tmp_path: Path) -> 
 
 
 class Attack:
-    """Unpickling this makes a folder."""
+    """An object whose unpickling makes a folder."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -327,7 +327,7 @@ def test_an_incomplete_training_state_is_named(tmp_path: Path, tokenizer: Tokeni
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A model with its tokenizer, to be damaged and mended."""
+    """Return a model with its tokenizer, to be damaged and repaired."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     save_model(folder, small_model(vocab_size=tokenizer.vocab_size), tokenizer)
     check_model(folder)
@@ -354,7 +354,7 @@ def test_a_damaged_model_is_refused_before_it_is_finetuned(
 ) -> None:
     model = Path(shutil.copytree(saved, tmp_path / "model"))
     content = bytearray((model / "model.pt").read_bytes())
-    content[-5_000] ^= 1  # of a weight: still a number
+    content[-5_000] ^= 1  # a bit of a weight, which stays a number
     (model / "model.pt").write_bytes(content)
     load_model(model)
     data = tmp_path / "pairs.jsonl"
@@ -363,7 +363,7 @@ def test_a_damaged_model_is_refused_before_it_is_finetuned(
     assert main([str(word) for word in (*words, "--out", tmp_path / "run")]) == 2
     assert capfd.readouterr().err.startswith(f"minift: error: {model / 'model.pt'}: damaged, or changed: its checksum")
     assert not (tmp_path / "run").exists()
-    (model / CHECKSUMS).unlink()  # who has changed it on purpose
+    (model / CHECKSUMS).unlink()  # for a user who has changed it on purpose
     assert main([str(word) for word in (*words, "--out", tmp_path / "run")]) == 0
 
 
@@ -395,7 +395,7 @@ def failing_rename(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failing_last_rename(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the new folder cannot get its name; the older one could be moved aside, and moved back."""
+    """Fail only when the new folder gets its name; moving the older one aside, and back, works."""
     rename = Path.rename
 
     def some(self: Path, target: Path) -> Path:
@@ -437,7 +437,7 @@ def test_a_failed_save_leaves_no_folder_that_looks_whole(
 
 
 def test_a_full_disk_under_torchs_own_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It makes training.pt, and ends with another complaint than the one that counts."""
+    """The writer of training.pt raises another error than that of the disk, which is the one to report."""
 
     def save(values: Any, file: IO[bytes]) -> None:
         file.write(b"the first half")
@@ -456,13 +456,13 @@ def test_a_full_disk_under_torchs_own_writer(tmp_path: Path, monkeypatch: pytest
 def test_a_killed_save_leaves_the_older_checkpoint(
     folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
-    """A kill gives no time to tidy up: the process ends where it is. A forked child is killed at each point in turn."""
+    """A killed process cannot remove what it began. A forked child is killed at each point in turn."""
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     model = small_model(seed=1)
 
     def die(*arguments: Any, **options: Any) -> None:
         path = Path(str(arguments[0]))
-        if killed_in == "rmtree":  # in the middle of removing a folder
+        if killed_in == "rmtree":  # killed while a folder was being removed
             if not path.exists():
                 return
             next(path.iterdir()).unlink()
@@ -477,6 +477,6 @@ def test_a_killed_save_leaves_the_older_checkpoint(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77
     after = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert after == before or same(bits(load_model(folder)), bits(model))
-    save_model(folder, model, tokenizer)  # what the dead one left behind is in nobody's way
+    save_model(folder, model, tokenizer)  # what the killed process has left does no harm
     assert same(bits(load_model(folder)), bits(model))
     assert list(folder.parent.iterdir()) == [folder]

@@ -1,7 +1,7 @@
 """The promise of `--parallel`: however many processes share a run, they take the steps of one.
 
-Everything that is compared is in float64. The examples hold very unequal numbers of targets (1 to 30), so that what is
-averaged wrongly somewhere shows: a test does the usual faults on purpose, and sees them.
+All is compared in float64. The examples have very unequal numbers of targets (1 to 30), so that a wrong average shows:
+one test makes the usual faults on purpose, and sees them.
 """
 
 import functools
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from minift.checkpoint import load_model, model_without_memory, save_model, weights_of
 from minift.config import TrainConfig
+from minift.costs.communication import communication
 from minift.costs.flops import count_parameters
 from minift.costs.memory import training_memory
-from minift.costs.communication import communication
 from minift.data.batches import PairBatches
 from minift.distributed.sharding import fill, own_part, put, whole
 from minift.distributed.shards import _Unpickler
@@ -52,7 +52,7 @@ def examples() -> list[Example]:
 
 
 def make_state(world: World, tied: bool = True, lora: bool = False, config: TrainConfig = CONFIG) -> TrainState:
-    """A float64 model in training; under FSDP it is built without memory, as a run's is."""
+    """Return the state of a float64 model; under FSDP it is built without memory, as in a run."""
     source = small_model(dtype=torch.float64, tie_word_embeddings=tied)
     model = source
     if world.parallel == "fsdp":
@@ -69,7 +69,7 @@ def make_state(world: World, tied: bool = True, lora: bool = False, config: Trai
 
 
 def take_steps(state: TrainState, steps: int, config: TrainConfig = CONFIG) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
+    """Take steps; return the loss and the gradient norm of each."""
     plan, found = Plan.make(config, 0), []
     micro_batches = iter(state.batches)
     for step in range(steps):
@@ -94,7 +94,7 @@ def trained_alone(tied: bool, lora: bool) -> tuple[dict[str, Tensor], list[tuple
 
 
 def apart(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative difference of any tensor, by norm."""
+    """Return the largest relative difference of any two tensors, by norm."""
     assert set(ours) == set(expected)
     return max(float((ours[name] - expected[name]).norm() / expected[name].norm()) for name in ours)
 
@@ -112,7 +112,7 @@ def test_any_number_of_processes_takes_the_steps_of_one(size: int, parallel: str
 
 
 def test_the_comparison_begins_and_ends_with_different_weights() -> None:
-    """Or it would show nothing: training moves every tensor, and clips some steps and not others."""
+    """Or the comparison would show nothing: training changes every tensor, and clips some steps and not others."""
     state = make_state(World())
     first = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     weights, results = trained_alone(True, False)
@@ -122,7 +122,7 @@ def test_the_comparison_begins_and_ends_with_different_weights() -> None:
 
 
 def mean_of_means(world: World) -> dict[str, Tensor]:
-    """The fault: every rank divides by its own targets, and the gradients are averaged."""
+    """Make a fault: every rank divides by its own targets, and the gradients are averaged."""
     state = make_state(world)
     plain, total = state.objective, World.total
 
@@ -138,16 +138,16 @@ def mean_of_means(world: World) -> dict[str, Tensor]:
 
 
 def clipped_too_early(world: World) -> dict[str, Tensor]:
-    """The fault: every rank clips its own gradient, and then they are added up."""
+    """Make a fault: every rank clips its own gradient, and then the gradients are added up."""
     state = make_state(world)
-    state.objective = type(make_state(World()).objective)(state.model)  # no synchronisation by DDP
+    state.objective = type(make_state(World()).objective)(state.model)  # so DDP does not synchronise
     norm_of = torch.nn.utils.get_total_norm
 
     def clip_first(gradients: list[Tensor]) -> Tensor:
         share = min(1.0, CONFIG.clip / float(norm_of(gradients)))
         for gradient in gradients:
             dist.all_reduce(gradient.mul_(share))
-        return torch.zeros(())  # nothing more to clip
+        return torch.zeros(())  # clipping is done
 
     torch.nn.utils.get_total_norm = clip_first  # type: ignore[assignment]
     take_steps(state, STEPS)
@@ -158,11 +158,11 @@ def clipped_too_early(world: World) -> dict[str, Tensor]:
 def test_the_usual_faults_would_have_been_seen(fault: Callable[[World], dict[str, Tensor]]) -> None:
     expected, _ = trained_alone(True, False)
     weights, _ = run_ranks(2, "ddp", fault)
-    assert apart(weights, expected) > 1e-3  # a thousand times what is borne
+    assert apart(weights, expected) > 1e-3  # a thousand times the tolerance
 
 
 def gradients_sent(world: World) -> list[int]:
-    """How many all-reduces of gradients each micro-batch of a window starts."""
+    """Return how many all-reduces of gradients each micro-batch of a window starts."""
     state = make_state(world)
     batches = iter(state.batches)
     counts, real = [0], dist.all_reduce
@@ -210,19 +210,19 @@ MICRO_BATCHES = 3
 
 
 def collectives(world: World, shape: dict[str, Any], dtype: str) -> dict[str, tuple[int, int]]:
-    """(calls, elements) of each kind of exchange in a step, as PyTorch's profiler sees them; single numbers aside."""
+    """Return the calls and elements of each collective in a step, as PyTorch's profiler counts them, but single numbers."""
     config = CONFIG.replace(dtype=dtype)
     model = small_model(**shape)
     batches = PairBatches(examples(), 8, 2, seed=0, rank=world.rank, world=world.size)
     state = start_state(model, batches, config, world)
     micro_batches = iter(batches)
-    for _ in range(2):  # DDP puts its buckets into their final order behind the first step
+    for _ in range(2):  # DDP brings its buckets into their final order after the first step
         train_step(state, [next(micro_batches) for _ in range(MICRO_BATCHES)], 1e-3, config)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         train_step(state, [next(micro_batches) for _ in range(MICRO_BATCHES)], 1e-3, config)
     found: dict[str, tuple[int, int]] = {}
     names = {"c10d::_allgather_base_": "all-gather", "c10d::_reduce_scatter_base_": "reduce-scatter"}
-    scattered = []  # over gloo a reduce-scatter is made of an all-reduce, which the profiler sees, too
+    scattered = []  # gloo makes a reduce-scatter of an all-reduce, which the profiler counts, too
     for event in profile.events():
         if event.name in names:
             kind = names[event.name]
@@ -265,13 +265,13 @@ def test_what_is_sent_is_what_the_formula_says(parallel: str, dtype: str, size: 
 
 
 def root_elements(config: Any, size: int) -> int:
-    """Numbers outside of the layers, each tensor padded to a multiple of the ranks."""
+    """Return how many numbers are outside the layers, each tensor padded to a multiple of the ranks."""
     embedding = -(-config.vocab_size // size) * size * config.hidden_size
     return embedding * (1 if config.tie_word_embeddings else 2) + -(-config.hidden_size // size) * size
 
 
 def kept(world: World) -> dict[str, int]:
-    """Bytes of this rank's weights, gradients and moments, as they are between the backward pass and the step."""
+    """Return the bytes of this rank's weights, gradients and moments between the backward pass and the step."""
     state = make_state(world)
     found: dict[str, int] = {}
 
@@ -298,7 +298,7 @@ def test_what_a_rank_keeps_falls_as_one_over_their_number(size: int) -> None:
 
 
 def loaded(world: World, folder: str) -> tuple[int, int]:
-    """How far this process's own memory rose while a model was loaded, at most and for good."""
+    """Return how far this process's own memory rose while a model was loaded: at the peak, and at the end."""
     model = model_without_memory(folder)
     state = start_state(model, PairBatches(examples(), 8, 2, 0), CONFIG, world)
     before = most = _own_memory()
@@ -329,7 +329,7 @@ def test_no_rank_ever_holds_the_whole_model_while_loading(tmp_path: Path) -> Non
     nbytes = 4 * count_parameters(model.config).total  # 84 MB
     largest = 4 * 4_000 * 512
     for most, in_the_end in run_ranks(4, "fsdp", loaded, str(tmp_path / "model")):
-        assert in_the_end < 1.15 * nbytes / 4  # it may be less: what was free before is used first
+        assert in_the_end < 1.15 * nbytes / 4  # or less: memory that was free before is used first
         assert most < nbytes / 4 + 2 * largest
         assert most < 0.5 * nbytes
 
@@ -360,7 +360,7 @@ def test_every_format_can_be_loaded_in_parts(format: str, tmp_path: Path) -> Non
 def continued(
     world: World, run: str, steps: int, lora: bool, parallel: str
 ) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """Go on from the newest step folder, if there is one, and save; also the batches' place behind each step."""
+    """Continue from the newest step folder, if there is one, and save; also return each step's place in the data."""
     state = make_state(world, lora=lora)
     for folder in step_folders(Path(run))[:1]:
         load_step(folder, state)
@@ -377,7 +377,7 @@ def continued(
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize("ways", [("ddp", "ddp"), ("fsdp", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")], ids="-".join)
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, ways: tuple[str, str], lora: bool) -> None:
-    """Four, then two, then one; also where the weights are kept in another way from then on."""
+    """Four, then two, then one; also where the ranks share the weights in another way from then on."""
     run, (first, then) = str(tmp_path), ways
     expected, _ = trained_alone(True, lora)
     places = []
@@ -404,7 +404,7 @@ def test_a_sharded_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
 def test_a_path_in_a_sharded_checkpoint_is_read_whatever_python_wrote_it(module: str) -> None:
-    """Python 3.13 pickles its paths by the name of another module than the versions before and behind it."""
+    """Python 3.13 pickles its paths under the name of another module than older and newer versions."""
     written = f"c{module}\nPosixPath\n(V/\nVruns\ntR.".encode()  # protocol 0: a class, its arguments, a call
     assert _Unpickler(io.BytesIO(written)).load() == Path("/runs")
 
@@ -413,7 +413,7 @@ def test_a_path_in_a_sharded_checkpoint_is_read_whatever_python_wrote_it(module:
 
 
 def poisoned(world: World, what: str) -> tuple[bool, str | None]:
-    """A step with a NaN in the last row of one matrix, or in its gradient: under FSDP that is the last rank's."""
+    """Take a step with a NaN in the last row of a matrix, or in its gradient: under FSDP the last rank has that row."""
     state = make_state(world)
     parameter = state.model.layers[1].mlp.up_proj.weight
     if what == "the weight":

@@ -1,7 +1,7 @@
-"""With `--patience` a run ends when its validation loss has stopped falling, and `final/` is the model of the lowest.
+"""The promise of `--patience`: a run ends when its validation loss has stopped falling, and `final/` is its best model.
 
-Held here: where it ends, by hand from the metrics; that the model is the one that a run of just so many steps makes;
-that a run which was killed at any moment ends the same; and one line where there is nothing to be patient about.
+Where it ends is computed again from the metrics. The model is compared with that of a run of exactly so many steps. A
+run that was killed at any moment must end in the same way, and one without anything to evaluate must be refused.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.helpers import write_jsonl
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> list[str]:
-    """A run that learns its few pairs by heart, at a constant rate, and forgets those that it has not seen."""
+    """Return the words of a run that learns its few pairs by heart, and gets worse at those that it does not see."""
     folder = tmp_path_factory.mktemp("patience")
     pairs = [{"question": f"What is {i}?", "answer": f"It is number {i * 7 % 10}."} for i in range(24)]
     data, test = write_jsonl(folder / "a.jsonl", pairs[:16]), write_jsonl(folder / "b.jsonl", pairs[16:])
@@ -46,13 +46,13 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def test_where_it_ends(stopped: Path) -> None:
-    """Three evaluations behind the lowest loss, each of which is higher; never before."""
+    """Three evaluations after the lowest loss, each of which is higher; never before."""
     losses = {record["step"]: record["validation_loss"] for record in metrics(stopped) if "validation_loss" in record}
     best = min(losses, key=lambda step: losses[step])
     last = len(metrics(stopped))
     assert last == best + 9 < 300
     evaluated = sorted(losses)
-    for i in range(3, len(evaluated)):  # at no earlier evaluation had three brought nothing
+    for i in range(3, len(evaluated)):  # at no earlier evaluation had three brought no lower loss
         if evaluated[i] < last:
             assert min(losses[step] for step in evaluated[i - 2 : i + 1]) < min(
                 losses[step] for step in evaluated[: i - 2]
@@ -60,7 +60,7 @@ def test_where_it_ends(stopped: Path) -> None:
 
 
 def test_the_model_is_the_best_one(stopped: Path, words: list[str], tmp_path: Path) -> None:
-    """What a run of just so many steps ends with; its own last model is another."""
+    """A run of exactly so many steps ends with the same model; the last model of this run is another."""
     losses = {record["step"]: record["validation_loss"] for record in metrics(stopped) if "validation_loss" in record}
     best = min(losses, key=lambda step: losses[step])
     assert main([*words, "--out", str(tmp_path / "short"), "--steps", str(best)]) == 0
@@ -75,7 +75,7 @@ def test_the_model_is_the_best_one(stopped: Path, words: list[str], tmp_path: Pa
 def test_a_run_that_was_killed_ends_the_same(
     stopped: Path, tmp_path: Path, kept: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Right after any of its saves. (What is in `best/` may be of a later step, which is then taken again.)"""
+    """Killed right after any of its saves. (`best/` may be of a later step, which is then taken again.)"""
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
     shutil.rmtree(out / "final")
@@ -100,7 +100,7 @@ def test_without_patience_a_run_goes_to_its_end(stopped: Path, words: list[str],
 
 
 def test_it_may_last_to_the_end(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last step is evaluated as well, and the best may be it."""
+    """The last step is evaluated as well, and may be the best."""
     assert main([*words, "--out", str(tmp_path / "run"), "--steps", "2", "--patience", "1"]) == 0
     assert "final/ is the model of step 2," in capsys.readouterr().out
     assert same_weights(tmp_path / "run" / "final", tmp_path / "run" / "best")

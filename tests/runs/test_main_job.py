@@ -1,8 +1,8 @@
 """The promise on the README's first page: `minift finetune` makes the base answer.
 
 The command is run as a user runs it, in a process of its own and from another folder; the numbers are read from the
-files that it leaves. Then the README's other commands are run, word for word, on the model that it made. A wheel built
-from the checkout must do the same where the checkout is not to be seen.
+files that it writes. Then the README's other commands are run, word for word, on the model that it made. A wheel built
+from the checkout must do the same where there is no checkout.
 """
 
 import json
@@ -23,7 +23,7 @@ DOG = "Tell me how to train my dog to sit"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The run's folder, and what was printed."""
+    """Return the run's folder, and what was printed."""
     folder = tmp_path_factory.mktemp("main job")
     command = [sys.executable, "-m", "minift", "finetune"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,7 +1,7 @@
-"""The promise that numbers which go wrong are noticed where they do: by step, by name, and before they spread.
+"""The promise that numbers which go wrong are noticed at once: by step, by name, and before they spread.
 
-A learning rate of 1000, a weight that is no number, a batch without a target, ids that no vocabulary has: none of them
-ends in a model that looks trained, or in a traceback.
+A learning rate of 1000, a weight that is NaN, a batch without a target, ids that no vocabulary has: none of them ends
+in a model that looks trained, or in a traceback.
 """
 
 import json
@@ -46,7 +46,7 @@ def without_targets(batch: Batch) -> Batch:
 
 @pytest.fixture
 def words(tmp_path: Path, small_checkpoint: Path) -> list[str]:
-    """A finetuning of 30 steps, without its `--out`."""
+    """Return the words of a finetuning of 30 steps, without its `--out`."""
     pairs = [{"question": f"What comes after {i}?", "answer": f"The number {i + 1}."} for i in range(12)]
     command = ["finetune", "--model", small_checkpoint, "--data", write_jsonl(tmp_path / "pairs.jsonl", pairs)]
     command += ["--batch-size", 4, "--steps", 30, "--warmup", 0, "--device", "cpu"]
@@ -66,13 +66,13 @@ def last_line(stderr: str) -> str:
 def test_a_learning_rate_far_too_high_ends_the_run_with_what_to_lower(
     words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], lr: str, dtype: str
 ) -> None:
-    """Or the run survives it, with a loss that is a number: never a model that is none."""
+    """Or the run ends well, with losses that are finite; it never saves a model that is not finite."""
     out = tmp_path / "run"
     code = main([*words, "--lr", lr, "--dtype", dtype, "--out", str(out)])
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open(encoding="utf-8")]
     assert all(0 < loss < float("inf") for loss in losses)
     for folder in out.glob("step_*"):
-        load_model(folder)  # which refuses what is not finite
+        load_model(folder)  # refuses what is not finite
     if code:
         line = last_line(capfd.readouterr().err)
         assert line.startswith(f"minift: error: step {len(losses) + 1} is not finite (loss ")
@@ -89,7 +89,7 @@ def test_a_learning_rate_far_too_high_ends_the_run_with_what_to_lower(
 def test_weights_that_are_no_numbers_are_never_saved(
     words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
-    """The step that makes them had a good loss and a good gradient."""
+    """The step that makes them had a finite loss and a finite gradient."""
     out = tmp_path / "run"
     assert main([*words, "--lr", "1e38", *flags, "--out", str(out)]) == 1
     line = last_line(capfd.readouterr().err)
@@ -122,13 +122,13 @@ def test_what_is_not_finite_is_named_and_the_weights_stay(
     assert result.culprit is not None
     assert result.culprit.startswith(culprit)
     assert all(torch.equal(now, before[name]) or now.isnan().any() for name, now in bits(state.model).items())
-    assert not state.optimizer.state  # nor has it learned anything
+    assert not state.optimizer.state  # AdamW has not seen the gradient
 
 
 def test_a_loss_that_is_not_a_number_ends_a_run_at_its_step(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One batch's, in the middle; what was before it is saved, and goes on when the batch is mended."""
+    """One batch in the middle is at fault. The steps before it are saved, and the run continues once it is repaired."""
     whole, out, taken = tmp_path / "whole", tmp_path / "run", loop.train_step
 
     def spoiled(state: Any, window: Any, *rest: Any) -> Any:
@@ -167,13 +167,13 @@ def test_a_window_without_a_target_is_refused(state: TrainState, batch: Batch) -
 
 
 def test_a_micro_batch_without_a_target_changes_nothing_in_its_window(batch: Batch) -> None:
-    alone, beside = new_state(), new_state()
+    alone, together = new_state(), new_state()
     first, second = (
         train_step(alone, [batch], 1e-2, CONFIG),
-        train_step(beside, [without_targets(batch), batch], 1e-2, CONFIG),
+        train_step(together, [without_targets(batch), batch], 1e-2, CONFIG),
     )
     assert first.loss == second.loss
-    assert same(bits(alone.model), bits(beside.model))
+    assert same(bits(alone.model), bits(together.model))
 
 
 def test_an_evaluation_without_a_target_is_refused(state: TrainState, batch: Batch) -> None:
@@ -214,8 +214,8 @@ def test_a_text_longer_than_the_positions_is_refused() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_that_says_no_numbers_says_nothing(temperature: float) -> None:
-    """Its weights became so in memory: none that is saved so is loaded."""
+def test_a_model_whose_logits_are_not_finite_generates_nothing(temperature: float) -> None:
+    """Its weights became NaN in memory: a saved model with NaN is not loaded."""
     model = small_model()
     model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(RunError, match="logits are not finite numbers"):
@@ -225,7 +225,7 @@ def test_a_model_that_says_no_numbers_says_nothing(temperature: float) -> None:
 def test_an_empty_document_among_many_is_skipped_and_counted(
     small_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As in `data stats`, in a million: each of the others is there."""
+    """`data stats` counts all the others."""
     pages = tmp_path / "pages.jsonl"
     lines = [b'{"text": "page %d"}\n' % i for i in range(20_000)]
     lines[12_345] = b'{"text": ""}\n'

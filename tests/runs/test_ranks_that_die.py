@@ -2,7 +2,7 @@
 
 Real processes are killed: twenty at random moments, then under `torchrun`, which starts the run again by itself.
 Nothing is lost and nothing repeated: `metrics.jsonl` has every step once, and all its numbers but the times, and the
-weights, are those of the run that nobody disturbed, bit for bit.
+weights, are those of a run without a kill, bit for bit.
 """
 
 import json
@@ -60,7 +60,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def run(
     rank: int, port: int, met: Any, parallel: str, model: str, data: tuple[Path, Path], out: Path, config: TrainConfig
 ) -> None:
-    """One rank of a run, which goes on where it was, once it has met the others."""
+    """Run one rank of a run: it continues from the last checkpoint, once it has met the others."""
     as_rank(rank, RANKS, port)
     connect = dist.init_process_group
 
@@ -76,7 +76,7 @@ def run(
 
 
 def start(*arguments: Any) -> list[Any]:
-    """The ranks of a run, which have met: of one that is gone before, only `torchrun` can know."""
+    """Start the ranks of a run, and wait until they have met: only `torchrun` can notice a loss before that."""
     context = multiprocessing.get_context("fork")
     port, met = free_port(), context.Barrier(RANKS + 1)
     ranks = [context.Process(target=run, args=(rank, port, met, *arguments)) for rank in range(RANKS)]
@@ -87,7 +87,7 @@ def start(*arguments: Any) -> list[Any]:
 
 
 def results(out: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """What a run has come to: its metrics without the times, and its weights."""
+    """Return a run's metrics without the times, and its weights."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if not key.endswith(("seconds", "second"))} for line in lines]
     return metrics, load_model(out / "final").state_dict()
@@ -147,7 +147,7 @@ def test_a_signal_to_one_rank_saves_on_all(tmp_path: Path, small_checkpoint: Pat
     os.kill(ranks[1].pid, signal.SIGTERM)
     for process in ranks:
         process.join(PROMPTLY)
-    assert [process.exitcode for process in ranks] == [3] * RANKS  # both: stopped and saved
+    assert [process.exitcode for process in ranks] == [3] * RANKS  # both were stopped and have saved
     (folder,) = out.glob("step_*")
     assert len((out / "metrics.jsonl").read_text().splitlines()) == int(folder.name[5:])
 
@@ -190,8 +190,8 @@ def test_torchrun_starts_a_killed_run_again(tmp_path: Path, small_checkpoint: Pa
     whole = torchrun(*words_for(small_checkpoint, pairs, tmp_path / "whole", STEPS))
     out, error = whole.communicate(timeout=600)
     assert whole.returncode == 0, error
-    assert out.count("saved: ") == 1  # one rank speaks
-    assert error.count("?step/s]") == 1  # and one shows a bar, which may show its end twice
+    assert out.count("saved: ") == 1  # one rank reports it
+    assert error.count("?step/s]") == 1  # and one shows a bar, whose end may be shown twice
     ours = tmp_path / "run"
     begun = torchrun(*words_for(small_checkpoint, pairs, ours, STEPS), restarts=2)
     deadline = time.monotonic() + 240

@@ -1,8 +1,8 @@
-"""The promise that a run may be stopped anywhere, and goes on as if it had not been.
+"""The promise that a run may be stopped anywhere, and continues as if it had not been stopped.
 
-Real processes are stopped by real signals while they train: Ctrl-C and SIGTERM let the step finish and save. The
-command that they print is then run, and the whole is compared with a run that nobody stopped, in this process: every
-loss, learning rate and gradient norm, and every bit of the final weights. (`test_resume_bitwise.py` is about kill -9.)
+Real processes get real signals while they train: after Ctrl-C and SIGTERM they finish the step and save. The command
+that they print is then run. The result is compared with a run in this process that was never stopped: every loss,
+learning rate and gradient norm, and every bit of the final weights. (`test_resume_bitwise.py` is about kill -9.)
 """
 
 import json
@@ -27,13 +27,13 @@ from minift.runs.steps import step_folders
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import ROOT, SMALL, write_jsonl
 
-STEPS = 120  # some seconds of training: a signal sent after a few steps lands far from the end
+STEPS = 120  # some seconds of training: a signal sent after a few steps comes long before the end
 SAVE_EVERY = 30
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """In all of these runs, in this process and in others, so that every sum is taken in the same order."""
+    """Use one thread, in this process as in the others, so that every sum is taken in the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 
 def start(words: Sequence[str | Path], folder: Path) -> subprocess.Popen[str]:
-    """A process of its own."""
+    """Start `minift` in a process of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "minift", *map(str, words)]
     pipe = subprocess.PIPE
@@ -68,7 +68,7 @@ def stop(words: Sequence[str | Path], folder: Path, out: Path, after: int, numbe
 
 
 def assert_same_run(out: Path, whole: Path) -> None:
-    """The same numbers at every step (all but the times), and the same weights at the end."""
+    """Check that two runs have the same numbers at every step (but for the times), and the same weights at the end."""
     keys = ("step", "loss", "lr", "grad_norm", "tokens", "validation_loss")
     mine, theirs = metrics(out), metrics(whole)
     assert [record["step"] for record in theirs] == list(range(1, STEPS + 1))
@@ -85,7 +85,7 @@ def assert_same_run(out: Path, whole: Path) -> None:
 def inputs(
     tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, tokenizer: Tokenizer
 ) -> dict[str, list[str]]:
-    """For each job, the words of a run that takes STEPS steps and no more than some seconds."""
+    """Return for each job the words of a run of STEPS steps, which takes some seconds."""
     folder = tmp_path_factory.mktemp("inputs with spaces")
     pairs = [{"question": f"What comes after {i}?", "answer": f"The number {i + 1}."} for i in range(50)]
     pages = [{"text": f"The number {i} comes after the number {i - 1}, and before {i + 1}."} for i in range(90)]
@@ -110,7 +110,7 @@ def job(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def whole(inputs: dict[str, list[str]], job: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody stops."""
+    """Return the folder of a run that was never stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main([*inputs[job], "--out", str(out)]) == 0
     return out
@@ -134,7 +134,7 @@ def test_a_stopped_run_prints_the_command_that_continues_it_exactly(
     printed = re.search(r"^stopped and saved; continue with: (.+)$", stdout, re.MULTILINE)
     assert printed, stdout
     words = shlex.split(printed[1])
-    assert words[0] == "minift" or words[:3] == [sys.executable, "-m", "minift"]  # whichever would be found
+    assert words[0] == "minift" or words[:3] == [sys.executable, "-m", "minift"]  # the one that this machine has
     assert main(words[words.index("minift") + 1 :]) == 0
     assert_same_run(out, whole)
 
@@ -159,7 +159,7 @@ def test_every_saved_folder_can_be_continued(
     shutil.copy(whole / "config.json", out)
     shutil.copytree(whole / f"step_{step:06d}", out / f"step_{step:06d}")
     (out / "metrics.jsonl").write_text("".join((whole / "metrics.jsonl").read_text().splitlines(keepends=True)[:step]))
-    # The same flags once more say nothing new, so they are accepted.
+    # Flags that equal the run's settings are accepted.
     assert main([*inputs[job], "--resume", "--out", str(out)]) == 0
     assert_same_run(out, whole)
 
@@ -180,7 +180,7 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path, job: str, capsys: 
 def test_a_second_signal_interrupts_at_once(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Somebody who presses Ctrl-C twice does not want to wait for the step; handlers are put back afterwards."""
+    """A user who presses Ctrl-C twice does not want to wait for the step. The old handlers are restored."""
     from minift.runs import loop
 
     data = write_jsonl(tmp_path / "x.jsonl", [{"question": f"What is {i}?", "answer": "A number."} for i in range(9)])

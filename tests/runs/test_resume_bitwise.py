@@ -1,11 +1,11 @@
-"""The promise of `checkpoint.py`, held against kill -9: k steps, a kill and N - k more are N steps, bit for bit.
+"""The promise of `runs/steps.py` against kill -9: k steps, a kill and N - k more steps are N steps, bit for bit.
 
 Real processes are killed while they train: at random moments, and at each single operation that changes the disk.
-They are then resumed until they are done, and compared with a run that nobody stopped: every number of every step, the
-weights, the optimizer's moments, the data's place and the state of torch's random numbers, in all their bits. Step
-folders are damaged byte by byte, and must be found out, by name, and passed over.
+They are resumed until they are done, and compared with a run that was never killed: every number of every step, the
+weights, the optimizer's moments, the place in the data and the state of torch's random numbers, in all their bits. Step
+folders are damaged byte by byte, and must be named and passed over.
 
-A start of Python with torch takes seconds, so all runs are forked from one process that has imported everything.
+Starting Python with torch takes seconds, so all runs are forked from one process that has imported everything.
 """
 
 import json
@@ -44,7 +44,7 @@ from minift.tokenizer.load import load_tokenizer
 from tests.helpers import IMPORTED_BY_RUNS, ROOT, SMALL, write_jsonl
 
 pytestmark = pytest.mark.slow
-TIMES = ("seconds", "tokens_per_second")  # the only numbers that a resumed run may have otherwise
+TIMES = ("seconds", "tokens_per_second")  # the only numbers in which a resumed run may differ
 PATIENCE = 12  # seconds until the workers of a killed run must have noticed
 KILLS = 5  # of each run that is cut at random
 
@@ -54,14 +54,14 @@ KILLS = 5  # of each run that is cut at random
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is done to a run from inside.
+    """Changes to a run, made inside its process.
 
     Attributes:
-        chunk: characters that are encoded in one go. One: each document alone, so that no ids wait but a row's.
-        draw: take a number from torch's own generator in each step, as dropout would.
+        chunk: characters that are encoded at a time. 1 encodes each document alone, so that only a row's ids wait.
+        draw: draw a number from torch's own generator in each step, as dropout does.
         cut: (function, its n-th call, "before" or "half"): kill this process there.
         stop: the step in which this process sends itself SIGTERM.
-        watch: a file for what is on the disk when a step folder is removed, and after each save.
+        watch: a file that lists the step folders before each removal and after each save.
     """
 
     chunk: int | None = 1
@@ -72,11 +72,11 @@ class Hooks:
 
 
 def child(words: list[str], log: Path, hooks: Hooks) -> None:
-    """A run: the body of a forked process."""
+    """Run `minift` with its hooks: the body of a forked process."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    multiprocessing.set_start_method("fork", force=True)  # of its workers, as if this had been started by itself
+    multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a process that was not forked
     torch.set_num_threads(1)  # so that every sum is taken in the same order
     if hooks.chunk:
         encode.CHUNK_CHARACTERS = hooks.chunk
@@ -94,7 +94,7 @@ def child(words: list[str], log: Path, hooks: Hooks) -> None:
 
     def watched_train(*arguments: Any) -> bool:
         done = train_all(*arguments)
-        write_random(random_of(arguments[-1]))  # a run that is killed behind this is not trained again
+        write_random(random_of(arguments[-1]))  # a run that is killed after this is not trained again
         return done
 
     common.train = watched_train
@@ -108,7 +108,7 @@ def child(words: list[str], log: Path, hooks: Hooks) -> None:
 
 
 def write_random(file: Path) -> None:
-    """Write the state of torch's random numbers, by none of the functions that `cut` replaces."""
+    """Write the state of torch's random numbers, without the functions that `cut` replaces."""
     with file.open("wb") as opened:
         opened.write(random_state(torch.default_generator))
 
@@ -118,7 +118,7 @@ def random_state(generator: torch.Generator) -> bytes:
 
 
 def random_of(out: Path) -> Path:
-    """Where the state of torch's random numbers is kept, as it was when the training in `out` had ended."""
+    """Return the file with the state of torch's random numbers at the end of the training in `out`."""
     return out.with_name(f"{out.name}.random")
 
 
@@ -157,7 +157,7 @@ def watch(file: Path) -> None:
     def note(what: str, run: Path, name: str) -> None:
         folders = step_folders(run)
         for folder in folders:
-            check_step(folder)  # all that has a step's name is whole
+            check_step(folder)  # each folder with a step's name is whole
         with file.open("a") as lines:
             lines.write(json.dumps([what, name, [folder.name for folder in folders]]) + "\n")
 
@@ -175,10 +175,10 @@ def watch(file: Path) -> None:
 
 
 class Zygote:
-    """Starts runs.
+    """A process that starts runs by forking itself.
 
     Attributes:
-        killed: the logs of those that were killed, by which their workers can be found.
+        killed: the logs of runs that were killed, by which their workers are found.
     """
 
     def __init__(self, folder: Path):
@@ -193,7 +193,7 @@ class Zygote:
             forkserver.ensure_running()
 
     def start(self, words: list[Any], hooks: Hooks) -> tuple[ForkServerProcess, Path]:
-        """A new process, and the file that gets what it prints."""
+        """Start a run; return its process, and the file that gets what it prints."""
         self._logs += 1
         log = self.folder / f"{self._logs}.log"
         process = self.context.Process(target=child, args=([str(word) for word in words], log, hooks))
@@ -203,11 +203,11 @@ class Zygote:
     def run(
         self, words: list[Any], hooks: Hooks = Hooks(), after: float | None = None, training: bool = False
     ) -> tuple[int, str, Path]:
-        """Its exit code, what it printed, and its log.
+        """Start a run and wait for its end; return its exit code, what it printed, and its log.
 
         Args:
-            after: seconds after which it is killed, if it still lives then.
-            training: counted not from its start, but from when it is about to take its first step.
+            after: seconds after which it is killed, if it has not ended.
+            training: count them from its first step, not from its start.
         """
         process, log = self.start(words, hooks)
         while training and process.exitcode is None and not began(log):
@@ -233,11 +233,11 @@ def began(log: Path) -> bool:
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote = Zygote(tmp_path_factory.mktemp("logs"))
     yield zygote
-    nobody_is_left(zygote.killed)
+    check_that_workers_end(zygote.killed)
 
 
-def nobody_is_left(logs: list[Path]) -> None:
-    """Wait for the workers of killed runs to notice. Those that do not are ended here."""
+def check_that_workers_end(logs: list[Path]) -> None:
+    """Wait until the workers of killed runs have ended. End those that do not, and fail."""
     deadline = time.monotonic() + PATIENCE  # they look every second
     while (left := living(logs)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -247,7 +247,7 @@ def nobody_is_left(logs: list[Path]) -> None:
 
 
 def living(logs: list[Path]) -> list[int]:
-    """The processes that still write to one of these logs, whoever they belong to now."""
+    """Return the processes that still write to one of these logs, whatever their parent is now."""
     found = []
     for output in Path("/proc").glob("[0-9]*/fd/1"):
         try:
@@ -265,7 +265,7 @@ def living(logs: list[Path]) -> list[int]:
 def inputs(
     tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, tokenizer: Tokenizer
 ) -> dict[str, list[str]]:
-    """For each job, the words of a run without its length. An epoch is some 45 rows, and one record is unusable."""
+    """Return for each job the words of a run, without its length. An epoch is some 45 rows; one record is unusable."""
     folder = tmp_path_factory.mktemp("inputs")
     draw = random.Random(1)
     (folder / "shape.json").write_text(json.dumps({**SMALL, "vocab_size": tokenizer.vocab_size}))
@@ -293,7 +293,7 @@ def inputs(
 
 
 def plain(value: Any) -> Any:
-    """A value that is equal to another one only if all its bits are."""
+    """Return a value that equals another one only if all its bits do."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
@@ -304,7 +304,7 @@ def plain(value: Any) -> Any:
 
 
 def difference(a: Any, b: Any, where: str = "") -> str:
-    """Where two values made by `plain` differ; nothing if they do not."""
+    """Return where two values made by `plain` differ, or an empty text."""
     if a == b:
         return ""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
@@ -324,7 +324,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def following(folder: Path, count: int = 60) -> list[Any]:
-    """The batches that come behind a step folder: what its data state means, whichever way it says it."""
+    """Return the batches that follow a step folder: what its data state means, however it is written."""
     _, given, config = read_run(folder.parent)
     stream = DocumentStream(given["data"], seed=config.seed, shuffle_buffer=config.shuffle_buffer)
     stream.skipped.strict = False
@@ -335,10 +335,10 @@ def following(folder: Path, count: int = 60) -> list[Any]:
 
 
 def assert_same_run(out: Path, whole: Path, steps: int, keep: int, same_place: bool = True) -> None:
-    """Every number of every step, all weights, and all that is in the newest step folders.
+    """Check that two runs have the same numbers at every step, weights, and newest step folders.
 
     Args:
-        same_place: the data states say the same. Otherwise they need only mean the same.
+        same_place: their data states are equal; otherwise the same batches must follow.
     """
     assert [record["step"] for record in metrics(out)] == list(range(1, steps + 1))
     assert difference(plain(metrics(out)), plain(metrics(whole)), "metrics") == ""
@@ -354,7 +354,7 @@ def assert_same_run(out: Path, whole: Path, steps: int, keep: int, same_place: b
             assert following(out / name) == following(whole / name)
             mine["batches"] = theirs["batches"] = None
         assert difference(plain(mine), plain(theirs), name) == ""
-    assert [path.name for path in out.glob(".*")] == []  # nothing half-written, nothing half-removed
+    assert [path.name for path in out.glob(".*")] == []  # nothing is half written or half removed
 
 
 def assert_all_whole(out: Path) -> None:
@@ -403,7 +403,7 @@ CASES = {
 
 @dataclass
 class Outcome:
-    """What became of a case.
+    """The result of a case.
 
     Attributes:
         resumed: the data states from which it was resumed.
@@ -421,7 +421,7 @@ Campaign = Callable[[str], Outcome]
 
 @pytest.fixture(scope="module")
 def campaign(zygote: Zygote, inputs: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Campaign:
-    """Runs a case, once without and once with kills."""
+    """Run a case, once without and once with kills."""
 
     @cache
     def outcome(name: str) -> Outcome:
@@ -487,7 +487,7 @@ def test_the_kills_were_many_and_fell_where_they_could_hurt(campaign: Campaign) 
     assert sum(len(state["stream"]["buffer"]) > 0 for state in pages) >= 5
     assert sum(len(state["stream"]["shards"]) > 1 for state in pages) >= 5
     assert len({state["stream"]["epoch"] for state in pages}) >= 2
-    assert any(state["stream"]["skipped"]["skipped"] for state in pages)  # an unusable record is behind some
+    assert any(state["stream"]["skipped"]["skipped"] for state in pages)  # some are after an unusable record
     assert len({state["epoch"] for state in outcomes["pairs"].resumed}) >= 2
 
 
@@ -495,7 +495,7 @@ def test_the_kills_were_many_and_fell_where_they_could_hurt(campaign: Campaign) 
 def test_the_workers_of_a_killed_run_end_by_themselves(
     zygote: Zygote, inputs: dict[str, list[str]], tmp_path: Path, chunk: int | None
 ) -> None:
-    """Also when they wait for somebody who takes what they have encoded: long chunks fill a pipe."""
+    """Also when they wait for a reader of what they have encoded: long chunks fill a pipe."""
     words = [*inputs["pretrain"], "--workers", 2, "--steps", 10_000, "--out", tmp_path / "run"]
     run, log = zygote.start(words, Hooks(chunk=chunk))
     deadline = time.monotonic() + 240
@@ -504,7 +504,7 @@ def test_the_workers_of_a_killed_run_end_by_themselves(
         time.sleep(0.05)
     time.sleep(1)
     run.kill()
-    nobody_is_left([log])
+    check_that_workers_end([log])
 
 
 def test_a_worker_whose_run_was_killed_before_it_began_ends_by_itself() -> None:
@@ -536,7 +536,7 @@ def words(inputs: dict[str, list[str]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(zygote: Zygote, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run that nobody stops, with all its step folders."""
+    """Return the folder of a short run that was never killed, with all its step folders."""
     out = tmp_path_factory.mktemp("short") / "whole"
     code, printed, _ = zygote.run([*words, "--out", out], DRAWING)
     assert code == 0, printed
@@ -545,7 +545,7 @@ def whole(zygote: Zygote, words: list[str], tmp_path_factory: pytest.TempPathFac
 
 
 def as_of(whole: Path, out: Path, step: int) -> Path:
-    """The folder of a run as a kill left it, one step behind its newest step folder."""
+    """Make the folder of a run as a kill leaves it, one step after its newest step folder."""
     out.mkdir()
     shutil.copy(whole / "config.json", out)
     for folder in step_folders(whole):
@@ -556,7 +556,7 @@ def as_of(whole: Path, out: Path, step: int) -> Path:
     return out
 
 
-OPERATIONS = {  # and at how many calls, at least, a resumed run that saves once and ends must have been killed
+OPERATIONS = {  # and the least number of calls at which a resumed run, which saves once and ends, must have been killed
     ("os.fsync", "before"): 12,
     ("os.rename", "before"): 3,
     ("os.replace", "before"): 1,
@@ -573,7 +573,7 @@ OPERATIONS = {  # and at how many calls, at least, a resumed run that saves once
 def cut_everywhere(
     zygote: Zygote, whole: Path, folder: Path, operation: str, moment: str, prepare: Callable[[Path], Path]
 ) -> int:
-    """Kill a resumed run at each call of an operation; resume it once more, and compare. Returns the number of kills.
+    """Kill a resumed run at each call of an operation, resume it, and compare. Return the number of kills.
 
     Args:
         prepare: make the folder of a run.
@@ -596,7 +596,7 @@ def cut_everywhere(
 def test_a_kill_at_any_operation_loses_nothing(
     zygote: Zygote, whole: Path, tmp_path: Path, operation: str, moment: str
 ) -> None:
-    """The run is resumed behind step 4: it cuts its metrics, saves step 6, removes step 2, and writes its model."""
+    """The run is resumed after step 4: it cuts its metrics, saves step 6, removes step 2, and writes its model."""
     kills = cut_everywhere(zygote, whole, tmp_path, operation, moment, lambda out: as_of(whole, out, 4))
     assert kills >= OPERATIONS[operation, moment]
 
@@ -617,7 +617,7 @@ def test_a_kill_while_a_damaged_folder_is_replaced_loses_nothing(
 def test_a_run_killed_while_it_began_can_be_resumed_or_begun_again(
     zygote: Zygote, whole: Path, words: list[str], tmp_path: Path
 ) -> None:
-    """Its `config.json` may be there, and hold nothing yet."""
+    """Its `config.json` may be there, and still be empty."""
     out = tmp_path / "run"
     first = replace(DRAWING, cut=("Path.write_text", 1, "torn"))
     assert zygote.run([*words, "--out", out], first)[0] == -signal.SIGKILL
@@ -633,7 +633,7 @@ def test_a_run_killed_while_it_began_can_be_resumed_or_begun_again(
 
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
-    """A whole step folder, to be damaged."""
+    """Return a whole step folder, to be damaged."""
     shutil.copytree(whole / "step_000006", tmp_path / "step_000006")
     check_step(tmp_path / "step_000006")
     return tmp_path / "step_000006"
@@ -644,7 +644,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def sha256sum_finds_it_whole(folder: Path) -> bool:
-    """What the system's own tool says (if there is one)."""
+    """Return the verdict of the system's own tool; skip the test where there is none."""
     if not shutil.which("sha256sum"):
         pytest.skip("no sha256sum here")
     done = subprocess.run(["sha256sum", "-c", CHECKSUMS], cwd=folder, capture_output=True, check=False)
@@ -702,7 +702,7 @@ def test_a_file_that_is_gone_or_a_folder_is_found(folder: Path) -> None:
 
 
 def test_any_changed_byte_of_the_checksums_is_found(folder: Path) -> None:
-    """By a name: that of the checksums, or of the file whose line it is. A zero is what a bad disk likes to write."""
+    """And named: the checksums, or the file of that line. Zeros are tried because damaged disks often return them."""
     for name in files_of(folder):  # small ones, so that the test takes no minute
         (folder / name).write_text(name)
     lines = [f"{sha256(name.encode()).hexdigest()}  {name}\n" for name in files_of(folder)]
@@ -719,12 +719,12 @@ def test_any_changed_byte_of_the_checksums_is_found(folder: Path) -> None:
 
 def test_checksums_that_were_cut_off_are_found(folder: Path) -> None:
     data = (folder / CHECKSUMS).read_bytes()
-    sizes = range(len(data) - 1)  # without its last line break it says the same
+    sizes = range(len(data) - 1)  # without its last line break it means the same
     assert [size for size in sizes if said_of_checksums(folder, data[:size]) == "nothing"] == []
 
 
 def said_of_checksums(folder: Path, data: bytes) -> str:
-    """What `check_step` says of a folder with these checksums."""
+    """Return the message of `check_step` for a folder with these checksums."""
     (folder / CHECKSUMS).write_bytes(data)
     try:
         check_step(folder)
@@ -746,7 +746,7 @@ def zero_in_a_name(file: Path) -> None:
 
 
 def cut_with_its_file(file: Path) -> None:
-    """The last line and the file that it is about are lost."""
+    """Remove the last line, and the file that it names."""
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     (file.parent / "training.pt").unlink()
 
@@ -775,7 +775,7 @@ def test_a_damaged_newest_folder_is_named_and_passed_over(
     assert code == 0, printed
     assert f"passed over: {out / 'step_000006' / name}: " in printed
     assert f"continues after step 4 of {STEPS}" in printed
-    assert_same_run(out, whole, STEPS, keep=3)  # the damaged one is replaced, too
+    assert_same_run(out, whole, STEPS, keep=3)  # the damaged folder is replaced, too
 
 
 def test_two_damaged_folders_are_passed_over(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
@@ -805,7 +805,7 @@ def test_when_all_are_damaged_nothing_is_begun_from_the_start(zygote: Zygote, wh
 
 
 def test_a_damaged_newer_folder_does_not_push_out_a_whole_one(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-    """Of --keep 1, what is kept must be what was just saved: not a folder that cannot be used."""
+    """With --keep 1, the folder to keep is the one just saved, not a newer one that cannot be used."""
     out = as_of(whole, tmp_path / "run", 6)
     flip(out / "step_000006" / "model.pt")
     code, printed, _ = zygote.run(["pretrain", "--resume", "--keep", 1, "--out", out], replace(DRAWING, stop=5))
@@ -840,7 +840,7 @@ def test_the_newest_folders_are_kept_and_none_goes_before_its_successor_is_whole
 
 
 def test_torchs_random_numbers_go_on(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-    """Each step draws one; the state at the end is that behind seven of them, whichever steps were taken twice."""
+    """Each step draws one. The state at the end is that after seven draws, whichever steps were taken twice."""
     expected = torch.Generator().manual_seed(0)
     torch.rand(STEPS, generator=expected)
     for step in (2, 4, 6):
@@ -854,8 +854,8 @@ def test_torchs_random_numbers_go_on(zygote: Zygote, whole: Path, tmp_path: Path
 def test_a_resumed_run_holds_no_more_than_one_that_was_not_stopped(
     zygote: Zygote, words: list[str], tmp_path: Path
 ) -> None:
-    """What is saved does not grow with each restart: ids that are there are used before more text is read."""
-    hooks = replace(DRAWING, chunk=None)  # as it is: a chunk is enough for many steps
+    """What is saved does not grow with each restart: waiting ids are used before more text is read."""
+    hooks = replace(DRAWING, chunk=None)  # the default: a chunk is enough for many steps
     code, printed, _ = zygote.run([*words, "--out", tmp_path / "whole"], hooks)
     assert code == 0, printed
     out = as_of(tmp_path / "whole", tmp_path / "run", 4)
