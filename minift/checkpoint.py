@@ -1,22 +1,23 @@
-"""Models on disk, and runs that can be continued: folders that are either whole or not there.
+"""A model on disk: saved as a folder, and loaded from any of the formats that a Llama comes in.
 
-A minift checkpoint is a folder of `config.json` (the shape, under Hugging Face's names), `model.pt` (the weights) and
-the tokenizer's files; what other programs write is read as well (`formats/`). A step folder, `step_000300/`, is such a
-checkpoint and, beside it, `training.pt`: the optimizer's moments, the scaler, the step, the data's place and the state
-of torch's random numbers, all that the loop needs to go on as if it had not been stopped. In a sharded run each rank
-writes its part of weights and moments (`distributed/shards.py`); all else is written by the main rank alone.
+A minift checkpoint is a folder of `config.json` (the shape, under Hugging Face's names), `model.pt` (the weights by
+name) and the tokenizer's files. Three rules hold for whatever is saved here:
 
-Every folder is written under another name, flushed to the disk and then renamed, so a run that is killed in the middle
-of a save leaves the older checkpoint, never half of a new one. What is saved carries checksums of its files. A step
-folder is held against them before anything is resumed (a damaged one is passed over for the one before it), a model
-before it is finetuned. Files are read with `weights_only=True`: a checkpoint is data, and cannot run code.
+* A folder is complete or not there. It is written under another name, flushed to the disk and then renamed, so a
+  process that is killed in the middle of a save leaves the older checkpoint, never half of a new one.
+* It carries checksums of its files, by which damage is noticed before hours of training (`storage/checksums.py`).
+* A checkpoint is data and cannot run code: it is read with `weights_only=True`, after a look at what its pickle holds.
 
-Read next: `generate.py`.
+What other programs write is loaded as well; `formats/open.py` lists it. A run's state (the step folders from which a
+run is resumed) is written by `runs/steps.py`.
+
+    python -c "import minift; minift.save_model('my-base', minift.load_model('bundled'))"
+
+Read next: `reference.py`.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,21 +26,95 @@ from minift.config import SAVE_FORMATS
 from minift.distributed.sharding import put, whole
 from minift.distributed.world import World
 from minift.errors import InputError
-from minift.formats import open_model
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.native import open_weights, write_native
-from minift.formats.peft import put_peft, read_adapter
+from minift.formats.open import open_model
+from minift.formats.peft import read_adapter
 from minift.formats.shapes import model_without_weights
-from minift.lora import has_adapter, merge, merged_weights
+from minift.lora import has_adapter, merged_weights
 from minift.model import Llama
 from minift.storage.atomic import write_folder
 from minift.storage.checksums import write_checksums
-from minift.storage.names import base_of, is_adapter
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import save_tokenizer
 
-WEIGHT_FILES = ("model.pt", "adapter.pt")
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+) -> Llama:
+    """Return the model of any format, in evaluation mode.
+
+    On a CPU, where all tensors have this dtype and minift's layout in their files, they become the parameters where
+    they are, mapped into memory. Otherwise they are copied, cast or permuted one by one. Either way memory holds the
+    model once, and one tensor more.
+
+    Args:
+        path: a folder or file of a format in `formats/open.py`; an adapter's folder is merged with its base. A string
+            may also be "bundled", or a name on Hugging Face's hub whose files are in its cache.
+        dtype: of the weights in memory; None keeps the file's (the widest, where it has several).
+
+    Raises:
+        InputError: when there is no model, or a tensor is missing, unexpected, of the wrong shape, not finite, or
+            beyond the range of the dtype.
+    """
+    opened, device = open_model(path), torch.device(device)
+    dtype = dtype or opened.dtype
+    mapped = device.type == "cpu" and all(
+        source.spec.dtype == dtype and source.needs_no_copy for source in opened.sources.values()
+    )
+    weights: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name in opened.specs:
+        if mapped and (view := opened.view(name)).untyped_storage().data_ptr() not in storages:
+            storages.add(view.untyped_storage().data_ptr())
+            weights[name] = view
+        else:  # also where two names share their bytes in a file, which two parameters must not
+            weights[name] = opened.read(name, dtype, device, copy=True)
+    model = model_without_weights(opened.config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def model_without_memory(path: str | Path) -> Llama:
+    """Return the model that `load_model` gives, but without its weights: `weights_of` gives those.
+
+    Raises:
+        InputError: as `load_model`, for what can be told without reading the weights.
+    """
+    return model_without_weights(open_model(path).config)
+
+
+def weights_of(path: str | Path, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a model of any format, by name, each to be used before the next one is read.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    opened = open_model(path)
+    for name in opened.specs:
+        yield name, opened.read(name, dtype)
+
+
+def load_weights(folder: Path, model: Llama) -> None:
+    """Copy the weights of a minift checkpoint into a model; if it has adapters, those of the folder's `adapter.pt`.
+
+    Call on all ranks.
+
+    Raises:
+        InputError: when the file is missing or damaged, or its weights are not of this model.
+    """
+    if has_adapter(model):
+        read_adapter(folder, model)
+        return
+    opened = open_weights(folder, model.config)
+    for name, parameter in model.state_dict().items():
+        put(parameter, opened.sources[name].read())
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
 
 
 def save_model(
@@ -50,12 +125,14 @@ def save_model(
     format: str = "native",
     world: World | None = None,
 ) -> None:
-    """Write a model and its tokenizer: the folder appears whole, or not at all. An older one of that name is replaced.
+    """Write a model and its tokenizer into a folder, which replaces an older one of that name.
+
+    Adapters are merged in what is written; the model stays as it is.
 
     Args:
         dtype: of the weights in the file; by default the model's own.
         format: native, or hf for a Hugging Face folder.
-        world: the processes among which the model may be sharded; each must ask. The main one writes it as a whole, a
+        world: the processes over which the model may be sharded: call on all ranks. The main rank writes all of it, one
             tensor at a time.
 
     Raises:
@@ -67,103 +144,31 @@ def save_model(
     weights = merged_weights(model)
 
     def write(partial: Path) -> None:
-        _write_model(partial, model, weights, tokenizer, dtype, format)
+        write_model(partial, model, weights, tokenizer, dtype, format)
         write_checksums(partial)
 
     if world is None or world.is_main:
         write_folder(Path(folder), write)
     else:
-        for tensor in weights.values():  # in the order in which they are written
+        for tensor in weights.values():  # takes part in gathering them, in the order in which they are written
             whole(tensor)
     if world is not None:
         world.wait()
 
 
-def load_model(
-    path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
-) -> Llama:
-    """The model of a minift checkpoint, a Hugging Face or Meta folder, a llama2.c file, or a `peft` adapter's folder.
-
-    Where the file has the wanted dtype and layout, its tensors become the parameters as they lie, mapped into memory;
-    otherwise they are converted one by one. Either way no more is held than the model itself. An adapter is merged into
-    the model that its config names.
-
-    Args:
-        dtype: of the weights in memory; None keeps the file's (the widest, where it has several).
-
-    Raises:
-        InputError: when there is no model, or a tensor is missing, unexpected, of the wrong shape or not finite.
-    """
-    device = torch.device(device)
-    if is_adapter(Path(path)):
-        model = load_model(base_of(Path(path)), dtype, device)
-        put_peft(Path(path), model)
-        merge(model)
-        return model.eval()
-    opened = open_model(path)
-    dtype = dtype or opened.dtype
-    specs = opened.specs
-    as_they_lie = device.type == "cpu" and all(
-        specs[name].dtype == dtype and source.lies_whole for name, source in opened.sources.items()
-    )
-    weights: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name in specs:
-        tensor = opened.read(name)  # which looks at every value
-        if as_they_lie and (view := opened.view(name)).untyped_storage().data_ptr() not in storages:
-            storages.add(view.untyped_storage().data_ptr())
-            weights[name] = view
-        else:  # also where two names share their bytes, which two parameters must not
-            weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
-    model = model_without_weights(opened.config)  # the tensors above become its parameters
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
-
-
-def model_without_memory(path: str | Path) -> Llama:
-    """The model that `load_model` gives, but without its weights: those are in `weights_of`.
-
-    Raises:
-        InputError: when there is no model, or an adapter's folder, which has to be merged first.
-    """
-    if is_adapter(Path(path)):
-        raise InputError(f"{path}: is an adapter; make a model of it and its base with minift convert, to shard it")
-    return model_without_weights(open_model(path).config)
-
-
-def weights_of(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a model of any format, by name, each to be used before the next is read.
-
-    Raises:
-        InputError: as `load_model`.
-    """
-    opened = open_model(path)
-    for name in opened.specs:
-        yield name, opened.read(name)
-
-
-def load_weights(folder: Path, model: Llama) -> None:
-    """Put the weights of a minift checkpoint into a model; if it has adapters, those of the folder's `adapter.pt`.
-
-    Raises:
-        InputError: when the file is missing or damaged, or its weights are not of this model.
-    """
-    if has_adapter(model):
-        read_adapter(folder, model)
-        return
-    sources = open_weights(folder, model.config).sources
-    for name, parameter in model.state_dict().items():
-        put(parameter, sources[name].read())
-
-
-def _write_model(
+def write_model(
     folder: Path,
     model: Llama,
     weights: dict[str, Tensor],
     tokenizer: Tokenizer | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | None = None,
     format: str = "native",
 ) -> None:
+    """Write the files of a model into a folder that is there.
+
+    Args:
+        weights: the `merged_weights`; where they are sharded, each is gathered when it is written.
+    """
     specs = {name: Spec(dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
 
     def read(name: str) -> Tensor:
@@ -173,13 +178,3 @@ def _write_model(
     if tokenizer is not None:
         save_tokenizer(folder, tokenizer, format)
     write(folder, model.config, specs, read)
-
-
-def _save(values: dict[str, Any], file: Path) -> None:
-    with file.open("xb") as opened:
-        try:
-            torch.save(values, opened)
-        except RuntimeError as error:  # about a file that ends too early; why it does was said before
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise

@@ -80,10 +80,15 @@ class LoRALinear(Linear):
 
     @property
     def matrix(self) -> Tensor:
-        """[M, N]: W + (alpha / r) B A, in W's dtype; the sum is float32's, or float64's."""
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
-        change = self.lora_B.to(exact) @ self.lora_A.to(exact)
-        return (self.weight.to(exact) + self.scale * change).to(self.weight.dtype)
+        """[M, N]: W + (alpha / r) B A, in W's dtype."""
+        return merged_matrix(self.weight, self.lora_A, self.lora_B, self.scale).to(self.weight.dtype)
+
+
+def merged_matrix(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """Return W + scale · B A, [M, N], in float32, or in float64 for such a W: the caller casts it, once."""
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    change = (lora_B.to(exact) @ lora_A.to(exact)).mul_(scale)
+    return weight + change  # in the dtype of the change, by PyTorch's rules of promotion
 
 
 def add_lora(model: Llama, config: LoRAConfig, generator: torch.Generator) -> None:

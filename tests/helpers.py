@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.__main__ import BENCHMARKS
 from minift.config import LlamaConfig, TrainConfig
 from minift.data.batches import PairBatches
+from minift.lora import LoRAConfig, adapter_weights, add_lora
 from minift.model import Llama
 from minift.pack import Example
 from minift.runs.start import start_state
@@ -58,6 +59,7 @@ SMALL = {
     "rope_theta": 10_000.0,
     "tie_word_embeddings": True,
 }
+LORA = LoRAConfig(rank=3, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
 # What runs import, which is most of a short one's time: tests that fork many of them import it once, where it is there.
 IMPORTED_BY_RUNS = (
     "torch._dynamo",
@@ -75,6 +77,20 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 
     model = Llama(LlamaConfig(**{**SMALL, "initializer_range": std, **changes}))
     model.init_weights(torch.Generator().manual_seed(seed))
     return model.to(dtype)
+
+
+def adapted_model(
+    config: LoRAConfig | None = None, dtype: torch.dtype = torch.float64, begun: bool = True, **shape: object
+) -> Llama:
+    """A small model with adapters; with B away from zero, as after some training, if it has `begun`."""
+    model = small_model(dtype=dtype, **shape)
+    generator = torch.Generator().manual_seed(1)
+    add_lora(model, config or LORA, generator)
+    if begun:
+        for name, tensor in adapter_weights(model).items():
+            if name.endswith("lora_B"):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model
 
 
 def random_model(dtype: torch.dtype = torch.float32, std: float = 0.2, **changes: object) -> Llama:

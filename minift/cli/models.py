@@ -22,7 +22,6 @@ from minift.cli.parts import (
 from minift.config import TrainConfig
 from minift.errors import InputError, one_line
 from minift.look.report import mistake_lines, samples, score_lines, table
-from minift.storage.names import model_path
 from minift.values import check_number, size
 
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -250,7 +249,7 @@ def _convert(options: dict[str, Any]) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up on a kill as on Ctrl-C
     try:
         result = convert(
-            model_path(options["source"]),
+            options["source"],
             out,
             options["to"],
             getattr(torch, name) if name else None,
@@ -292,7 +291,7 @@ def _info(options: dict[str, Any]) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
     result = info(
-        model_path(options["model"]) if options["model"] else None,
+        options["model"],
         options["config"],
         options["batch_size"],
         options["max_length"],

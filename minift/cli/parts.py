@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 from minift.config import TrainConfig
 from minift.errors import InputError
-from minift.storage.names import model_path
 
 MODEL_HELP = (
     "a model of any format: a minift, Hugging Face or Meta folder, a llama2.c .bin, an adapter's folder, "
@@ -87,9 +86,8 @@ def load(name: str, device: str) -> Any:
     from minift.tokenizer.base import check_fit
     from minift.tokenizer.load import load_tokenizer
 
-    path = model_path(name)
-    where = choose_device(TrainConfig(device=device))
-    model, tokenizer = load_model(path, device=where), load_tokenizer(path)
+    model = load_model(name, device=choose_device(TrainConfig(device=device)))
+    tokenizer = load_tokenizer(name)
     check_fit(model.config, tokenizer)
     return model, tokenizer
 

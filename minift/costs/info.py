@@ -13,8 +13,9 @@ from minift.costs.communication import communication
 from minift.costs.flops import BYTES, count_parameters, forward_flops_per_token, training_flops_per_token
 from minift.costs.memory import inference_memory, training_memory
 from minift.errors import InputError
-from minift.formats import Opened, open_model, shape_named
 from minift.formats.files import dtype_name
+from minift.formats.open import open_model, shape_named
+from minift.formats.opened import Opened
 from minift.tokenizer.base import check_fit
 from minift.tokenizer.load import load_tokenizer, tokenizer_files
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -24,7 +25,7 @@ MESSAGES_DTYPE = "bfloat16"  # of the arithmetic for which the messages between 
 
 
 def info(
-    model: Path | None,
+    model: str | Path | None,
     config: str | None = None,
     batch_size: int = 1,
     length: int | None = None,
@@ -34,7 +35,7 @@ def info(
     """Return all that is known of a model, or of a shape alone, as plain values.
 
     Args:
-        model: a model of any format; its names and shapes are checked.
+        model: a model of any format, or its name; its names and shapes are checked.
         config: instead of a model, a preset's name or a `config.json`.
         batch_size, length: the rows and tokens that the ledger of memory counts; by default one text of all the model's
             positions, at most 4,096.

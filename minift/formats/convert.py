@@ -1,13 +1,13 @@
 """A checkpoint of one format written as another, one tensor at a time.
 
-Converting is reading and writing: `formats/` opens what there is and gives each tensor under minift's name and in
+Converting is reading and writing: `open.py` opens what there is and gives each tensor under minift's name and in
 minift's layout, and the writer of the other format asks for one after the other. So only a few tensors are in memory,
-whatever the model's size, and any two formats go together. The weights' bits are kept, unless a dtype is asked for.
+whatever the model's size, and any two formats go together. The weights' bits are kept, unless a dtype is asked for; an
+adapter is merged into its base.
 
     minift convert bundled my-model --to hf
 
-The result appears whole or not at all: it is written under another name, flushed, and renamed.
-Read next: `generate.py`.
+The result appears complete or not at all: it is written under another name, flushed, and renamed.
 """
 
 import shutil
@@ -22,23 +22,43 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minift.errors import InputError, RunError
-from minift.formats import FORMATS, Opened, open_model, recognise
-from minift.formats.files import Spec, dtype_name
+from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
 from minift.formats.meta import SIDECAR, unsaid, write_meta
 from minift.formats.native import write_native
-from minift.formats.opened import is_finite
+from minift.formats.open import FORMATS, open_model, recognise
+from minift.formats.opened import Opened
 from minift.storage.atomic import write_file, write_folder
 from minift.storage.links import check_name
+from minift.storage.names import base_of, is_adapter, model_path
 from minift.tokenizer.base import Tokenizer, check_fit
 from minift.tokenizer.load import TOKENIZER_FILES, load_tokenizer, tokenizer_files
 from minift.tokenizer.save import save_tokenizer
 
+# The files of a checkpoint: only such files are removed when a checkpoint is replaced.
+_BELONGS = (
+    *TOKENIZER_FILES,
+    "tokenizer.bin",
+    "model.pt",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "consolidated.*.pth",
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    SIDECAR,
+    "README.md",
+    "LICENSE*",
+    ".gitattributes",
+)
+
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` has done.
+    """The result of `convert`.
 
     Attributes:
         opened: the source.
@@ -64,30 +84,26 @@ def convert(
     """Write the model at `source` in another format.
 
     Args:
+        source: a model of any format, or its name (`formats/open.py`).
         destination: a folder that does not exist; for llama2c a file.
         to: native, hf, meta or llama2c.
         dtype: of the weights that are written; None keeps each tensor's, bit for bit (llama2c is always float32).
         shards: model-parallel shards of the meta format.
         version: of llama2c's header: 0 (legacy) or 1.
-        tokenizer: a tokenizer to put with the model, in place of the one that lies with it.
+        tokenizer: a tokenizer to write with the model, in place of the source's.
         force: replace a checkpoint that is already there.
 
     Raises:
-        InputError: for a source that is no model, a destination that exists, or what the format cannot say.
+        InputError: for a source that is no model, a destination that exists, or what the format cannot hold.
         RunError: when the disk refuses.
     """
-    source, destination = Path(source), Path(destination).resolve()
-    if to not in FORMATS:
-        raise InputError(f"--to is {to!r}; choose from {', '.join(FORMATS)}")
-    if shards != 1 and to != "meta":
-        raise InputError(f"--shards is for --to meta, not for {to}")
-    if version and to != "llama2c":
-        raise InputError(f"--llama2c-version is for --to llama2c, not for {to}")
-    if version not in HEADER_BYTES:
-        raise InputError(f"--llama2c-version is {version}; choose 0 (legacy) or 1")
+    source, destination = model_path(source), Path(destination).resolve()
+    _check_options(to, shards, version)
     check_name(destination)
     _check_destination(source.resolve(), destination, to, force)
     opened = open_model(source)
+    for file in opened.files:  # an adapter's base may be elsewhere
+        _check_apart(file.path.parent.resolve() / file.path.name, destination)
     specs = _specs(opened, to, dtype)
     found, files, notes = _find_tokenizer(source, opened, tokenizer)
     nbytes = sum(spec.nbytes for spec in specs.values())
@@ -95,7 +111,7 @@ def convert(
         nbytes += specs["embed_tokens.weight"].nbytes  # Meta's format has the head as well
     _check_room(destination, nbytes)
 
-    def save_beside(folder: Path) -> None:
+    def save_rest(folder: Path) -> None:
         if found is not None:
             save_tokenizer(folder, found, to)
         for name, content in files.items():
@@ -104,14 +120,14 @@ def convert(
     with tqdm(total=nbytes * shards, unit="B", unit_scale=True, desc=f"to {to}", disable=None, delay=1) as progress:
         read = partial(_read, opened, specs, progress)
         if to == "llama2c":
-            beside = _tokenizer_beside(destination.parent, save_beside)
-            write_file(destination, lambda file: write_llama2c(file, opened.config, read, version), beside)
+            then = _tokenizer_of_file(destination.parent, save_rest)
+            write_file(destination, lambda file: write_llama2c(file, opened.config, read, version), then)
         else:
             write: Callable[..., None] = {"native": write_native, "hf": write_huggingface, "meta": write_meta}[to]
             options = {"shards": shards} if to == "meta" else {}
 
             def fill(folder: Path) -> None:
-                save_beside(folder)
+                save_rest(folder)
                 write(folder, opened.config, specs, read, **options)
 
             write_folder(destination, fill)
@@ -120,17 +136,22 @@ def convert(
     return Converted(opened, specs, (*opened.notes, *notes))
 
 
+def _check_options(to: str, shards: int, version: int) -> None:
+    if to not in FORMATS:
+        raise InputError(f"--to is {to!r}; choose from {', '.join(FORMATS)}")
+    if shards != 1 and to != "meta":
+        raise InputError(f"--shards is for --to meta, not for {to}")
+    if version and to != "llama2c":
+        raise InputError(f"--llama2c-version is for --to llama2c, not for {to}")
+    if version not in HEADER_BYTES:
+        raise InputError(f"--llama2c-version is {version}; choose 0 (legacy) or 1")
+
+
 def _read(opened: Opened, specs: dict[str, Spec], progress: tqdm, name: str) -> Tensor:
-    """A tensor in the dtype in which it is written. Raises InputError when it does not fit that dtype's range."""
-    tensor = opened.read(name)
+    """Return a tensor in the dtype in which it is written."""
+    tensor = opened.read(name, specs[name].dtype)
     progress.update(specs[name].nbytes)
-    if tensor.dtype == specs[name].dtype:
-        return tensor
-    converted = tensor.to(specs[name].dtype)
-    if not is_finite(converted):
-        source, dtype = opened.sources[name], dtype_name(converted.dtype)
-        raise InputError(f"{source.files[0].path}: tensor {source.name} has values beyond the range of {dtype}")
-    return converted
+    return tensor
 
 
 def _specs(opened: Opened, to: str, dtype: torch.dtype | None) -> dict[str, Spec]:
@@ -143,10 +164,12 @@ def _specs(opened: Opened, to: str, dtype: torch.dtype | None) -> dict[str, Spec
     return {name: Spec(dtype or spec.dtype, spec.shape) for name, spec in opened.specs.items()}
 
 
+# The destination ------------------------------------------------------------------------------------------------------
+
+
 def _check_destination(source: Path, destination: Path, to: str, force: bool) -> None:
     """Refuse to write over anything but, with `force`, a checkpoint."""
-    if destination == source or destination in source.parents:
-        raise InputError(f"{destination}: is where the source is; choose another destination")
+    _check_apart(source, destination)
     if not destination.exists():
         return
     if not force:
@@ -168,24 +191,9 @@ def _check_destination(source: Path, destination: Path, to: str, force: bool) ->
             raise InputError(f"{error}; --force does not replace that") from None
 
 
-# What a checkpoint may consist of: only such files are given up when one is replaced.
-_BELONGS = (
-    *TOKENIZER_FILES,
-    "tokenizer.bin",
-    "model.pt",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model*.bin.index.json",
-    "consolidated.*.pth",
-    "config.json",
-    "generation_config.json",
-    "params.json",
-    SIDECAR,
-    "README.md",
-    "LICENSE*",
-    ".gitattributes",
-)
+def _check_apart(source: Path, destination: Path) -> None:
+    if destination == source or destination in source.parents:
+        raise InputError(f"{destination}: is where the source is; choose another destination")
 
 
 def _check_room(destination: Path, nbytes: int) -> None:
@@ -195,36 +203,40 @@ def _check_room(destination: Path, nbytes: int) -> None:
         raise RunError(f"{destination}: needs {nbytes / 1e9:.2f} GB; the disk has {free / 1e9:.2f} GB free")
 
 
+# The tokenizer --------------------------------------------------------------------------------------------------------
+
+
 def _find_tokenizer(
     source: Path, opened: Opened, named: str | Path | None
 ) -> tuple[Tokenizer | None, dict[str, bytes], tuple[str, ...]]:
-    """The tokenizer that goes with a model; or, where it cannot be read here, its files as they are; and notes."""
+    """Return the tokenizer of a model, or its files as they are where it cannot be read here; and notes."""
     if named is not None:
         tokenizer = load_tokenizer(named)
         check_fit(opened.config, tokenizer)
         return tokenizer, {}, ()
-    folder = source if source.is_dir() else source.parent
-    files = tokenizer_files(folder)
+    while is_adapter(source) and not tokenizer_files(source):
+        source = base_of(source)
+    files = tokenizer_files(source if source.is_dir() else source.parent)
     if not files:
-        return None, {}, ("there is no tokenizer beside it, and so none beside the result (--tokenizer names one)",)
+        return None, {}, ("the source has no tokenizer next to it, so the result has none (--tokenizer names one)",)
     try:
         tokenizer = load_tokenizer(source)
         check_fit(opened.config, tokenizer)
         return tokenizer, {}, ()
     except InputError as error:
-        if source.is_file():  # what lies beside a file need not belong to it
-            return None, {}, (f"the tokenizer beside it is left out: {error}",)
+        if source.is_file():  # the other files of its folder need not belong to it
+            return None, {}, (f"the tokenizer next to it is left out: {error}",)
         return None, files, (f"the tokenizer's files are copied as they are: {error}",)
 
 
-def _tokenizer_beside(folder: Path, save: Callable[[Path], None]) -> Callable[[], None]:
-    """Save a tokenizer beside a llama2.c file, unless another one is there: it may belong to another model.
+def _tokenizer_of_file(folder: Path, save: Callable[[Path], None]) -> Callable[[], None]:
+    """Return a function that saves the tokenizer of a llama2.c file in its folder.
 
-    Raises InputError in that case, with `force`, too.
+    That function raises InputError when there is another tokenizer, with `force`, too: it may belong to another model.
     """
     staging = folder / ".tokenizer.partial"
 
-    def put() -> None:
+    def save_if_free() -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
@@ -239,4 +251,4 @@ def _tokenizer_beside(folder: Path, save: Callable[[Path], None]) -> Callable[[]
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
-    return put
+    return save_if_free

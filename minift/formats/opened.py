@@ -1,13 +1,11 @@
-"""A model on disk, opened but not read: its config, and for each of minift's tensors where its bytes lie.
+"""A model on disk, opened but not read: its config, and for each of minift's tensors where its bytes are.
 
 Every format is brought to the same form: minift's names (Hugging Face's, without the `model.` prefix), RoPE's
-half-split layout, one whole tensor a name. What a format does differently is three small facts per tensor: its name
-there, the axis along which its pieces are joined, and whether its rows have to be permuted.
+half-split layout, one tensor a name. The formats differ in three small facts about each tensor: its name in the file,
+the axis along which its pieces are joined, and whether its rows have to be permuted.
 
-Names, shapes and dtypes are checked when a model is opened, before a byte of its weights is read; that the weights are
-numbers is checked as they pass.
-
-Read next: `huggingface.py`, `meta.py`, `llama2c.py`, `native.py`.
+Names, shapes and dtypes are checked when a model is opened, before a byte of its weights is read. NaN and infinity are
+looked for when a tensor is read.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,13 +26,13 @@ from minift.formats.shapes import parameter_shapes
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of minift's tensors lies.
+    """The place of one of minift's tensors in the files of a model.
 
     Attributes:
         files, name: the files that hold a piece of it each, and its name in them.
         axis: along which the pieces are joined.
-        replicated: every file holds the whole tensor, not a piece.
-        heads: for queries and keys in the interleaved RoPE layout, how many heads their rows are; else 0.
+        replicated: every file holds all of the tensor, not a piece.
+        heads: for queries and keys in the interleaved RoPE layout, the number of heads in their rows; else 0.
     """
 
     files: tuple[TensorFile, ...]
@@ -45,7 +43,7 @@ class Source:
 
     @property
     def spec(self) -> Spec:
-        """Dtype and shape of the whole."""
+        """Dtype and shape of the joined tensor."""
         specs = [file.specs[self.name] for file in self.files]
         shape = list(specs[0].shape)
         if not self.replicated and self.axis < len(shape):
@@ -53,19 +51,23 @@ class Source:
         return Spec(specs[0].dtype, tuple(shape))
 
     @property
-    def lies_whole(self) -> bool:
-        """Whether the tensor can be used where it lies in the file, without a copy."""
+    def needs_no_copy(self) -> bool:
+        """True when the bytes in the file are already in minift's layout."""
         return len(self.files) == 1 and self.heads == 0
 
     def read(self) -> Tensor:
-        """The whole tensor, in minift's layout."""
+        """Return the joined tensor in minift's layout."""
         pieces = [file.read(self.name) for file in self.files]
         if self.replicated:
             for file, piece in zip(self.files, pieces, strict=True):
                 if not torch.equal(piece, pieces[0]):
                     raise InputError(f"{file.path}: tensor {self.name} is not the one in {self.files[0].path.name}")
-        whole = pieces[0] if len(pieces) == 1 or self.replicated else torch.cat(pieces, dim=self.axis)
-        return to_half_split(whole, self.heads) if self.heads else whole
+        joined = pieces[0] if len(pieces) == 1 or self.replicated else torch.cat(pieces, dim=self.axis)
+        return to_half_split(joined, self.heads) if self.heads else joined
+
+    def check_finite(self, tensor: Tensor) -> None:
+        """Raise InputError, with file and tensor, when what was read from here holds NaN or infinity."""
+        check_finite(tensor, self.files[0].path, self.name)
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Opened:
     """A model on disk.
 
     Attributes:
-        path: what the user named.
-        format: native, hf, meta or llama2c.
+        path: the folder or file of the model.
+        format: native, hf, meta or llama2c; for an adapter with its base, peft.
         config: its shape.
         sources: of all of minift's tensors, by name; checked against the shape.
         notes: what a user should know about it (keys that are not used, …).
@@ -104,30 +106,48 @@ class Opened:
             dtype = torch.promote_types(dtype, spec.dtype)
         return dtype
 
-    def read(self, name: str) -> Tensor:
-        """One of minift's tensors, to be used before the next is read.
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", copy: bool = False
+    ) -> Tensor:
+        """Return one of minift's tensors, to be used before the next one is read, unless it is a copy.
 
-        A file is let go after `WINDOW` bytes, and when the next one's turn has come: what was read does not stay.
+        A file's mapping is released after `WINDOW` bytes, and when a tensor of another file is read: what was read does
+        not stay in memory.
+
+        Args:
+            dtype: to cast it to; by default the file's.
+            copy: return memory of its own, in any case.
 
         Raises:
-            InputError: when it holds NaN or infinity.
+            InputError: when it holds NaN or infinity, or values beyond the range of the dtype.
         """
         source = self.sources[name]
         for file in self.files:
             if file not in source.files or file.bytes_read > WINDOW:
                 file.release()
         tensor = source.read()
-        check_finite(tensor, source.files[0].path, source.name)
-        return tensor
+        source.check_finite(tensor)
+        cast = tensor.to(device, dtype or source.spec.dtype, copy=copy)
+        if torch.finfo(cast.dtype).max < torch.finfo(tensor.dtype).max and not is_finite(cast):
+            where = f"{source.files[0].path}: tensor {source.name}"
+            raise InputError(f"{where} has values beyond the range of {dtype_name(cast.dtype)}")
+        return cast
 
     def view(self, name: str) -> Tensor:
-        """One of minift's tensors that `lies_whole`, as it lies in the file, to be kept. Its values are unchecked."""
+        """Return one of minift's tensors that `needs_no_copy`, mapped from the file, to be kept.
+
+        Its values are checked through another mapping, which is released: of this one, nothing is in memory yet.
+
+        Raises:
+            InputError: as `read`.
+        """
+        self.read(name)
         source = self.sources[name]
         return source.files[0].view(source.name)
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """A `.safetensors` file, or one of PyTorch's.
+    """Open a `.safetensors` file, or one of PyTorch's.
 
     Raises:
         InputError: for a file that is damaged, holds anything but named tensors, or needs the `hf` extra.
@@ -135,46 +155,48 @@ def open_tensors(path: Path) -> TensorFile:
     return TensorFile(path, open_safetensors if path.suffix == ".safetensors" else open_pt)
 
 
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
 def check_names(
-    wanted: Iterable[str], holders: Mapping[str, TensorFile], where: Path, ignored: Iterable[str] = ()
+    expected: Iterable[str], holders: Mapping[str, TensorFile], where: Path, ignored: Iterable[str] = ()
 ) -> None:
     """Raise InputError, with file and tensor, when a tensor is missing or one too many.
 
     Args:
-        wanted: the names, as the files have them.
+        expected: the names, as the files have them.
         holders: for each name that is there, its file.
-        where: what to name when a tensor is missing.
+        where: the place to name when a tensor is missing.
         ignored: names that may be there as well: what can be computed from the config.
     """
-    wanted = set(wanted)
-    for name in sorted(wanted - set(holders)):
+    expected = set(expected)
+    for name in sorted(expected - set(holders)):
         raise InputError(f"{where}: tensor {name} is missing")
-    for name in sorted(set(holders) - wanted - set(ignored)):
+    for name in sorted(set(holders) - expected - set(ignored)):
         raise InputError(f"{holders[name].path}: tensor {name} is not part of this model")
 
 
 def check_specs(sources: Mapping[str, Source], config: LlamaConfig, config_file: str = "config.json") -> None:
     """Raise InputError, with file and tensor, unless every tensor has the config's shape and a floating dtype."""
-    for name, wanted in parameter_shapes(config).items():
+    for name, shape in parameter_shapes(config).items():
         source = sources[name]
+        first = source.files[0].specs[source.name].dtype
+        pieces = 1 if source.replicated else len(source.files)
+        expected = [n / pieces if i == source.axis else n for i, n in enumerate(shape)]  # a piece's
         for file in source.files:
-            spec = file.specs[source.name]
-            if spec.dtype not in FLOATS:
-                raise InputError(
-                    f"{file.path}: tensor {source.name} holds {dtype_name(spec.dtype)}, not floating-point weights"
-                )
-            first = source.files[0].specs[source.name].dtype
+            spec, where = file.specs[source.name], f"{file.path}: tensor {source.name}"
+            check_floating(spec, where)
             if spec.dtype != first:
-                raise InputError(
-                    f"{file.path}: tensor {source.name} holds {dtype_name(spec.dtype)}, "
-                    f"the other pieces {dtype_name(first)}"
-                )
-            pieces = 1 if source.replicated else len(source.files)
-            piece = [n / pieces if i == source.axis else n for i, n in enumerate(wanted)]
-            if list(spec.shape) != piece:
-                wanted_piece = [int(n) if n == int(n) else n for n in piece]
-                where = f"{file.path}: tensor {source.name}"
-                raise InputError(f"{where} is {list(spec.shape)}; {config_file} makes it {wanted_piece}")
+                raise InputError(f"{where} holds {dtype_name(spec.dtype)}, the other pieces {dtype_name(first)}")
+            if list(spec.shape) != expected:
+                whole_numbers = [int(n) if n == int(n) else n for n in expected]
+                raise InputError(f"{where} is {list(spec.shape)}; {config_file} makes it {whole_numbers}")
+
+
+def check_floating(spec: Spec, where: str) -> None:
+    """Raise InputError unless a tensor, which `where` names, has a dtype of weights."""
+    if spec.dtype not in FLOATS:
+        raise InputError(f"{where} holds {dtype_name(spec.dtype)}, not floating-point weights")
 
 
 def check_finite(tensor: Tensor, file: Path, name: str) -> None:
@@ -184,22 +206,25 @@ def check_finite(tensor: Tensor, file: Path, name: str) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every element is a number. Reads the tensor once, without a copy, as fast as memory gives it."""
+    """Return True when every element is a number. The tensor is read once, without a copy."""
     if tensor.numel() == 0 or torch.isfinite(tensor.sum()):  # a sum is finite only if all its terms are
         return True
-    smallest, largest = torch.aminmax(tensor)  # or it was too large: then look at the terms; a NaN shows in both
+    smallest, largest = torch.aminmax(tensor)  # the sum may have overflowed: look at the terms; a NaN shows in both
     return bool(torch.isfinite(smallest) and torch.isfinite(largest))
 
 
+# The two layouts of RoPE ----------------------------------------------------------------------------------------------
+
+
 def rotary_heads(name: str, config: LlamaConfig) -> int:
-    """How many heads the rows of a query or key matrix are, by one of minift's names; 0 for every other tensor."""
+    """Return the number of heads in the rows of a query or key matrix, by minift's name; 0 for every other tensor."""
     if name.endswith("q_proj.weight"):
         return config.num_attention_heads
     return config.num_key_value_heads if name.endswith("k_proj.weight") else 0
 
 
 def to_half_split(weight: Tensor, heads: int) -> Tensor:
-    """The rows of a query or key matrix, from the interleaved RoPE layout to the half-split one.
+    """Permute the rows of a query or key matrix from the interleaved RoPE layout to the half-split one.
 
     Meta's code rotates neighbouring channels, (0, 1), (2, 3), …; Hugging Face's and ours rotate channel i with i + C/2.
     The same rotation needs the same pairs, so within each head
@@ -214,6 +239,6 @@ def to_half_split(weight: Tensor, heads: int) -> Tensor:
 
 
 def to_interleaved(weight: Tensor, heads: int) -> Tensor:
-    """The inverse of `to_half_split`."""
+    """Permute the rows back: the inverse of `to_half_split`."""
     rows, width = weight.shape
     return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)

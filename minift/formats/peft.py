@@ -1,27 +1,37 @@
-"""Adapters on disk, as peft has them."""
+"""An adapter's folder, as the package `peft` writes it; a model that is an adapter and its base; a run's adapters.
+
+`adapter_config.json` names the base and says what is adapted, `adapter_model.safetensors` (or `.bin`) holds A and B of
+each matrix. `open_adapter` makes one model of the two: every adapted matrix is W + (alpha / r) B A by the time it is
+read, one at a time, so commands and formats need to know nothing about adapters. The mathematics is in `lora.py`.
+
+    minift convert runs/finetune/adapter merged --to hf
+"""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minift.config import LORA_TARGETS
+from minift.config import LORA_TARGETS, LlamaConfig
 from minift.distributed.sharding import put
 from minift.errors import InputError
-from minift.formats.files import Spec
-from minift.formats.opened import check_finite, open_tensors
+from minift.formats.files import Spec, TensorFile
+from minift.formats.opened import Opened, Source, check_finite, check_floating, open_tensors
 from minift.formats.pt_file import write_pt
 from minift.formats.safetensors_file import write_safetensors
-from minift.lora import LoRAConfig, add_lora
+from minift.formats.shapes import parameter_shapes
+from minift.lora import LoRAConfig, merged_matrix
 from minift.model import Llama
-from minift.storage.links import check_links
 from minift.storage.names import ADAPTER_FILE
 from minift.values import read_json
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Of what else a `peft` adapter can do: its keys, and the values that ask for nothing.
+_PREFIX, _SUFFIX = "base_model.model.model.", ".weight"  # of `peft`'s names for tensors
+# The keys for what else an adapter can do, and the values that ask for nothing more.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -35,36 +45,156 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
     "lora_bias": (False,),
 }
+# The same, of keys that older versions of `peft` do not know: they are checked, but not written.
+_PLAIN_IF_THERE: dict[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base's weights, too
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+}
+_READ = {"base_model_name_or_path", "r", "lora_alpha", "target_modules"}
+_NO_DIFFERENCE = {  # once an adapter is trained
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",  # the tensors that are there tell
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "task_type",
+    "velora_config",
+}
 
 
-@torch.no_grad()
-def set_adapter(model: Llama, weights: dict[str, Tensor], where: str) -> None:
-    """Put weights into a model's adapters.
+# A `peft` folder ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedSource(Source):
+    """A matrix of the base, with the adapter that is added to it.
+
+    Attributes:
+        base: of W [M, N], in the base's files; an adapted one, where the base is an adapter, too.
+        a, b: of A [r, N] and B [M, r], in the adapter's file.
+        scale: alpha / r.
+    """
+
+    base: Source
+    a: Source
+    b: Source
+    scale: float
+
+    @property
+    def spec(self) -> Spec:
+        """Dtype and shape of W."""
+        return self.base.spec
+
+    @property
+    def needs_no_copy(self) -> bool:
+        """False: it has to be computed."""
+        return False
+
+    def read(self) -> Tensor:
+        """Return W + (alpha / r) B A, not yet cast to W's dtype: float32, or float64 for such a W."""
+        weight, a, b = self.base.read(), self.a.read(), self.b.read()
+        self.a.check_finite(a)
+        self.b.check_finite(b)
+        return merged_matrix(weight, a, b, self.scale)
+
+
+def open_adapter(folder: Path, base: Opened) -> Opened:
+    """Open the model that a `peft` adapter makes of its base.
 
     Raises:
-        InputError: when they are of other matrices, or of other shapes: of another model.
+        InputError: for an adapter that is damaged, for another model, or of a kind that minift does not implement.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
-    for name in sorted(set(own) ^ set(weights)):
-        raise InputError(f"{where}: {'has no' if name in own else 'has an'} adapter {name}; it is for another model")
-    for name, tensor in own.items():
-        if weights[name].shape != tensor.shape:
-            shapes = f"{list(weights[name].shape)}, and this model's is {list(tensor.shape)}"
+    config, notes = _read_config(folder / ADAPTER_FILE)
+    file = _open_weights(folder)
+    shapes = adapter_shapes(base.config, config)
+    _check_adapters(shapes, {_our_name(name, file): spec for name, spec in file.specs.items()}, str(file.path))
+    sources = dict(base.sources)
+    for name in {adapter.rpartition(".")[0] for adapter in shapes}:
+        matrix = base.sources[f"{name}.weight"]
+        sources[f"{name}.weight"] = AdaptedSource(
+            files=(*matrix.files, file),
+            name=matrix.name,
+            base=matrix,
+            a=Source((file,), f"{_PREFIX}{name}.lora_A{_SUFFIX}"),
+            b=Source((file,), f"{_PREFIX}{name}.lora_B{_SUFFIX}"),
+            scale=config.alpha / config.rank,
+        )
+    merged = f"an adapter of rank {config.rank} for {', '.join(config.targets)}, merged into {base.path}"
+    return replace(base, path=folder, format="peft", sources=sources, notes=(merged, *notes, *base.notes))
+
+
+def adapter_shapes(shape: LlamaConfig, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every A and B of a model's adapters, by minift's name: `layers.0.mlp.up_proj.lora_A`, …."""
+    shapes = {}
+    for name, (rows, *columns) in parameter_shapes(shape).items():
+        matrix = name.removesuffix(".weight")
+        if matrix.startswith("layers.") and matrix.rpartition(".")[2] in config.targets:
+            shapes[f"{matrix}.lora_A"] = (config.rank, *columns)
+            shapes[f"{matrix}.lora_B"] = (rows, config.rank)
+    return shapes
+
+
+def _our_name(name: str, file: TensorFile) -> str:
+    if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
+        raise InputError(f"{file.path}: tensor {name} is no adapter; theirs are {_PREFIX}…{_SUFFIX}")
+    return name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+
+
+def _open_weights(folder: Path) -> TensorFile:
+    there = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not there:
+        raise InputError(f"{folder}: an adapter without its weights ({' or '.join(WEIGHT_FILES)})")
+    return open_tensors(there[0])
+
+
+def _read_config(file: Path) -> tuple[LoRAConfig, tuple[str, ...]]:
+    """Return what an `adapter_config.json` says, and notes on the keys that are not used."""
+    values = read_json(file)
+    for key, plain in {**_PLAIN, **_PLAIN_IF_THERE}.items():
+        if key in values and values[key] not in plain:
+            raise InputError(f"{file}: {key} is {values[key]!r}; minift implements {plain[0]!r}")
+    rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not isinstance(alpha, int | float):
+        raise InputError(f"{file}: r is {rank!r} and lora_alpha {alpha!r}; they must be numbers")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise InputError(f"{file}: target_modules is {targets!r}; it must be a list of names")
+    try:
+        config = LoRAConfig(rank, alpha, tuple(target for target in LORA_TARGETS if target in targets))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    if unknown := sorted(set(targets) - set(LORA_TARGETS)):
+        raise InputError(f"{file}: target_modules has {unknown[0]!r}; known: {', '.join(LORA_TARGETS)}")
+    known = {*_PLAIN, *_PLAIN_IF_THERE, *_READ, *_NO_DIFFERENCE}
+    unused = sorted(key for key in set(values) - known if values[key] not in (None, False, [], {}))
+    return config, (f"{file.name} has keys that minift does not use: {', '.join(unused)}",) if unused else ()
+
+
+def _check_adapters(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Spec], where: str) -> None:
+    """Raise InputError unless the adapters in a file, by minift's names, are those of a model."""
+    for name in sorted(set(expected) ^ set(found)):
+        has = "has no" if name in expected else "has an"
+        raise InputError(f"{where}: {has} adapter {name}; it is for another model")
+    for name, shape in expected.items():
+        check_floating(found[name], f"{where}: adapter {name}")
+        if found[name].shape != shape:
+            shapes = f"{list(found[name].shape)}, and this model's is {list(shape)}"
             raise InputError(f"{where}: adapter {name} is {shapes}; it is for another model")
-        check_finite(weights[name], Path(where), name)
-        put(tensor, weights[name])
-
-
-def write_adapter(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write `adapter.pt` into a folder: the `adapter_weights` under minift's names, for a run to go on with."""
-    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
-    write_pt(folder / "adapter.pt", specs, lambda name: weights[name].detach().cpu())
-
-
-def read_adapter(folder: Path, model: Llama) -> None:
-    """Put a folder's `adapter.pt` into a model. Raises InputError as `set_adapter`, or for a damaged file."""
-    file = open_tensors(folder / "adapter.pt")
-    set_adapter(model, {name: file.read(name) for name in file.specs}, str(file.path))
 
 
 def write_peft(folder: Path, adapter: dict[str, Tensor], config: LoRAConfig, base: str) -> None:
@@ -74,9 +204,8 @@ def write_peft(folder: Path, adapter: dict[str, Tensor], config: LoRAConfig, bas
         adapter: the `adapter_weights`.
         base: the folder or name of the model that it is for.
     """
-    weights = {f"base_model.model.model.{name}.weight": tensor for name, tensor in adapter.items()}
-    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
-    write_safetensors(folder / WEIGHT_FILES[0], specs, lambda name: weights[name].detach().cpu())
+    weights = {f"{_PREFIX}{name}{_SUFFIX}": tensor for name, tensor in adapter.items()}
+    write_safetensors(folder / WEIGHT_FILES[0], _specs(weights), lambda name: weights[name].detach().cpu())
     values = {
         **{key: plain[0] for key, plain in _PLAIN.items()},
         "task_type": "CAUSAL_LM",
@@ -90,34 +219,29 @@ def write_peft(folder: Path, adapter: dict[str, Tensor], config: LoRAConfig, bas
     (folder / ADAPTER_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def put_peft(folder: Path, model: Llama) -> None:
-    """Put a `peft` adapter beside a model's weights.
+def _specs(weights: Mapping[str, Tensor]) -> dict[str, Spec]:
+    return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+
+
+# A run's adapters -----------------------------------------------------------------------------------------------------
+
+
+def write_adapter(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write `adapter.pt` into a folder: the `adapter_weights` under minift's names, from which a run is resumed."""
+    write_pt(folder / "adapter.pt", _specs(weights), lambda name: weights[name].detach().cpu())
+
+
+@torch.no_grad()
+def read_adapter(folder: Path, model: Llama) -> None:
+    """Copy a folder's `adapter.pt` into the adapters of a model.
 
     Raises:
-        InputError: for one that is damaged, for another model, or of a kind that minift does not implement.
+        InputError: when the file is damaged, or its adapters are those of other matrices or shapes: of another model.
     """
-    check_links(folder)
-    where = folder / ADAPTER_FILE
-    values = read_json(where)
-    for key, plain in _PLAIN.items():
-        if key in values and values[key] not in plain:
-            raise InputError(f"{where}: {key} is {values[key]!r}; minift implements {plain[0]!r}")
-    rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
-    if not isinstance(rank, int) or isinstance(rank, bool) or not isinstance(alpha, int | float):
-        raise InputError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}; they must be numbers")
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise InputError(f"{where}: target_modules is {targets!r}; it must be a list of names")
-    try:
-        config = LoRAConfig(rank, alpha, tuple(target for target in LORA_TARGETS if target in targets))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    if unknown := sorted(set(targets) - set(LORA_TARGETS)):
-        raise InputError(f"{where}: target_modules has {unknown[0]!r}; known: {', '.join(LORA_TARGETS)}")
-    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
-    if not found:
-        raise InputError(f"{folder}: an adapter without its weights ({' or '.join(WEIGHT_FILES)})")
-    file = open_tensors(found[0])
-    prefix, suffix = "base_model.model.model.", ".weight"
-    weights = {name.removeprefix(prefix).removesuffix(suffix): file.read(name) for name in file.specs}
-    add_lora(model, config, torch.Generator().manual_seed(0))
-    set_adapter(model, weights, str(file.path))
+    file = open_tensors(folder / "adapter.pt")
+    own = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    _check_adapters({name: tuple(tensor.shape) for name, tensor in own.items()}, file.specs, str(file.path))
+    for name, tensor in own.items():
+        weight = file.read(name)
+        check_finite(weight, file.path, name)
+        put(tensor, weight)

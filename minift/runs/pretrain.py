@@ -25,7 +25,8 @@ from minift.data.unpack import STDIN
 from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError
-from minift.formats import shape_named
+from minift.formats.open import shape_named
+from minift.formats.shapes import model_without_weights
 from minift.model import Llama
 from minift.pack import Batch
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
@@ -135,8 +136,7 @@ def make_plan(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> Pl
 def random_model(shape: LlamaConfig, config: TrainConfig, world: World) -> Llama:
     """Return a model with random weights; in a sharded run (fsdp) one on "meta", without memory."""
     if world.parallel == "fsdp":
-        with torch.device("meta"):
-            return Llama(shape)
+        return model_without_weights(shape)
     model = Llama(shape)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     return model.to(world.device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.checkpoint import WEIGHT_FILES, _save, _write_model, load_weights, save_model
+from minift.checkpoint import load_weights, save_model, write_model
 from minift.distributed.sharding import METADATA, is_sharded, like
 from minift.errors import InputError, RunError, one_line
 from minift.formats.peft import write_adapter
@@ -29,6 +29,7 @@ from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import save_tokenizer
 from minift.train import TrainState
 
+WEIGHT_FILES = ("model.pt", "adapter.pt")  # one of them; in a sharded run the ranks' parts instead
 STEP_FILES = {"config.json", "training.pt"}  # in every step folder, with a tokenizer's files and the weights
 
 
@@ -66,7 +67,7 @@ def save_step(run: Path, state: TrainState, tokenizer: Tokenizer | None, keep: i
 def _write_weights(partial: Path, state: TrainState, tokenizer: Tokenizer | None) -> None:
     """Write the weights that are trained, the config and the tokenizer. Only the main rank calls it."""
     if state.world.parallel != "fsdp" and not has_adapter(state.model):
-        _write_model(partial, state.model, merged_weights(state.model), tokenizer, None)
+        write_model(partial, state.model, merged_weights(state.model), tokenizer)
         return
     if state.world.parallel == "fsdp":
         from minift.distributed.shards import write_shards
@@ -224,3 +225,14 @@ def _load_random_state(states: list[Any], rank: int) -> None:
     torch.set_rng_state(states[rank]["cpu"])
     if len(states[rank]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states[rank]["cuda"])
+
+
+def _save(values: dict[str, Any], file: Path) -> None:
+    """Write values with `torch.save`. Raises OSError when the disk refuses, in place of PyTorch's RuntimeError."""
+    with file.open("xb") as opened:
+        try:
+            torch.save(values, opened)
+        except RuntimeError as error:  # about a file that ends too early; its context says why
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

@@ -1,5 +1,6 @@
 """The tokenizer of a model's folder, whichever kind it is."""
 
+import os
 from pathlib import Path
 
 from minift.errors import InputError
@@ -35,8 +36,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         InputError: when there is none, the file is damaged, or a `tokenizer.json` needs the `hf` extra.
     """
     path = model_path(path)
-    of_model = path.is_dir() or path.suffix == ".bin"  # otherwise it is the tokenizer's own file
-    folder = path if path.is_dir() else path.parent
+    is_folder = os.path.isdir(path)  # unlike Path.is_dir, it takes a name that is too long
+    of_model = is_folder or path.suffix == ".bin"  # otherwise it is the tokenizer's own file
+    folder = path if is_folder else path.parent
     file = next((folder / name for name in _KINDS if (folder / name).is_file()), None) if of_model else path
     if file is None:
         if is_adapter(folder):
@@ -47,7 +49,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     try:
         if of_model:
-            check_links(folder, () if path.is_dir() else TOKENIZER_FILES)
+            check_links(folder, () if is_folder else TOKENIZER_FILES)
         content = file.read_bytes()
         files = tokenizer_files(folder)
     except OSError as error:

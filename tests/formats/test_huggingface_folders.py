@@ -26,8 +26,8 @@ from torch import Tensor
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.errors import InputError
-from minift.formats import open_model
 from minift.formats.huggingface import write_huggingface
+from minift.formats.open import open_model
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer

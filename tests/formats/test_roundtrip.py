@@ -37,9 +37,10 @@ from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.config import LlamaConfig, RopeScaling
 from minift.errors import InputError, RunError
-from minift.formats import files, huggingface, llama2c, meta, open_model
+from minift.formats import files, huggingface, llama2c, meta
 from minift.formats.convert import convert
 from minift.formats.native import write_pt
+from minift.formats.open import open_model
 from minift.formats.opened import Opened, to_half_split, to_interleaved
 from minift.formats.shapes import parameter_shapes
 from minift.model import Llama
@@ -1097,10 +1098,10 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException, int], 
     def arrange(error: BaseException, after: int) -> None:
         read, left = Opened.read, iter(range(after))
 
-        def reading(self: Opened, name: str) -> Tensor:
+        def reading(self: Opened, name: str, *options: Any) -> Tensor:
             if next(left, None) is None:
                 raise error
-            return read(self, name)
+            return read(self, name, *options)
 
         monkeypatch.setattr(Opened, "read", reading)
 
@@ -1298,7 +1299,7 @@ def test_a_conversion_says_what_it_did(source: Path, place: Path, capsys: pytest
     numel = sum(tensor.numel() for tensor in safetensors().load_file(source / "model.safetensors").values())
     assert shown.out.startswith(f"saved: {place / 'there'} (meta, from hf; {numel:,} parameters, float32, ")
     assert shown.err.splitlines() == [
-        "note: there is no tokenizer beside it, and so none beside the result (--tokenizer names one)"
+        "note: the source has no tokenizer next to it, so the result has none (--tokenizer names one)"
     ]
 
 

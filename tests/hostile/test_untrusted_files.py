@@ -36,9 +36,10 @@ from torch import Tensor
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.errors import LONGEST_LINE, InputError, RunError, one_line
-from minift.formats import huggingface, open_model
+from minift.formats import huggingface
 from minift.formats.convert import convert
 from minift.formats.huggingface import write_huggingface
+from minift.formats.open import open_model
 from minift.formats.opened import open_tensors
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer

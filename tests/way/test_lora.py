@@ -1,14 +1,12 @@
-"""An adapter changes a model by (alpha / r) B A, and by nothing else; `peft` and minift read each other's.
+"""An adapter changes a model by (alpha / r) B A, and by nothing else.
 
 Held here: at first the model is the base, to the bit; gradients against the dense matrix's; merged against unmerged;
-what is trained and what is saved; runs that are resumed; folders that `peft` writes, and that it reads; one line for
-an adapter that does not fit.
+what is trained and what is saved; runs that are resumed. Adapters on disk are in `formats/test_peft.py`.
 """
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,30 +15,14 @@ from minift import load_model, load_tokenizer, save_model
 from minift.cache import KVCache
 from minift.cli import main
 from minift.config import FINETUNE, LORA_TARGETS
-from minift.errors import InputError
-from minift.formats.peft import put_peft, write_peft
 from minift.generate import generate
 from minift.kernels.decode import Decoder
-from minift.lora import LoRAConfig, LoRALinear, adapter_weights, add_lora, has_adapter, merge, merged_weights
+from minift.lora import LoRAConfig, LoRALinear, adapter_weights, has_adapter, merge, merged_weights
 from minift.loss import next_token_loss
-from minift.model import Llama
 from minift.optim import make_optimizer
-from tests.helpers import small_model, to_transformers, write_jsonl
+from tests.helpers import adapted_model, small_model, write_jsonl
 
-CONFIG = LoRAConfig(rank=3, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
 TOKENS = torch.randint(3, 97, (2, 17), generator=torch.Generator().manual_seed(4))
-
-
-def adapted(config: LoRAConfig = CONFIG, dtype: torch.dtype = torch.float64, begun: bool = True, **shape: Any) -> Llama:
-    """A small model with adapters; with B away from zero, as after some training, if it has `begun`."""
-    model = small_model(dtype=dtype, **shape)
-    generator = torch.Generator().manual_seed(1)
-    add_lora(model, config, generator)
-    if begun:
-        for name, tensor in adapter_weights(model).items():
-            if name.endswith("lora_B"):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -48,7 +30,7 @@ def adapted(config: LoRAConfig = CONFIG, dtype: torch.dtype = torch.float64, beg
 @torch.no_grad()
 def test_at_first_the_model_is_the_base(targets: tuple[str, ...], dtype: torch.dtype) -> None:
     """To the bit; and where adapters are is what was asked for."""
-    model = adapted(LoRAConfig(8, 16.0, targets), dtype, begun=False)
+    model = adapted_model(LoRAConfig(8, 16.0, targets), dtype, begun=False)
     assert torch.equal(model(TOKENS), small_model(dtype=dtype)(TOKENS))
     wrapped = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     assert wrapped == set(targets)
@@ -58,7 +40,7 @@ def test_at_first_the_model_is_the_base(targets: tuple[str, ...], dtype: torch.d
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_are_those_of_the_dense_formula(tied: bool) -> None:
     """∂B = (alpha / r) ∂W Aᵀ and ∂A = (alpha / r) Bᵀ ∂W, with ∂W of a plain model of the merged weights."""
-    model = adapted(tie_word_embeddings=tied)
+    model = adapted_model(tie_word_embeddings=tied)
     dense = small_model(dtype=torch.float64, tie_word_embeddings=tied)
     dense.load_state_dict(merged_weights(model))
     targets = TOKENS.roll(-1, 1)
@@ -82,7 +64,7 @@ def test_gradients_are_those_of_the_dense_formula(tied: bool) -> None:
 @torch.no_grad()
 def test_merged_equals_unmerged(dtype: torch.dtype, tolerance: float) -> None:
     """And is an ordinary model again, all of whose weights can be trained."""
-    model = adapted(dtype=dtype)
+    model = adapted_model(dtype=dtype)
     before = model(TOKENS)
     assert float((before - small_model(dtype=dtype)(TOKENS)).abs().max()) > 0.1
     weights = merged_weights(model)
@@ -99,7 +81,7 @@ def test_merged_equals_unmerged(dtype: torch.dtype, tolerance: float) -> None:
 @torch.no_grad()
 def test_generating_and_saving_know_the_adapters(tmp_path: Path) -> None:
     """Decoding one text, which goes around the modules, and a checkpoint, which has no place for them."""
-    model = adapted(dtype=torch.float32)
+    model = adapted_model(dtype=torch.float32)
     caches = [KVCache(model.config, 1, 20, torch.device("cpu"), torch.float32) for _ in range(2)]
     for cache in caches:
         model(TOKENS[:1, :5], cache=cache)
@@ -113,7 +95,7 @@ def test_generating_and_saving_know_the_adapters(tmp_path: Path) -> None:
 
 
 def test_the_optimizer_holds_the_adapters_alone() -> None:
-    model = adapted()
+    model = adapted_model()
     optimizer = make_optimizer(model, FINETUNE)
     held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert held == sum(tensor.numel() for tensor in adapter_weights(model).values())
@@ -122,7 +104,7 @@ def test_the_optimizer_holds_the_adapters_alone() -> None:
 
 
 def test_dropout_is_for_training() -> None:
-    model = adapted(LoRAConfig(3, 6.0, LORA_TARGETS, dropout=0.5))
+    model = adapted_model(LoRAConfig(3, 6.0, LORA_TARGETS, dropout=0.5))
     with torch.no_grad():
         model.eval()
         assert torch.equal(model(TOKENS), model(TOKENS))
@@ -248,125 +230,3 @@ def test_wrong_options(flags: list[str], message: str, tmp_path: Path, capsys: p
     assert main(["finetune", "--steps", "1", "--out", str(tmp_path / "run"), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-# Folders of `peft` ----------------------------------------------------------------------------------------------------
-
-
-def peft_model(model: Llama, config: LoRAConfig) -> Any:
-    """The same base in `transformers`, with `peft`'s own adapters."""
-    peft = pytest.importorskip("peft")
-    options = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), task_type="CAUSAL_LM"
-    )
-    return peft.get_peft_model(to_transformers(model), options)
-
-
-@pytest.mark.parametrize("targets", [LORA_TARGETS, ("q_proj", "v_proj")], ids=["all", "two"])
-@torch.no_grad()
-def test_peft_reads_what_minift_writes(tmp_path: Path, targets: tuple[str, ...]) -> None:
-    peft = pytest.importorskip("peft")
-    config = LoRAConfig(4, 12.0, targets)
-    model = adapted(config, torch.float32)
-    write_peft(tmp_path, adapter_weights(model), config, base="somewhere")
-    theirs = peft.PeftModel.from_pretrained(to_transformers(small_model()), tmp_path)
-    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS), rtol=1e-4, atol=1e-4)
-    assert float((model(TOKENS) - small_model()(TOKENS)).abs().max()) > 0.1
-
-
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-@torch.no_grad()
-def test_minift_reads_what_peft_writes(tmp_path: Path, safe: bool) -> None:
-    base = small_model()
-    theirs = peft_model(base, CONFIG)
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_(generator=torch.Generator().manual_seed(5))
-    theirs.save_pretrained(tmp_path / "adapter", safe_serialization=safe)
-    wanted = theirs(TOKENS).logits
-    put_peft(tmp_path / "adapter", base)
-    torch.testing.assert_close(base(TOKENS), wanted, rtol=1e-4, atol=1e-4)
-
-    save_model(tmp_path / "base", small_model())
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
-    loaded = load_model(tmp_path / "adapter")
-    assert not has_adapter(loaded)
-    torch.testing.assert_close(loaded(TOKENS), wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"use_dora": True}, "use_dora is True; minift implements False"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; minift implements 'LORA'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']; minift implements None"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
-        ({"r": "eight"}, "r is 'eight'"),
-        ({"r": 0}, "lora_rank is 0"),
-        ({"target_modules": "all-linear"}, "target_modules is 'all-linear'; it must be a list of names"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules has 'embed_tokens'; known: q_proj"),
-        ({"target_modules": ["q_proj"]}, "has an adapter layers.0.mlp.down_proj.lora_A; it is for another model"),
-        ({"r": 5}, "adapter layers.0.self_attn.q_proj.lora_A is [3, 24], and this model's is [5, 24]"),
-    ],
-)
-def test_an_adapter_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    pytest.importorskip("safetensors")
-    write_peft(tmp_path, adapter_weights(adapted()), CONFIG, base="somewhere")
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(InputError) as caught:
-        put_peft(tmp_path, small_model())
-    assert message in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ({"hidden_size": 32}, "is for another model"),
-        ({"num_hidden_layers": 3}, "has no adapter layers.2.mlp.down_proj.lora_A; it is for another model"),
-        ({"num_hidden_layers": 1}, "has an adapter layers.1.mlp.down_proj.lora_A; it is for another model"),
-    ],
-)
-def test_an_adapter_for_another_model(tmp_path: Path, shape: dict[str, Any], message: str) -> None:
-    pytest.importorskip("safetensors")
-    write_peft(tmp_path, adapter_weights(adapted()), CONFIG, base="somewhere")
-    with pytest.raises(InputError, match=message):
-        put_peft(tmp_path, small_model(**shape))
-
-
-@torch.no_grad()
-def test_an_adapter_on_an_adapter(tmp_path: Path) -> None:
-    """Both are merged, one after the other; but a chain that leads back to itself is refused."""
-    pytest.importorskip("safetensors")
-    save_model(tmp_path / "base", small_model())
-    for name, base in (("one", "base"), ("two", "one")):
-        (tmp_path / name).mkdir()
-        write_peft(tmp_path / name, adapter_weights(adapted(dtype=torch.float32)), CONFIG, str(tmp_path / base))
-    wanted = small_model()
-    for _ in range(2):
-        put_peft(tmp_path / "one", wanted)
-        merge(wanted)
-    assert torch.equal(load_model(tmp_path / "two")(TOKENS), wanted(TOKENS))
-    file = tmp_path / "one" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "two")}))
-    with pytest.raises(InputError, match="leads back to"):
-        load_model(tmp_path / "two")
-
-
-def test_an_adapter_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_peft(tmp_path, adapter_weights(adapted()), CONFIG, base=str(tmp_path / "gone"))
-    assert main(["generate", "--model", str(tmp_path), "--prompt", "Why?"]) == 2
-    assert f"{tmp_path / 'gone'}: no such file or folder" in capsys.readouterr().err
-    for command in (["info", "--model", str(tmp_path)], ["convert", str(tmp_path), str(tmp_path / "x"), "--to", "hf"]):
-        assert main(command) == 2
-        assert f"{tmp_path}: is an adapter, no whole model" in capsys.readouterr().err
-    (tmp_path / "adapter_model.safetensors").unlink()
-    save_model(tmp_path / "gone", small_model())
-    with pytest.raises(InputError, match=r"an adapter without its weights"):
-        load_model(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="base_model_name_or_path does not name"):
-        load_model(tmp_path)

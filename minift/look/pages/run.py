@@ -20,7 +20,7 @@ import torch
 from minift.config import FINETUNE, PRETRAIN, LlamaConfig, TrainConfig
 from minift.costs.flops import count_parameters
 from minift.costs.memory import inference_memory, training_memory
-from minift.formats import open_model
+from minift.formats.open import open_model
 from minift.formats.shapes import parameter_shapes
 from minift.look.pages.curves import curves_of, svg
 from minift.look.pages.document import document, table, text
