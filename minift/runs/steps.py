@@ -23,7 +23,7 @@ from minift.formats.peft import write_adapter
 from minift.formats.pt_file import load_pt
 from minift.lora import adapter_weights, base_checksum, has_adapter, merged_weights
 from minift.storage.atomic import partial_name, write_folder
-from minift.storage.checksums import CHECKSUMS, hold_against, read_checksums, readable_checksums, write_checksums
+from minift.storage.checksums import CHECKSUMS, check_files, read_checksums, readable_checksums, write_checksums
 from minift.storage.links import check_links
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import save_tokenizer
@@ -168,7 +168,7 @@ def check_step(folder: Path) -> None:
             raise InputError(f"{sums}: damaged, or not of this folder: does not list {unlisted[0]}")
         for name in sorted(set(listed) - found):
             raise InputError(f"{folder / one_line(name)}: missing")
-        hold_against(listed, folder)
+        check_files(listed, folder)
 
 
 def load_step(folder: Path, state: TrainState) -> None:

@@ -1,7 +1,7 @@
-"""Files and folders that are either whole or not there: written under another name, flushed to the disk, then renamed.
+"""Files and folders that are either complete or not there: written under another name, flushed to disk, then renamed.
 
-A process that is killed in between, or a disk that is full, leaves what was there before. What is left under the other
-name is removed by the next run. Read next: `checkpoint.py`.
+When the process is killed on the way, or the disk is full, what was there before is still there. What is left under the
+other name is removed by the next run.
 """
 
 import os
@@ -15,12 +15,15 @@ from minift.errors import RunError
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `folder`, flush it to the disk, then give it its name.
+    """Call `write` to fill a new folder, flush it to disk, then rename it to `folder`, which it replaces.
 
-    Whatever goes wrong, nothing new is left behind. Raises RunError when the disk refuses.
+    After an error nothing new is left on the disk.
+
+    Raises:
+        RunError: when the disk refuses.
     """
     partial = partial_name(folder)
-    with _nothing_left(folder, lambda: shutil.rmtree(partial, ignore_errors=True)):
+    with _removed_after_error(folder, lambda: shutil.rmtree(partial, ignore_errors=True)):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
@@ -34,13 +37,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any] = lambda: None) -> None:
-    """Let `write` make a file beside `file`, flush it to the disk, call `then`, and give it its name.
+    """Call `write` to make a new file, flush it to disk, call `then`, and rename the new file to `file`.
 
     Raises:
         RunError: when the disk refuses.
     """
     partial = partial_name(file)
-    with _nothing_left(file, lambda: partial.unlink(missing_ok=True)):
+    with _removed_after_error(file, lambda: partial.unlink(missing_ok=True)):
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         write(partial)
@@ -51,20 +54,20 @@ def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any]
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what a killed run had begun to write, or to remove."""
+    """Remove what a killed run had begun to write or to remove."""
     for pattern in (".*.partial", ".*.old"):
-        for left in run.glob(pattern):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for path in run.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def partial_name(path: Path) -> Path:
-    """Where a file or folder is while it is being written."""
+    """Return the name that a file or folder has until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
-def _nothing_left(target: Path, remove: Callable[[], None]) -> Iterator[None]:
-    """Whatever goes wrong in here, remove what was begun, and the folders that were made for it.
+def _removed_after_error(target: Path, remove: Callable[[], None]) -> Iterator[None]:
+    """After an error in here, call `remove`, and remove the folders that were made for `target`.
 
     Raises:
         RunError: for an OSError.
@@ -84,7 +87,7 @@ def _nothing_left(target: Path, remove: Callable[[], None]) -> Iterator[None]:
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Give `new` the name of `folder`, which is whole under one name or another at every moment."""
+    """Rename `new` to `folder`. At every moment the old or the new one is complete on the disk, under some name."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)

@@ -1,6 +1,6 @@
-"""Checksums of what minift saves, so that a damaged file is named before anything is done with it.
+"""Checksums of what minift saves, so that a damaged file is named before it is used.
 
-They lie beside the files, and are held against them by `sha256sum -c SHA256SUMS`, too. Read next: `checkpoint.py`.
+They are in the same folder as the files, in a format that `sha256sum -c SHA256SUMS` checks, too.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from minift.errors import InputError, one_line
 
-CHECKSUMS = "SHA256SUMS"  # the file of them
+CHECKSUMS = "SHA256SUMS"  # the name of their file
 
 
 def check_model(path: str | Path) -> None:
-    """Hold a model that minift has saved against the checksums in its folder. Others come without, and pass.
+    """Compare a model that minift has saved with the checksums in its folder. A model without checksums passes.
 
     Raises:
         InputError: for a damaged or missing file, by name.
@@ -27,22 +27,22 @@ def check_model(path: str | Path) -> None:
         for name in listed:
             if Path(name).name != name or not (sums.parent / name).is_file():
                 raise InputError(f"{sums.parent / one_line(name)}: missing, but {CHECKSUMS} lists it")
-        hold_against(listed, sums.parent)
+        check_files(listed, sums.parent)
 
 
 def write_checksums(folder: Path) -> None:
-    """Write those of all files of a folder into it."""
+    """Write the checksums of all files of a folder into the folder."""
     sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
     (folder / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
 
 
 def read_checksums(sums: Path) -> dict[str, str]:
-    """The checksums in a file, by the names that they belong to. Raises ValueError for a line that is no such pair."""
+    """Return the checksums in a file, by the names of their files. Raises ValueError for a line that is no pair."""
     return dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").split("\n")[:-1])
 
 
-def hold_against(listed: dict[str, str], folder: Path) -> None:
-    """Raise InputError for the first file of a folder that has another checksum than `listed` has under its name."""
+def check_files(listed: dict[str, str], folder: Path) -> None:
+    """Raise InputError for the first file of a folder whose checksum is not the one in `listed`."""
     for name, checksum in listed.items():
         if _sha256(folder / name) != checksum:
             raise InputError(f"{folder / name}: damaged, or changed: its checksum is not that of {CHECKSUMS}")
@@ -50,7 +50,7 @@ def hold_against(listed: dict[str, str], folder: Path) -> None:
 
 @contextmanager
 def readable_checksums(sums: Path) -> Iterator[None]:
-    """Raise InputError, by name, when a file cannot be read in here, or the checksums are none."""
+    """Raise InputError, with the file's name, when a file cannot be read in here or `sums` holds no checksums."""
     try:
         yield
     except InputError:
@@ -58,7 +58,7 @@ def readable_checksums(sums: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{error.filename or sums}: cannot be read: {error.strerror or error}") from None
     except ValueError:  # not UTF-8, or a line that is no pair
-        raise InputError(f"{sums}: damaged") from None
+        raise InputError(f"{sums}: damaged: not lines of a checksum and a name") from None
 
 
 def _sha256(file: Path) -> str:

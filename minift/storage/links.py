@@ -1,7 +1,4 @@
-"""Paths that a model cannot have: a folder may come from others, and a link in it could lead anywhere on this disk.
-
-Read next: `formats/`.
-"""
+"""Paths that a model cannot have: a link that leads out of its folder, and a name that is not UTF-8."""
 
 import os
 import sys
@@ -12,12 +9,12 @@ from minift.errors import InputError
 
 
 def check_links(folder: Path, names: Collection[str] = ()) -> None:
-    """Raise InputError for a link to a file outside of its folder.
+    """Raise InputError for a link in `folder` to a file outside of it: it could lead to any file of this disk.
 
-    In a snapshot of Hugging Face's cache, links to the `blobs` of the same repository are how it is made.
+    A snapshot in Hugging Face's cache consists of links to the `blobs` of the same repository; these are allowed.
 
     Args:
-        names: the files that count; by default all.
+        names: the names of the files to check; by default all.
     """
     inside = [folder.resolve()]
     if inside[0].parent.name == "snapshots":
@@ -32,7 +29,7 @@ def check_links(folder: Path, names: Collection[str] = ()) -> None:
 def check_name(path: Path) -> None:
     """Raise InputError for a path that is not UTF-8: Python can open it, but PyTorch and safetensors cannot.
 
-    In a locale of another encoding, Python takes the same bytes for other characters.
+    In a locale with another encoding, Python reads the same bytes as other characters.
     """
     encoding = sys.getfilesystemencoding()
     try:
