@@ -1,7 +1,7 @@
 """A lock on a run's folder, so that a second run cannot mix its files into it.
 
-It is a lock of the operating system on a file in the folder. The system releases it when the process ends, in whatever
-way, so a run that was killed leaves nothing to unlock.
+It is a lock of the operating system on a file in the folder. The system releases it when the process ends, in any way,
+so a run that was killed leaves nothing to unlock.
 """
 
 import fcntl

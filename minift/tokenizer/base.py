@@ -1,4 +1,4 @@
-"""Text to ids and back: what every tokenizer does here, whatever file it comes from.
+"""Text to ids and back: what a tokenizer does, of whichever kind its file is.
 
 A tokenizer cuts a text into pieces and gives the number of each, its *id*. Three habits of Llama's vocabularies matter:
 

@@ -1,6 +1,6 @@
 """The tokenizer of Llama 3, SmolLM and most other models: Hugging Face's `tokenizer.json`.
 
-The file describes a whole pipeline: a normaliser, a first cut, the merges of a BPE vocabulary, added tokens, a decoder.
+The file describes a pipeline: a normaliser, a first cut, the merges of a BPE vocabulary, added tokens, a decoder.
 Llama 3 and SmolLM come with byte-level pieces; the file of Llama 2 reproduces SentencePiece. Here the pipeline is only
 run, by Hugging Face's package `tokenizers` (the `hf` extra). Which ids are BOS and EOS is said by the files in the same
 folder (`special.py`).

@@ -44,7 +44,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if is_adapter(folder):
             return load_tokenizer(base_of(folder))
         raise InputError(
-            f"{folder}: has no tokenizer.model and no tokenizer.json; put the model's there "
+            f"{folder}: has no tokenizer.model and no tokenizer.json; copy the model's into it "
             "(or make a folder of both with minift convert --tokenizer)"
         )
     try:

@@ -76,7 +76,7 @@ def _tiktoken_hint(content: bytes) -> str:
     """Return what to add to a refusal of Llama 3's own `tokenizer.model`, whose lines are "base64 rank"."""
     first = content[:100].split(b"\n")[0].split()
     if len(first) == 2 and first[1].isdigit():
-        return " but tiktoken's ranks, as Llama 3 has them; put the model's tokenizer.json into the same folder"
+        return " but tiktoken's ranks, as Llama 3 has them; copy the model's tokenizer.json into the same folder"
     return ""
 
 

@@ -1,7 +1,7 @@
 r"""SentencePiece, faster: the ids of a word that was met before are looked up in a table.
 
 SentencePiece merges the best neighbours again and again. That is most of the time in which pages become ids, and most
-of it is spent on the same words. But in a vocabulary like Llama's, a space is only at the beginning of a piece
+of it is spent on the same words. But in a vocabulary such as Llama's, a space is only at the beginning of a piece
 ("▁Mexico", "▁▁"), and no piece holds a line break, so no merge ever crosses the border of a word. The ids of a text are
 then the ids of its words, one word after the other, and each word needs SentencePiece only once:
 

@@ -17,13 +17,13 @@ from tests.tokenizer.kinds import CHAT_TOKENS, KINDS, NAMES, byte_level, read_by
 
 @pytest.fixture(scope="module")
 def small_vocabulary() -> Tokenizer:
-    """A vocabulary of 300 pieces, trained on a little English."""
+    """Return a vocabulary of 300 pieces, trained on a little English."""
     return train_tokenizer(["The capital of Mexico is Mexico City.\nThe capital of Peru is Lima. " * 3, "12 34\n"], 300)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict[str, Path]:
-    """A folder of each kind with a `tokenizer.json` and a `tokenizer_config.json`."""
+    """Make a folder of each kind with a `tokenizer.json` and a `tokenizer_config.json`."""
     tokenizers = pytest.importorskip("tokenizers")
     assert isinstance(tokenizer, SentencePieceTokenizer)
     llama_2 = json.loads(make_json(tokenizer))
@@ -56,26 +56,26 @@ def folder(folders: dict[str, Path], kind: str) -> Path:
 
 @pytest.fixture(scope="module")
 def each(folder: Path) -> Tokenizer:
-    """The tokenizer of each kind's `tokenizer.json` in turn."""
+    """Return the tokenizer of each kind's `tokenizer.json` in turn."""
     return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    """The same folder as `transformers` reads it."""
+    """Return what `transformers` reads from the same folder."""
     return read_by_transformers(folder)
 
 
 @pytest.fixture(scope="module", params=["bundled", "real"])
 def model_file(request: pytest.FixtureRequest) -> Path:
-    """A `tokenizer.model`, the bundled one and Llama 2's own in turn."""
+    """Return a `tokenizer.model`, the bundled one and Llama 2's own in turn."""
     bundled_file = bundled("base") / "tokenizer.model"
     return bundled_file if request.param == "bundled" else request.getfixturevalue("real_data") / "tokenizer.model"
 
 
 @pytest.fixture(scope="module", params=[*KINDS, "bundled", "real"])
 def any_kind(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Tokenizer:
-    """A tokenizer of every kind in turn."""
+    """Return a tokenizer of every kind in turn."""
     if request.param == "real":
         return load_tokenizer(request.getfixturevalue("real_data") / "tokenizer.model")
     return load_tokenizer(bundled("base") if request.param == "bundled" else folders[request.param])
@@ -83,7 +83,7 @@ def any_kind(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Tokeni
 
 @pytest.fixture
 def own(folder: Path, tmp_path: Path) -> Path:
-    """A copy of a folder, to change."""
+    """Return a copy of a folder, to change."""
     return Path(shutil.copytree(folder, tmp_path / "own"))
 
 
@@ -94,7 +94,7 @@ def llama_3(folders: dict[str, Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sentencepiece_folder(tmp_path: Path) -> Path:
-    """The bundled `tokenizer.model` with a `tokenizer_config.json` as Llama 2's folders have it."""
+    """Make a folder of the bundled `tokenizer.model`, with a `tokenizer_config.json` as Llama 2's folders have it."""
     folder = tmp_path / "sentencepiece"
     folder.mkdir()
     shutil.copy(bundled("base") / "tokenizer.model", folder)

@@ -91,7 +91,7 @@ def added_decoder(names: dict[str, int], **flags: bool) -> dict[str, Any]:
 
 
 def chat_ids(text: str, added: dict[str, int]) -> list[int]:
-    """What SentencePiece gives for each part between two added tokens, as Llama 2's own tokenizer does it."""
+    """Return what SentencePiece gives for each part between two added tokens, as Llama 2's own tokenizer does it."""
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(bundled("base") / "tokenizer.model"))
     ids: list[int] = []
     while text:

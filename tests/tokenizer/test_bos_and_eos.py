@@ -152,7 +152,7 @@ def test_chat_tokens_are_one_id_each_unless_they_come_from_the_data(each: Tokeni
 
 
 def spelled(bos: str, eos: str) -> list[str]:
-    """Texts that spell control tokens."""
+    """Return texts that spell control tokens."""
     return [eos, bos, f"a {eos} b", f"{eos}{eos}\n", f" {bos}x", f"\n{eos}", f"ends in {eos}", f"日{eos}🙂"]
 
 
@@ -182,7 +182,7 @@ def test_no_answer_and_no_document_forges_bos_or_eos_in_sentencepiece(model_file
 
 
 def check_training_data(made: Tokenizer, texts: list[str], tmp_path: Path) -> None:
-    """Pairs and pages of these texts have EOS where they end, BOS where they begin, and neither inside."""
+    """Check that pairs and pages of these texts have EOS where they end, BOS where they begin, and neither inside."""
     control = {made.bos_id, made.eos_id}
     for text in texts:
         for template in TEMPLATES.values():
@@ -209,3 +209,10 @@ def test_a_text_that_begins_with_the_name_of_bos_gets_no_second_one(llama_3: Pat
     (name,) = made.pieces([made.bos_id])
     assert made.encode(f"{name}hi") == made.encode("hi")
     assert made.encode(f"{name}hi", special=False).count(made.bos_id) == 1
+
+
+def test_text_of_the_data_that_spells_bos_has_bos_before_it(llama_3: Path) -> None:
+    """A folder may name an ordinary piece as BOS, which special=False cannot tell from text."""
+    write_config(llama_3, "a", NAMES["llama 3"][1])
+    made = load_tokenizer(llama_3)
+    assert made.pieces(made.encode("a", special=False)) == ["a", "a"]

@@ -18,14 +18,14 @@ from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
 from tests.helpers import TEXTS, noise
-from tests.tokenizer.kinds import CHATS, SAMPLE, kept, random_unicode, refused
+from tests.tokenizer.kinds import CHATS, SAMPLE, kept, random_unicode, refused, trained
 
 MODEL_FILES = ("bundled", "trained", "llama2")
 
 
 @pytest.fixture(scope="module", params=MODEL_FILES)
 def file(request: pytest.FixtureRequest, small_vocabulary: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `tokenizer.model`, of each kind in turn."""
+    """Return a `tokenizer.model`, of each kind in turn."""
     if request.param == "bundled":
         return bundled("base") / "tokenizer.model"
     if request.param == "llama2":
@@ -132,6 +132,13 @@ def test_a_tokenizer_that_drops_line_breaks_is_refused() -> None:
     )
     with pytest.raises(InputError, match="drops line breaks"):
         SentencePieceTokenizer(model.getvalue())
+
+
+def test_a_continuation_whose_first_piece_holds_the_line_break_is_refused() -> None:
+    """Such a vocabulary has no ids for the answer alone after the line break that keeps the added space away."""
+    made = SentencePieceTokenizer(trained(user_defined_symbols=["\nM"]))
+    refused(lambda: made.encode_continuation("Mexico"), "line break")
+    assert made.decode_continuation(made.encode_continuation("exico")) == "exico"
 
 
 def test_decoding_gives_the_text_back_with_every_kind(any_kind: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""The promise of `TextStream` and `generate.stream`: text that is shown id by id is the text of the whole."""
+"""The promise of `TextStream` and `generate.stream`: text that is shown id by id is the text of all the ids."""
 
 import io
 import sys
@@ -23,7 +23,7 @@ from tests.tokenizer.kinds import CHATS, SAMPLE, model_for, nasty, random_unicod
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The parts of a `TextStream`; the last one is what `end` gives."""
+    """Return the parts of a `TextStream`; the last one is what `end` gives."""
     text = TextStream(tokenizer)
     return [*(text.add(id) for id in ids), text.end()]
 

@@ -89,12 +89,12 @@ def random_texts(count: int, seed: int) -> list[str]:
                 point = rng.choice([rng.randrange(0x300), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
                 parts.append(chr(point))
         text = "".join(parts)
-        texts.append(text if rng.random() < 0.3 else text.replace("\u2581", ""))  # "▁" takes the text as a whole
+        texts.append(text if rng.random() < 0.3 else text.replace("\u2581", ""))  # a "▁" changes the whole text
     return texts
 
 
 def pages(count: int) -> list[str]:
-    """The first bundled pages, of each shard."""
+    """Return the first bundled pages, of each shard."""
     texts = []
     for shard in sorted((ROOT / "data" / "pages").glob("*.json.gz")):
         with gzip.open(shard, "rt", encoding="utf-8") as lines:
@@ -129,7 +129,7 @@ def look_up(cache: WordCache, texts: list[str]) -> list[list[int]]:
 
 
 def documents(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """What `encode_documents` says of each text."""
+    """Return what `encode_documents` gives for each text."""
     ids, lengths = tokenizer.encode_documents(texts)
     assert ids.dtype == np.int32
     assert lengths.sum() == len(ids)
@@ -137,7 +137,7 @@ def documents(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def check(processor: sentencepiece.SentencePieceProcessor, texts: list[str], rounds: int = 2) -> WordCache:
-    """Every text through one cache: when its table is empty and when its words are known, alone and with others."""
+    """Compare the ids of every text: when the cache is empty and when its words are known, alone and with others."""
     assert merges_stay_in_words(processor)
     cache = WordCache(processor)
     expected = [processor.encode(text) for text in texts]
@@ -224,7 +224,7 @@ LINES = ["of the people by the people for the people in the city of the lake"] *
 
 
 def trained(**changes: Any) -> sentencepiece.SentencePieceProcessor:
-    """A vocabulary made as `train_tokenizer` does, but for the changes."""
+    """Train a vocabulary as `train_tokenizer` does, except for the changes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=model, **{**LLAMA, **changes})
     processor = sentencepiece.SentencePieceProcessor()
@@ -233,7 +233,7 @@ def trained(**changes: Any) -> sentencepiece.SentencePieceProcessor:
 
 
 def differ(processor: sentencepiece.SentencePieceProcessor, text: str) -> bool:
-    """Whether a table of words would give other ids."""
+    """Return whether a table of words would give other ids."""
     try:
         return look_up(WordCache(processor), [text]) != [processor.encode(text)]
     except ValueError:  # the line breaks between the words are lost
@@ -281,7 +281,7 @@ def test_another_kind_of_vocabulary_does_not_fit(changes: dict[str, Any], exampl
 
 @pytest.mark.parametrize("spaces", [1, 2, 3])
 def test_a_piece_with_a_space_after_a_character_does_not_fit(spaces: int, tokenizer: Tokenizer) -> None:
-    """A model file in which one piece is another: the last one, "…", becomes "e▁", "▁e▁" or "▁▁e▁"."""
+    """Make a model file in which one piece is another: the last one, "…", becomes "e▁", "▁e▁" or "▁▁e▁"."""
     assert isinstance(tokenizer, SentencePieceTokenizer)
     last = tokenizer.vocab_size - 1
     old = tokenizer.processor.id_to_piece(last).encode()
