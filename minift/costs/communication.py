@@ -1,6 +1,6 @@
 """Count what several processes (ranks) send each other in a training step: collectives, and their bytes.
 
-* DDP: every rank holds the whole model. One *all-reduce* adds up the gradients, in buckets.
+* DDP: every rank holds all weights. One *all-reduce* adds up the gradients, in buckets.
 * FSDP: every rank holds a shard of each tensor. An *all-gather* completes the weights of a layer before it is computed,
   and a *reduce-scatter* adds up its gradients and leaves each rank its shard. So FSDP sends more, and holds less.
 

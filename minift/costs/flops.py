@@ -41,7 +41,7 @@ class Parameters:
 
     @property
     def without_embedding(self) -> int:
-        """The weights of the layers and norms: what scaling laws call N."""
+        """Return the number of weights of the layers and norms: what scaling laws call N."""
         return self.total - self.embedding
 
 

@@ -96,7 +96,7 @@ def _index(answer: Any, choices: Sequence[str], labels: Sequence[str], where: st
 def choose(
     model: Llama, tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion], template: Template, batch_size: int = 64
 ) -> list[list[tuple[float, int]]]:
-    """Return, for each question and each of its choices, the summed log-probability in nats and the bytes of its text.
+    """Return the summed log-probability in nats, and the bytes of its text, of each choice of each question.
 
     Raises:
         InputError: with `file:line`, for a question that is too long for the model.

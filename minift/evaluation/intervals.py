@@ -55,7 +55,7 @@ class Score:
 
     @property
     def value(self) -> float:
-        """The score. The sums are exact, so that it does not depend on the items' order."""
+        """Return the score. The sums are exact, so that it does not depend on the items' order."""
         return float(self.finish(np.array(math.fsum(self.parts) / (math.fsum(self.wholes) or 1.0))))
 
     def interval(self, seed: int = 0) -> tuple[float, float]:

@@ -135,8 +135,8 @@ def page_likelihoods(
 def _windows(stream: DocumentStream, tokenizer: Tokenizer, max_length: int) -> Iterator[tuple[Example, int, bool]]:
     """Yield the windows of all documents: ids, bytes, and whether it is the first window of a document.
 
-    The first window has the bytes of the whole document. The last id of a window is the first one, which is only read,
-    of the next: every id but BOS is a target once.
+    The first window has all bytes of the document. Two windows share an id, a target in the first and only read in the
+    second: so every id but BOS is a target once.
     """
     for text in stream:
         ids = tokenizer.encode(text, bos=True, eos=True, special=False)

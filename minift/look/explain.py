@@ -78,7 +78,7 @@ class Position:
 
     @property
     def probability(self) -> float:
-        """The probability of `next`."""
+        """Return the probability of `next`."""
         return math.exp(-self.nll)
 
 

@@ -99,8 +99,8 @@ def masked_flops(config: LlamaConfig, length: int) -> int:
 def test_flops_of_a_forward_pass(shape: dict[str, Any], length: int) -> None:
     model = small_model(**shape)
     tokens = tokens_of(model.config, 3, length)
-    wanted = 3 * (length * forward_flops_per_token(model.config, length) + masked_flops(model.config, length))
-    assert counted_flops(lambda: model(tokens)) == wanted
+    expected = 3 * (length * forward_flops_per_token(model.config, length) + masked_flops(model.config, length))
+    assert counted_flops(lambda: model(tokens)) == expected
 
 
 @pytest.mark.parametrize("length", [1, 16])
@@ -113,8 +113,8 @@ def test_flops_of_a_training_step(shape: dict[str, Any], length: int) -> None:
         nll_sum, _ = next_token_loss(model.hidden(tokens), model.head_weight, tokens, chunk=20)
         nll_sum.backward()
 
-    wanted = 3 * (length * training_flops_per_token(model.config, length) + 3 * masked_flops(model.config, length))
-    assert counted_flops(step) == wanted
+    expected = 3 * (length * training_flops_per_token(model.config, length) + 3 * masked_flops(model.config, length))
+    assert counted_flops(step) == expected
 
 
 # Peaks ----------------------------------------------------------------------------------------------------------------

@@ -186,14 +186,14 @@ def test_what_fsdp_gathers_adds_up_by_hand() -> None:
     config = LlamaConfig.preset("llama2-7b")
     layer = 4 * 4_096 * 4_096 + 3 * 4_096 * 11_008 + 2 * 4_096
     root = 2 * 32_000 * 4_096 + 4_096
-    whole, sharded = (training_memory(config, "bfloat16", 1, 4_096, device="cuda", ranks=ranks) for ranks in (None, 8))
+    alone, sharded = (training_memory(config, "bfloat16", 1, 4_096, device="cuda", ranks=ranks) for ranks in (None, 8))
     assert sharded["two layers, gathered"] == 2 * 2 * layer
     assert sharded["embedding, head and norm, gathered"] == 4 * root
     assert sharded["gradients before they are split"] == 4 * (root + layer)
     adapters = training_memory(config, "bfloat16", 1, 4_096, device="cuda", trained=1_000, ranks=8)
     assert adapters["gradients before they are split"] == 4 * layer
     for name in ("weights", "gradients", "AdamW's two moments"):
-        assert sharded[name] == whole[name] // 8
+        assert sharded[name] == alone[name] // 8
     assert "autocast's copies of matrices" not in sharded  # FSDP casts what it gathers
 
 

@@ -38,7 +38,7 @@ def model(tokenizer: Tokenizer) -> Llama:
 def test_a_choice_is_scored_as_by_a_plain_loop(
     model: Llama, tokenizer: Tokenizer, template: str, batch_size: int
 ) -> None:
-    """Its ids behind the question's, and no EOS."""
+    """Its ids after the question's, and no EOS."""
     found = choose(model, tokenizer, QUESTIONS, TEMPLATES[template], batch_size)
     start, between = ("", " ") if template == "plain" else ("### Question:\n", "\n")
     end = "" if template == "plain" else "\n\n### Answer:"

@@ -401,7 +401,7 @@ def test_evaluate_recognises_pages(
 def test_a_file_of_pairs_is_scored_as_pairs_even_if_it_also_has_texts(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Alpaca's own file has the whole prompt under `text`, beside its parts."""
+    """Alpaca's own file has the complete prompt under `text`, in addition to its parts."""
     record = {"instruction": "Name a fruit.", "input": "", "output": "Apple.", "text": "Name a fruit. Apple."}
     file = write_jsonl(tmp_path / "alpaca.jsonl", [record])
     assert main(["evaluate", "--model", str(files["before"]), "--data", str(file)]) == 0

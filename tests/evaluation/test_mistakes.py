@@ -31,7 +31,7 @@ def test_repetition(text: str, share: float) -> None:
     assert repetition(text) == pytest.approx(share, abs=1e-15)
 
 
-# What is right, what was said, whether it ended, and the loss of each of two targets.
+# The right answer, the model's words, whether they ended, and the loss of each of two targets.
 CASES = [
     ("yes", "yes", True, 0.1),
     ("a b c", "a b x", True, 0.5),

@@ -208,7 +208,7 @@ def test_4096_tokens(context: BrowserContext, tmp_path: Path, tokenizer: Tokeniz
     assert len(html.encode()) < 3e6
     opened = open_page(context, tmp_path, html)
     assert opened.page.locator(".t").count() == 2 * 4_096
-    # Milliseconds, the best of five: other tests, and on a shared machine other guests, run beside the browser.
+    # Milliseconds, the best of five: other tests, and on a shared machine other guests, run at the same time.
     taken = []
     for _ in range(5):
         times = json.loads(opened.page.evaluate("JSON.stringify(performance.getEntriesByType('navigation')[0])"))

@@ -81,10 +81,10 @@ def test_the_ledger_of_adapters(run: Path) -> None:
     assert re.search(rf"gradients\s+{size(4 * trained)}\s", words)
     assert re.search(rf"AdamW's two moments\s+{size(8 * trained)}\s", words)
     shape = LlamaConfig(**SMALL)
-    whole, part = (training_memory(shape, "float32", 2, 16, trained=trained) for trained in (None, 100))
+    full, part = (training_memory(shape, "float32", 2, 16, trained=trained) for trained in (None, 100))
     total = count_parameters(shape).total
-    assert whole["gradients"] - part["gradients"] == 4 * (total - 100)
-    assert part["weights"] - whole["weights"] == 400
+    assert full["gradients"] - part["gradients"] == 4 * (total - 100)
+    assert part["weights"] - full["weights"] == 400
 
 
 def test_the_command_does_the_run_again(run: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_long_line_is_averaged_and_nothing_left_out() -> None:
     assert thinned(points[:5]) == points[:5]
 
 
-def test_a_curve_stands_where_its_values_are() -> None:
+def test_a_curve_is_where_its_values_are() -> None:
     figure = svg(Curves("Loss", "step", "nats", {"training": [(0.0, 0.0), (10.0, 5.0)]}))
     (places,) = re.findall(r'points="([^"]+)"', figure)
     (x0, y0), (x1, y1) = (tuple(map(float, place.split(","))) for place in places.split())

@@ -338,7 +338,7 @@ def test_a_text_ends_at_the_last_position(length: int) -> None:
     assert generate(model, [prompt], 1)[0] == text[:1]
 
 
-def test_sampling_depends_on_the_generator_alone() -> None:
+def test_sampling_depends_on_the_seed_alone() -> None:
     model = talker()
 
     def say(seed: int) -> list[list[int]]:
@@ -359,6 +359,8 @@ def test_sampling_depends_on_the_generator_alone() -> None:
         ([[1, 2], []], {}, "at least one token"),
         ([[1] * LIMIT], {}, "64 tokens"),
         ([[1], [1] * (LIMIT + 3)], {}, "67 tokens"),
+        ([[1, 97]], {}, "a token id of the prompt is 97; it must be below 97"),
+        ([[-1]], {}, "a token id of the prompt is -1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
         ([[1]], {"temperature": -0.5}, "temperature"),
         ([[1]], {"temperature": math.nan}, "temperature"),

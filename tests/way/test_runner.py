@@ -66,13 +66,13 @@ def test_a_call_is_generate(runner: BasicModelRunner) -> None:
     """One text for a string, a list for a list; the options are handed on."""
     prompts = ["What is the capital of Mexico?", "Tell me"]
     ids = generate(runner.model, [runner.tokenizer.encode(prompt) for prompt in prompts], 9)
-    wanted = [runner.tokenizer.decode_continuation(answer).strip() for answer in ids]
-    assert runner(prompts, max_tokens=9) == wanted
-    assert runner(prompts[0] + " \n", max_tokens=9) == wanted[0]
+    expected = [runner.tokenizer.decode_continuation(answer).strip() for answer in ids]
+    assert runner(prompts, max_tokens=9) == expected
+    assert runner(prompts[0] + " \n", max_tokens=9) == expected[0]
     assert runner([]) == []
     random = [runner(prompts, max_tokens=9, temperature=3.0, seed=seed) for seed in (1, 1, 2)]
     assert random[0] == random[1] != random[2]
-    assert runner(prompts, max_tokens=9, temperature=3.0, top_k=1) == wanted
+    assert runner(prompts, max_tokens=9, temperature=3.0, top_k=1) == expected
 
 
 def test_training_is_finetune(runner: BasicModelRunner, small_checkpoint: Path, tmp_path: Path) -> None:
@@ -82,15 +82,15 @@ def test_training_is_finetune(runner: BasicModelRunner, small_checkpoint: Path, 
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     job = jobs.finetune_job(str(small_checkpoint), [str(file)])
-    wanted = jobs.finetune(job, FINETUNE.replace(**QUICK), tmp_path / "run")
-    assert wanted is not None
+    expected = jobs.finetune(job, FINETUNE.replace(**QUICK), tmp_path / "run")
+    assert expected is not None
     assert weights_equal(runner.model, load_model(tmp_path / "run" / "final"))
     assert not weights_equal(runner.model, load_model(small_checkpoint))
     assert (tmp_path / "out" / "run" / "compare.json").read_text() == (tmp_path / "run" / "compare.json").read_text()
 
     results = runner.evaluate()
-    assert (results["before"], results["after"]) == (wanted["before"], wanted["after"])
-    (sample,) = wanted["samples"]
+    assert (results["before"], results["after"]) == (expected["before"], expected["after"])
+    (sample,) = expected["samples"]
     assert results["eval_results"] == [
         {
             "input": sample["question"],
@@ -194,7 +194,7 @@ CARRIED = f"### Question:\n{QUESTION}\n\n### Answer:"
 
 
 @pytest.mark.parametrize(
-    ("options", "prompt", "put"),
+    ("options", "prompt", "asked"),
     [
         ({}, QUESTION, QUESTION),
         ({}, QUESTION + "\n", QUESTION),
@@ -206,12 +206,14 @@ CARRIED = f"### Question:\n{QUESTION}\n\n### Answer:"
          f"[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{QUESTION} [/INST]"),
     ],
 )  # fmt: skip
-def test_how_a_question_is_put(small_checkpoint: Path, options: dict[str, str], prompt: str, put: str) -> None:
-    assert BasicModelRunner(small_checkpoint, **options)._prompt(prompt) == put
+def test_the_template_around_a_question(
+    small_checkpoint: Path, options: dict[str, str], prompt: str, asked: str
+) -> None:
+    assert BasicModelRunner(small_checkpoint, **options)._prompt(prompt) == asked
 
 
 @pytest.mark.parametrize(
-    ("options", "question", "put"),
+    ("options", "question", "asked"),
     [
         ({}, QUESTION, QUESTION),
         ({}, CARRIED, CARRIED),
@@ -221,7 +223,7 @@ def test_how_a_question_is_put(small_checkpoint: Path, options: dict[str, str], 
     ],
 )
 def test_once_trained_it_is_asked_as_in_training(
-    small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], question: str, put: str | None
+    small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], question: str, asked: str | None
 ) -> None:
     """A call's prompt is, to the id, one that the training has seen, whether or not the question has markers on it."""
     runner = BasicModelRunner(small_checkpoint, **options)
@@ -239,8 +241,8 @@ def test_once_trained_it_is_asked_as_in_training(
     assert len(trained) == 6
     assert runner.tokenizer.encode(runner._prompt(QUESTION)) in trained
     assert runner.tokenizer.encode(runner._prompt(question)) in trained
-    if put is not None:
-        assert runner._prompt(question) == put
+    if asked is not None:
+        assert runner._prompt(question) == asked
 
 
 @pytest.mark.parametrize(
@@ -260,10 +262,10 @@ def test_wrong_data(runner: BasicModelRunner, data: list[dict[str, Any]], messag
     assert runner._pairs == []
 
 
-def test_a_few_records_that_cannot_be_used_are_borne(
+def test_a_few_records_that_cannot_be_used_are_skipped(
     runner: BasicModelRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The course's own file has a question that nobody answered. Up to 1 %, each named; more are refused."""
+    """The course's own file has a question without an answer. Up to 1 %, each named; more are refused."""
     good, empty, broken = '{"question": "Q", "answer": "A"}\n', '{"question": "Q", "answer": ""}\n', "{\n"
     file = tmp_path / "x.jsonl"
     file.write_text(good * 300 + empty + broken)
