@@ -1,36 +1,44 @@
 """Documents → ids, by several processes, in one order.
 
-Encoding is most of the work of a data pipeline, so it can be given to worker processes. But a corpus that is dealt out
-to workers who each read their share has an order that depends on how many they are, and a place in it that is hard to
-save. Here one process reads, and workers only encode what they are handed: one order, one place, any number of workers.
+Encoding is most of the work of a data pipeline, so it can be given to worker processes. If each of them read a share of
+the corpus, the order of the documents would depend on the number of workers, and the position in the corpus would be
+hard to save. So this process reads, and the workers only encode: one order, one position, any number of workers.
+
+    stream → chunk 5 → chunk 4 → a free thread ⇄ pipe ⇄ its worker → chunk 3 → chunk 2 → chunk 1 → batches
+             └─ PREFETCH chunks a worker are read ahead ─┘           └─ taken in the order of reading ─┘
+
+A worker shares nothing with another process but its own pipe, and a pipe ends when the process at its other end does,
+however that ends: a killed worker is noticed by the thread that waits for it, and a killed run by its workers.
+(`concurrent.futures.ProcessPoolExecutor` has one queue of results for all workers. One that is killed while it writes a
+result leaves the run waiting for ever.)
 
     for chunk in encode_documents(DocumentStream(["data/pages"], epochs=1), tokenizer, workers=2):
         print(chunk.ids, chunk.lengths)
-
-Read next: `pack.py`.
 """
 
+import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from minift.data.stream import DocumentStream
 from minift.errors import InputError, RunError
 from minift.tokenizer.base import Tokenizer
 
-CHUNK_CHARACTERS = 2**16  # that are encoded in one go: a task of some ten milliseconds
-PREFETCH = 8  # chunks that each worker is given ahead, so that it never waits for this process
+CHUNK_CHARACTERS = 2**16  # at which a chunk is full: the work of some ten milliseconds
+PREFETCH = 8  # chunks that are read ahead for each worker, so that it never waits for this process
+
+Ids = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]  # what `Tokenizer.encode_documents` returns
 
 
 @dataclass(frozen=True)
@@ -40,29 +48,27 @@ class Chunk:
     Attributes:
         ids: int32 [sum of lengths], each document with its BOS and EOS.
         lengths: int64 [documents].
-        place: the state of the stream behind the last of them.
+        stream_state: the state of the stream after the last of them.
     """
 
     ids: "np.ndarray[Any, Any]"
     lengths: "np.ndarray[Any, Any]"
-    place: dict[str, Any]
+    stream_state: dict[str, Any]
 
 
 def encode_documents(stream: DocumentStream, tokenizer: Tokenizer, workers: int = 0) -> Iterator[Chunk]:
-    """The documents of a stream as ids, in its order, encoded by `workers` processes (0: by this one).
+    """Yield the documents of a stream as ids, in its order, encoded by `workers` processes (0: by this one).
 
-    This process reads the files: that is a small part of the work, and so there is one order and one place in it.
-    Chunks of texts are handed to the workers of a `DataLoader` in turns, as the "indices" that it fetches, and it gives
-    back the results in the same order. It asks for some chunks ahead; an error of the stream is kept until all chunks
-    before it have been given out.
+    An error of the stream is raised after all chunks that were read before it.
 
     Raises:
-        RunError: when a worker dies.
+        InputError: as the stream does.
+        RunError: when a worker dies, or cannot be started.
     """
-    places: deque[dict[str, Any]] = deque()
-    failure: list[InputError] = []
+    failure: InputError | None = None
 
-    def chunks() -> Iterator[list[str]]:
+    def chunks() -> Iterator[tuple[list[str], dict[str, Any]]]:
+        nonlocal failure
         texts: list[str] = []
         characters = 0
         try:
@@ -70,97 +76,112 @@ def encode_documents(stream: DocumentStream, tokenizer: Tokenizer, workers: int 
                 texts.append(text)
                 characters += len(text)
                 if characters >= CHUNK_CHARACTERS:
-                    places.append(stream.state_dict())
-                    yield texts
+                    yield texts, stream.state_dict()
                     texts, characters = [], 0
         except InputError as error:
-            failure.append(error)
+            failure = error
         if texts:
-            places.append(stream.state_dict())
-            yield texts
+            yield texts, stream.state_dict()
 
-    loader: DataLoader[Any] = DataLoader(
-        _Encoder(tokenizer),  # type: ignore[arg-type]
-        batch_size=None,
-        sampler=chunks(),
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=partial(_start_worker, os.getpid()),
-        generator=torch.Generator(),  # nothing is drawn from it but numbers that nobody uses
-    )
-    with _Results(loader) as results:
-        while (result := results.next()) is not None:
-            ids, lengths = result
-            yield Chunk(ids, lengths, places.popleft())
-    if failure:
-        raise failure[0]
+    with _encoder(tokenizer, workers) as start:
+        started: deque[tuple[Callable[[], Ids], dict[str, Any]]] = deque()
+        for texts, state in chunks():
+            started.append((start(texts), state))
+            if len(started) > PREFETCH * workers:
+                yield _finish(*started.popleft())
+        while started:
+            yield _finish(*started.popleft())
+    if failure is not None:
+        raise failure
 
 
-class _Results:
-    """What the workers give back, and a patient way to hear of their death.
-
-    torch raises an error the moment a worker dies, wherever the program is just then: in the middle of an optimizer's
-    step, or of a save. Here it is heard only when results are asked for.
-    """
-
-    def __init__(self, loader: "DataLoader[Any]"):
-        self._results: Iterator[Any] | None = iter(loader)
-        self._raises: Any = None
-        self._asking = False
-        if loader.num_workers and threading.current_thread() is threading.main_thread():
-            self._raises = signal.getsignal(signal.SIGCHLD)  # torch's handler
-            signal.signal(signal.SIGCHLD, self._heard)
-
-    def __enter__(self) -> "_Results":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._results = None  # ends the workers
-        if self._raises is not None:
-            signal.signal(signal.SIGCHLD, self._raises)
-
-    def next(self) -> Any:
-        """The next result; None when there is no more. Raises RunError when a worker has died."""
-        assert self._results is not None
-        self._asking = True
-        try:
-            self._heard(signal.SIGCHLD, None)  # what was not heard meanwhile
-            return next(self._results, None)
-        except RuntimeError as error:
-            raise RunError(f"a process that encodes text has died: {str(error).splitlines()[0]}") from None
-        finally:
-            self._asking = False
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self._asking and callable(self._raises):
-            self._raises(number, frame)
+def _finish(wait: Callable[[], Ids], stream_state: dict[str, Any]) -> Chunk:
+    ids, lengths = wait()
+    return Chunk(ids, lengths, stream_state)
 
 
-class _Encoder:
-    """What a worker does: texts to ids."""
+@contextmanager
+def _encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[list[str]], Callable[[], Ids]]]:
+    """Give a function that starts to encode texts and returns another one, which waits for their ids."""
+    if not workers:
+        yield lambda texts: partial(tokenizer.encode_documents, texts)
+        return
+    processes: list[_Worker] = []
+    threads = ThreadPoolExecutor(workers)  # one for each worker, to wait for it
+    try:
+        free: SimpleQueue[_Worker] = SimpleQueue()
+        for _ in range(workers):
+            processes.append(_Worker(tokenizer))
+            free.put(processes[-1])
+
+        def encode(texts: list[str]) -> Ids:
+            worker = free.get()
+            try:
+                return worker.encode(texts)
+            finally:
+                free.put(worker)
+
+        yield lambda texts: threads.submit(encode, texts).result
+    finally:
+        for worker in processes:
+            worker.kill()
+        threads.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """A process that encodes texts, and the pipe to it."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+        self._pipe, worker_end = multiprocessing.Pipe()
+        self._process = multiprocessing.Process(target=_work, args=(worker_end, self._pipe, tokenizer), daemon=True)
+        try:
+            self._process.start()
+        except OSError as error:
+            raise RunError(f"a process that encodes text cannot be started: {error.strerror or error}") from None
+        worker_end.close()  # only the worker has it now, so that the pipe ends with the worker
 
-    def __getitem__(self, texts: list[str]) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-        return self.tokenizer.encode_documents(texts)
+    def encode(self, texts: list[str]) -> Ids:
+        """Have the texts encoded, and wait for their ids. Raises what the worker raised; RunError when it has died."""
+        try:
+            self._pipe.send(texts)
+            result = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise RunError(f"a process that encodes text has died: {_end_of(self._process)}") from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def kill(self) -> None:
+        self._process.kill()  # it holds nothing that would be lost
+        self._process.join()
 
 
-def _as_it_is(result: Any) -> Any:
-    return result
+def _end_of(process: multiprocessing.Process) -> str:
+    """Return the words that say how a process ended."""
+    code = process.exitcode or 0
+    if code >= 0:
+        return f"process {process.pid} ended with exit code {code}"
+    hint = "; a system that runs out of memory does that" if code == -signal.SIGKILL else ""
+    return f"process {process.pid} was killed by signal {-code} ({signal.strsignal(-code)}{hint})"
 
 
-def _start_worker(parent: int, worker: int) -> None:
-    # Ctrl-C, and a SIGTERM for all that belongs to the run, are for the process that trains: it ends its workers.
+def _work(pipe: Connection, run_end: Connection, tokenizer: Tokenizer) -> None:
+    """Encode what comes out of the pipe, until it ends: the body of a worker."""
+    run_end.close()  # a forked worker has inherited it, and would wait for itself when the run is killed
+    # Ctrl-C, and a SIGTERM for all that belongs to the run, are for the process that trains: it ends its workers. Its
+    # own handlers, which a forked worker has inherited, are not for workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this worker when its parent was killed, be it before this was called: nobody would take its results."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    try:
+        while True:
+            texts = pipe.recv()
+            try:
+                result: Any = tokenizer.encode_documents(texts)
+            except Exception as error:  # raised again where the ids are taken
+                result = error
+            pipe.send(result)
+    except (EOFError, OSError):  # the run has ended, or was killed
+        return

@@ -1,4 +1,4 @@
-"""The promise of `data/stream.py`, `data/encode.py` and `pack.py`: one order of the data, whatever the workers and the ranks.
+"""The promise of `data/`: one order of the data, whatever the number of workers and ranks.
 
 Batches of all ranks are put together, taken apart into documents at BOS, and counted. What was saved at every document
 and at every batch is written to a file, read back, and continued by another number of workers and ranks; it has to go
@@ -6,7 +6,7 @@ on as if nothing had happened, or be refused by name. Worker processes are kille
 """
 
 import copy
-import gc
+import errno
 import io
 import json
 import multiprocessing
@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import chain, cycle, islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,6 @@ from minift.pack import Batch, Example
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.sentencepiece import train_tokenizer
 from tests.helpers import ROOT, SMALL, write_jsonl
-
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
 
 WORKERS, WORLDS = (0, 1, 2, 4), (1, 2, 4)
 ROWS, LENGTH = 4, 13  # of a global batch
@@ -782,18 +781,13 @@ def test_what_ended_a_strict_run_is_skipped_when_it_goes_on_as_another(
 
 
 @pytest.fixture
-def workers_at_work(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Iterator[Batch]]:
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds; torch waits for 5
+def workers_at_work(tmp_path: Path, tokenizer: Tokenizer) -> Iterator[Iterator[Batch]]:
     files = write_shards(tmp_path / "data", TEXTS, 2)
     batches = iter(PageBatches(DocumentStream(files), tokenizer, ROWS, LENGTH, workers=2))
     next(batches)
     yield batches
     batches.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 20
-    while multiprocessing.active_children():
-        gc.collect()  # the iterator of the loader ends them when it goes, and an error may hold it
-        assert time.monotonic() < deadline, "a worker is left"
-        time.sleep(0.02)
+    assert not multiprocessing.active_children(), "a worker is left"
 
 
 def next_death(batches: Iterator[Batch]) -> str:
@@ -807,14 +801,9 @@ def next_death(batches: Iterator[Batch]) -> str:
 def test_a_killed_worker_is_noticed_when_the_next_batch_is_asked_for(workers_at_work: Iterator[Batch]) -> None:
     pid = multiprocessing.active_children()[0].pid
     assert pid is not None
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    try:
-        os.kill(pid, signal.SIGKILL)
-        message = next_death(workers_at_work)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-    assert message.startswith("a process that encodes text has died: ")
-    assert str(pid) in message
+    os.kill(pid, signal.SIGKILL)
+    message = next_death(workers_at_work)
+    assert message.startswith(f"a process that encodes text has died: process {pid} was killed by signal 9 (")
     assert "\n" not in message
 
 
@@ -826,6 +815,60 @@ def test_a_killed_worker_does_not_interrupt_what_is_done_meanwhile(workers_at_wo
     os.kill(pid, signal.SIGKILL)
     time.sleep(0.3)
     assert next_death(workers_at_work).startswith("a process that encodes text has died: ")
+
+
+def half_a_result(pipe: Connection, run_end: Connection, tokenizer: Tokenizer) -> None:
+    """A worker that dies while it writes: the length of a result, and only some of its bytes."""
+    pipe.recv()
+    os.write(pipe.fileno(), (1_000_000).to_bytes(4, "big") + bytes(1_000))
+    os._exit(7)
+
+
+def test_a_worker_that_dies_while_it_writes_is_noticed(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds no lock that others wait for, and nobody waits for the rest of what it wrote."""
+    monkeypatch.setattr(encode, "_work", half_a_result)
+    files = write_shards(tmp_path / "data", TEXTS, 2)
+    message = next_death(iter(PageBatches(DocumentStream(files), tokenizer, ROWS, LENGTH, workers=2)))
+    assert re.fullmatch(r"a process that encodes text has died: process \d+ ended with exit code 7", message)
+    assert not multiprocessing.active_children()
+
+
+class Faulty:
+    """A tokenizer that raises."""
+
+    def encode_documents(self, texts: Sequence[str]) -> Any:
+        raise LookupError(f"no ids for {texts[0]!r}")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_what_a_worker_raises_is_raised_here(tmp_path: Path, workers: int) -> None:
+    files = write_shards(tmp_path / "data", TEXTS, 2)
+    chunks = encode.encode_documents(DocumentStream(files), Faulty(), workers)  # type: ignore[arg-type]
+    with pytest.raises(LookupError, match=re.escape(f"no ids for {TEXTS[0]!r}")):
+        next(chunks)
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_cannot_be_started_is_an_error(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a user may have no more processes; those that were started are ended."""
+    start, started = multiprocessing.Process.start, []
+
+    def limited(self: multiprocessing.Process) -> None:
+        if len(started) == 2:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", limited)
+    chunks = encode.encode_documents(DocumentStream(write_shards(tmp_path, TEXTS, 1)), tokenizer, workers=3)
+    with pytest.raises(RunError, match="a process that encodes text cannot be started: Resource temporarily"):
+        next(chunks)
+    assert len(started) == 2
+    assert not multiprocessing.active_children()
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -971,7 +1014,7 @@ def running(words: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen
 
 
 def nobody_is_left(workers: Sequence[int]) -> None:
-    deadline = time.monotonic() + 12  # a worker of torch looks for its parent every 5 seconds
+    deadline = time.monotonic() + 12  # for machines that are busy: the end of a pipe is noticed at once
     while any(map(alive, workers)):
         assert time.monotonic() < deadline, "a worker has outlived its run"
         time.sleep(0.02)
