@@ -1,4 +1,4 @@
-"""Documents and pairs → `Batch`: rows of token ids with their targets. The one place where targets are shifted.
+"""Pairs → `Batch`: rows of token ids with their targets. The one place where targets are shifted and prompts masked.
 
 Legend: B rows of a batch, T tokens of a row.
 
@@ -9,13 +9,13 @@ positions, and the targets are the same ids moved one to the left:
     tokens    <s>  What  is  …  ?   Mexico  City
     targets    ·    ·    ·   ·  Mexico  City  </s>            (· is IGNORE: the prompt is given, not learned)
 
-For a pair only the answer is a target, and its end: a model that is never trained to say EOS never stops. The mask
-comes from construction (the prompt's ids and the answer's are encoded apart), never from searching for a marker, and
-padding is masked by position, never by its id, because the padding id is usually EOS itself.
+Of a pair only the answer is a target, and its end: a model that is never trained to say EOS never stops. The mask comes
+from construction (the ids of the prompt and of the answer are encoded apart), never from searching for a marker.
+Padding is masked by its position, never by its id, because the padding id is usually EOS itself.
 
-Several short pairs share a row, each isolated from the others: its positions start at 0 and its attention stays inside
-its own `document_ids`. That computes the same loss as one pair a row, with far less padding. Pages are packed one
-behind the other and, as is usual in pretraining, see each other, unless they are to be isolated, too.
+Several short pairs share a row, each isolated from the others: its positions start at 0, and its attention stays inside
+its own `document_ids`. The loss is the same as with one pair a row, with far less padding. Pages are packed in
+`data/batches.py`: one after the other, and, as is usual in pretraining, each sees those before it in its row.
 
 Read next: `model.py`.
 """
@@ -77,40 +77,41 @@ class Batch:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair as ids: the prompt with its one BOS, the answer with its EOS (unless that was cut off)."""
+    """A pair as ids: the prompt from BOS on, and the answer up to its EOS (unless that was cut off)."""
 
     prompt: list[int]
     answer: list[int]
 
     def __len__(self) -> int:
-        """Positions that the example takes in a row: its last id is a target only."""
+        """Return the positions that the example takes in a row: all ids but the last, which is a target only."""
         return len(self.prompt) + len(self.answer) - 1
 
 
 def encode_pair(pair: Pair, template: Template, tokenizer: Tokenizer, max_length: int) -> Example | None:
-    """A pair as ids, cut to `max_length` positions. An answer that does not fit keeps as much as fits.
+    """Encode a pair and cut it to `max_length` positions. An answer that does not fit keeps as much as fits.
 
     Returns:
-        The example, or None if there is no target: the answer is empty, or the prompt alone fills `max_length`.
+        The example, or None if it has no target: the answer is empty, or the prompt alone fills `max_length`.
     """
     if not pair.answer.strip():
         return None
     prompt_text, answer_text = template.format(pair)
-    if not prompt_text:  # nothing is asked: the text is encoded as a page is, from its beginning
+    if not prompt_text:  # nothing is asked: the text is encoded as a page is, and only BOS is no target
         ids = tokenizer.encode(answer_text, bos=True, eos=True, special=False)[: max_length + 1]
         return Example(ids[:1], ids[1:])
     prompt = tokenizer.encode(prompt_text, bos=True)
-    answer = tokenizer.encode_continuation(answer_text, eos=True, special=False)[: max(0, max_length + 1 - len(prompt))]
+    answer = tokenizer.encode_continuation(answer_text, eos=True, special=False)
+    answer = answer[: max(0, max_length + 1 - len(prompt))]  # n positions have n + 1 ids
     return Example(prompt, answer) if answer else None
 
 
 def encode_pairs(
     pairs: Iterable[Pair], template: Template, tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[Example], int]:
-    """All pairs as ids, and the number of those dropped because they have no target.
+    """Encode all pairs. Return the examples, and how many pairs were dropped because they have no target.
 
     Raises:
-        InputError: when none is left.
+        InputError: when no example is left.
     """
     encoded = [encode_pair(pair, template, tokenizer, max_length) for pair in pairs]
     examples = [example for example in encoded if example is not None]
@@ -120,21 +121,21 @@ def encode_pairs(
 
 
 def collate(examples: Sequence[Example], pad_id: int, length: int | None = None, pack: bool = True) -> Batch:
-    """One batch of all `examples`.
+    """Make one batch of all examples.
 
     Args:
-        pad_id: any valid id; what it is changes nothing.
-        length: T of the rows; by default that of the longest example, rounded up to a multiple of 8 (fast kernels
-            work on aligned rows), or of 64 where rows are filled (what is left over is used, and kernels that are made
-            for a shape, which take memory, are made for few). It changes no loss.
-        pack: put several short examples in a row (isolated), or one in each.
+        pad_id: any valid id; it changes no loss.
+        length: T; by default that of the longest example, rounded up: to a multiple of 8 with one example a row (fast
+            kernels work on aligned rows), of 64 with several (there will be few shapes, and kernels that are compiled
+            for a shape are few). It changes no loss.
+        pack: put several short examples into a row (isolated), or one into each.
     """
     multiple = 64 if pack else 8
     T = length or -(-max(map(len, examples), default=1) // multiple) * multiple
     rows = _first_fit(examples, T) if pack else [[example] for example in examples]
-    rows = rows or [[]]  # no example at all: a rank's share of a small batch
+    rows = rows or [[]]  # no example at all: the share of a rank in a small batch
     B = len(rows)
-    # In numpy, which takes a small piece of a row in a quarter of a tensor's time.
+    # Filled in numpy, where a slice costs a quarter of what it costs in torch.
     tokens = np.full((B, T), pad_id)
     targets = np.full((B, T), IGNORE)
     positions = np.zeros((B, T), np.int64)
@@ -143,29 +144,29 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
         start = 0
         for document, example in enumerate(row):
             ids = np.array(example.prompt + example.answer)
+            first_target = start + len(example.prompt) - 1  # the mask: positions before it keep IGNORE
             end = start + len(example)
             tokens[b, start:end] = ids[:-1]
-            # The shift: the position that reads the prompt's last id is the first to have a target.
-            targets[b, start + len(example.prompt) - 1 : end] = ids[len(example.prompt) :]
+            targets[b, first_target:end] = (
+                example.answer
+            )  # the shift: the prompt's last id predicts the first answer id
             positions[b, start:end] = np.arange(len(example))
             document_ids[b, start:end] = document
             start = end
-    isolated = any(len(row) > 1 for row in rows)
-    n_targets = sum(len(example.answer) for example in examples)
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(targets),
         torch.from_numpy(positions),
         torch.from_numpy(document_ids),
-        isolated,
-        n_targets,
+        isolated=any(len(row) > 1 for row in rows),
+        n_targets=sum(len(example.answer) for example in examples),
     )
 
 
 def _first_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Put each example, longest first, into the first row with room for it."""
+    """Put each example, longest first, into the first row of `length` positions that has room for it."""
     rows: list[list[Example]] = []
-    room: list[int] = []
+    room: list[int] = []  # free positions of each row
     for example in sorted(examples, key=len, reverse=True):
         for index, free in enumerate(room):
             if len(example) <= free:

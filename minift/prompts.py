@@ -1,9 +1,9 @@
-"""Instruction records → (prompt, answer): which fields hold them, and which text a template makes of them.
+"""Instruction pairs → text: a template turns a question and its answer into (prompt, answer).
 
 A base model only continues text. To finetune it to answer, a question and its answer are written as one text, and the
-model is trained on the answer's part of it. *How* they are written is the template, and there is no right one: what
-matters is that training and use agree, to the character. Here a template is two strings; `prompt + answer` is exactly
-the text that the model sees. A prompt never ends in a space or newline (the separator belongs to the answer), because
+model is trained on the answer's part of it. The *template* says how they are written. No template is the right one:
+what matters is that training and use agree, to the character. Here a template is two strings, and `prompt + answer` is
+exactly the text that the model sees. A prompt never ends in white space: the separator belongs to the answer, because
 in Llama's vocabulary a space is part of the word that follows it.
 
     plain    What is the capital of Mexico? Mexico City
@@ -12,15 +12,15 @@ in Llama's vocabulary a space is part of the word that follows it.
     llama2   [INST] What is the capital of Mexico? [/INST] Mexico City
     llama3   <|start_header_id|>user<|end_header_id|>⏎⏎What is the capital of Mexico?<|eot_id|>…⏎⏎Mexico City
 
-A template of your own is a file that holds the text of a pair, with `{question}` and `{answer}` where they belong, and
-`{context}` and `{system}` if there is anything of that kind; `--template my_template.txt` takes it.
+A template of your own is a text file with `{question}` and `{answer}` in it, and with `{context}` and `{system}` if the
+pairs have them: `--template my_template.txt`.
 
-`auto` keeps the template that the questions of a file already carry (`lamini_docs.jsonl` ends each of them in
-"### Answer:"), and takes `plain` where they carry none. See what a model makes of a template it was not trained with:
+`auto` keeps the template that the questions of a file already carry (those of `lamini_docs.jsonl` end in
+"### Answer:"), and takes `plain` where they carry none. See what a model does with a template it was not trained on:
 
     minift generate --model bundled --template qa --prompt "What is the capital of Mexico?"
 
-Read next: `pack.py`.
+Read next: `tokenizer/base.py`.
 """
 
 import re
@@ -30,19 +30,17 @@ from pathlib import Path
 
 from minift.errors import InputError
 
-CARRIED_MARKERS = ("### Answer:", "### Response:")
-
 
 @dataclass(frozen=True)
 class Pair:
-    """One instruction record: what is asked, what should be answered.
+    """An instruction pair: what is asked, and what should be answered.
 
     Attributes:
-        answer: "" where a data set holds a question that nobody answered; such a pair has no target.
-        question: "" where nothing is asked: all of the answer is learned, behind BOS.
-        context: extra text that the question speaks of (Alpaca's `input`), or "".
+        question: "" where nothing is asked: then all of the answer is learned, from BOS on.
+        answer: "" where the data has a question without an answer; such a pair has no target.
+        context: text that the question is about (Alpaca's `input`), or "".
         system: what the model is told before every question, or "".
-        metric: the score that fits the answer, one of METRICS; "" when the record does not say.
+        metric: the score that fits the answer, one of `data.pairs.METRICS`; "" when the record does not say.
         where: `file:line`, for messages.
     """
 
@@ -56,9 +54,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Template:
-    """How a pair becomes text. The strings hold `{question}`, `{context}`, `{answer}`, and `{system}`.
+    """The two texts of a pair, with `{question}`, `{context}`, `{answer}` and `{system}` where its fields go.
 
-    `system` is what stands for `{system}` where the pair has a system prompt: around its text, as the template has it.
+    Attributes:
+        prompt: what the model is given.
+        answer: what it learns, separator included.
+        prompt_with_context: the prompt of a pair that has a context.
+        system: the text that replaces `{system}` in a prompt when the pair has a system prompt.
     """
 
     prompt: str
@@ -67,44 +69,45 @@ class Template:
     system: str = "{system}\n\n"
 
     def format(self, pair: Pair) -> tuple[str, str]:
-        """The (prompt, answer) texts of a pair. Their concatenation is what the model reads.
+        """Return the (prompt, answer) texts of a pair. Their concatenation is what the model reads.
 
         Raises:
-            InputError: for a pair with a context, or a system prompt, that the template has no place for.
+            InputError: for a pair with a context or a system prompt that the template has no place for.
         """
         prompt = self.prompt_with_context if pair.context else self.prompt
         for name in ("context", "system"):
             if getattr(pair, name) and f"{{{name}}}" not in prompt:
                 raise InputError(f"{pair.where or 'a pair'}: has a {name}, and the template no {{{name}}} for it")
         system = _fill(self.system, {"system": pair.system}) if pair.system else ""
-        values = {"question": pair.question, "context": pair.context, "answer": pair.answer, "system": system}
-        return _fill(prompt, values), _fill(self.answer, values)
+        fields = {"question": pair.question, "context": pair.context, "answer": pair.answer, "system": system}
+        return _fill(prompt, fields), _fill(self.answer, fields)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Template":
-        """A template of one's own: the text of a pair, its prompt up to the white space before `{answer}`.
+        """Read a template from a text file. Its prompt ends before the white space in front of `{answer}`.
 
         Raises:
-            InputError: when it cannot be read, or does not hold `{question}` and then `{answer}`, once each.
+            InputError: when the file cannot be read, or does not hold `{question}` and then `{answer}`, once each.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")  # with which editors end a file
+            text = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")  # editors end a file with a line break
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        for name in ("question", "answer", "context", "system"):
+        for name, least in (("question", 1), ("answer", 1), ("context", 0), ("system", 0)):
             count = text.count(f"{{{name}}}")
-            if count > 1 or (count == 0 and name in ("question", "answer")):
-                raise InputError(f"{path}: a template has {{{name}}} {'once' if count else 'in it'}; found {count}")
+            if not least <= count <= 1:
+                allowed = "once" if least else "at most once"
+                raise InputError(f"{path}: a template must hold {{{name}}} {allowed}; found {count}")
         before, answer = text.split("{answer}")
-        prompt = before.rstrip()
         if any(f"{{{name}}}" in answer for name in ("question", "context", "system")):
-            raise InputError(f"{path}: {{answer}} must come last: what stands behind it is learned with it")
+            raise InputError(f"{path}: {{answer}} must come last: everything after it would be learned as well")
+        prompt = before.rstrip()
         return cls(prompt, before[len(prompt) :] + "{answer}" + answer, prompt, system="{system}")
 
 
-def _fill(text: str, values: dict[str, str]) -> str:
-    # One pass, so that braces inside a question stay what they are.
-    return re.sub(r"\{(question|context|answer|system)\}", lambda match: values.get(match[1], match[0]), text)
+def _fill(text: str, fields: dict[str, str]) -> str:
+    # All names in one pass, so that braces inside a question stay what they are.
+    return re.sub(r"\{(question|context|answer|system)\}", lambda match: fields.get(match[1], match[0]), text)
 
 
 _ALPACA = "Below is an instruction that describes a task"
@@ -134,7 +137,7 @@ TEMPLATES = {
         ),
         answer="\n{answer}",
     ),
-    # Source: Touvron et al., "Llama 2" (arXiv 2307.09288); the layout is that of Meta's own code, behind BOS.
+    # Source: Touvron et al., "Llama 2" (arXiv 2307.09288); the layout is that of Meta's own code, after BOS.
     "llama2": Template(
         prompt="[INST] {system}{question} [/INST]",
         prompt_with_context="[INST] {system}{question}\n{context} [/INST]",
@@ -154,10 +157,11 @@ TEMPLATES = {
     ),
 }
 TEXT = Template(prompt="", prompt_with_context="", answer="{answer}")  # nothing is asked: a text to learn
+MARKERS = {"### Answer:": "qa", "### Response:": "alpaca"}  # the end of a prompt, and the template that writes it
 
 
 def template_named(name: str) -> Template:
-    """One of TEMPLATES, TEXT ("text"), or that of a file. Raises InputError when it is none of them."""
+    """Return one of TEMPLATES, TEXT ("text"), or the template in a file. Raise InputError for any other name."""
     if name in TEMPLATES or name == "text":
         return TEMPLATES.get(name, TEXT)
     if Path(name).suffix == ".txt":
@@ -165,15 +169,20 @@ def template_named(name: str) -> Template:
     raise InputError(f"unknown template {name!r}; known: auto, {', '.join(TEMPLATES)}, or a file of your own (.txt)")
 
 
-def templates_for(pair: Pair) -> list[str]:
-    """The templates that a pair may be put into: its own, if its question carries one, or any of the others."""
-    if pair.question.endswith(CARRIED_MARKERS):
-        return ["carried"]
-    return [name for name in TEMPLATES if name != "carried"] if pair.question else ["text"]
+def carried_template(question: str) -> str:
+    """Return the name of the template that a question already carries, by the marker it ends in; "" for none."""
+    return next((name for marker, name in MARKERS.items() if question.endswith(marker)), "")
+
+
+def _natural_template(pair: Pair) -> str:
+    """Return the name of the template that adds nothing to a pair but the separator before its answer."""
+    if not pair.question:
+        return "text"
+    return "carried" if carried_template(pair.question) else "plain"
 
 
 def choose_template(name: str, pairs: Sequence[Pair]) -> str:
-    """The name of the template to use: `name` itself, or for "auto" what the questions call for.
+    """Return the name of the template for all pairs: `name` itself, or for "auto" the one that adds least.
 
     Raises:
         InputError: for an unknown name; when only some of the pairs have a question, or only some of the questions
@@ -181,27 +190,25 @@ def choose_template(name: str, pairs: Sequence[Pair]) -> str:
     """
     if name != "auto":
         template_named(name)
-    texts = [not pair.question for pair in pairs]
-    if any(texts):
-        if not all(texts):
-            raise InputError(f"{pairs[texts.index(True)].where}: has no question, as other pairs have")
+    where = {_natural_template(pair): pair.where for pair in reversed(pairs)}  # … of the first pair of each kind
+    if "text" in where:
+        if len(where) > 1:
+            raise InputError(f"{where['text']}: has no question, as other pairs have; add one, or take the record out")
         if name not in ("auto", "text"):
-            raise InputError(f"{pairs[0].where}: asks nothing that could be put into the template {name} (use auto)")
+            raise InputError(f"{where['text']}: asks nothing that could be put into the template {name} (use auto)")
         return "text"
-    if name == "text":
+    if name == "text" and pairs:
         raise InputError(f"{pairs[0].where}: has a question, which the template text would leave out (use auto)")
-    carrying = [pair.question.endswith(CARRIED_MARKERS) for pair in pairs]
     if name == "auto":
-        if any(carrying) and not all(carrying):
-            odd = pairs[carrying.index(False)]
+        if len(where) > 1:
             raise InputError(
-                f"{odd.where}: does not end in {' or '.join(CARRIED_MARKERS)} as other questions of the file do; "
+                f"{where['plain']}: does not end in {' or '.join(MARKERS)} as other questions of the file do; "
                 "mend it, or choose a --template"
             )
-        return "carried" if any(carrying) else "plain"
-    if name not in ("plain", "carried") and any(carrying):
+        return next(iter(where), "plain")
+    if "carried" in where and name not in ("plain", "carried"):
         raise InputError(
-            f"{pairs[carrying.index(True)].where}: the question already carries a template; "
+            f"{where['carried']}: the question already carries a template; "
             f"--template {name} would put a second one around it (use auto)"
         )
     return name

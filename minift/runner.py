@@ -28,7 +28,7 @@ from minift.config import FINETUNE, TrainConfig
 from minift.data.records import Skipped, scan
 from minift.errors import InputError, RunError
 from minift.generate import Sampling, generate
-from minift.prompts import CARRIED_MARKERS, Pair, Template, template_named
+from minift.prompts import Pair, Template, carried_template, template_named
 from minift.runs import finetune as jobs
 from minift.runs.folder import check_free
 from minift.runs.machine import choose_device
@@ -125,7 +125,7 @@ class BasicModelRunner:
         """Return the complete prompt: the text in the template, as in training."""
         text = text.rstrip()  # in training no prompt ends in a space
         name = self._auto_template if self.prompt_template == "auto" else self.prompt_template
-        if text.endswith(CARRIED_MARKERS):  # the text has its template in it already
+        if carried_template(text):  # the text has its template in it already
             name = "carried"
         return self._template(name).format(Pair(text, answer="", system=self.system_prompt))[0]
 
@@ -220,7 +220,7 @@ class BasicModelRunner:
         self._load(run / "final")
         self._result, self._auto_template = result, result["template"]
         if self._auto_template == "carried":  # the pairs have their template in them: a new question is given the same
-            self._auto_template = "alpaca" if pairs[0].question.endswith("### Response:") else "qa"
+            self._auto_template = carried_template(pairs[0].question) or "carried"
 
     def _write_inputs(self, folder: Path, pairs: list[Pair], template: str) -> tuple[Path, str]:
         """Write what a run reads to a new folder; return the file of pairs and the template's name or file."""

@@ -15,7 +15,7 @@ from minift.data.pairs import FIELDS, find_fields, read_all_pairs, read_pairs
 from minift.data.records import read_records
 from minift.errors import InputError
 from minift.pack import encode_pairs
-from minift.prompts import TEMPLATES, Pair, choose_template, template_named
+from minift.prompts import TEMPLATES, Pair, carried_template, choose_template, template_named
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import write_jsonl
 
@@ -147,10 +147,11 @@ def test_a_template_of_ones_own(tmp_path: Path, text: str, prompt: str, answer: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{question}", "a template has {answer} in it; found 0"),
-        ("{answer}", "a template has {question} in it; found 0"),
-        ("", "a template has {question} in it; found 0"),
-        ("{question}{answer}{answer}", "a template has {answer} once; found 2"),
+        ("{question}", "a template must hold {answer} once; found 0"),
+        ("{answer}", "a template must hold {question} once; found 0"),
+        ("", "a template must hold {question} once; found 0"),
+        ("{question}{answer}{answer}", "a template must hold {answer} once; found 2"),
+        ("{context}{context}{question}{answer}", "a template must hold {context} at most once; found 2"),
         ("{answer} is the answer to {question}", "{answer} must come last"),
     ],
 )
@@ -248,6 +249,26 @@ def test_a_second_template_around_a_carried_one_is_refused(tmp_path: Path, name:
     file = write_jsonl(tmp_path / "x.jsonl", [{"question": CARRIED, "answer": "Apple."}])
     with pytest.raises(InputError, match=rf"^{file}:1: .*--template {name}"):
         choose_template(name, read_pairs(file))
+
+
+@pytest.mark.parametrize(
+    ("question", "name"),
+    [
+        (CARRIED, "qa"),
+        (TEMPLATES["alpaca"].format(Pair("Name a fruit.", "", "It is red."))[0], "alpaca"),
+        ("What does ### Answer: mean?", ""),
+        ("### Answer: ", ""),
+        ("", ""),
+    ],
+)
+def test_the_template_that_a_question_carries_is_known_by_its_end(question: str, name: str) -> None:
+    assert carried_template(question) == name
+
+
+def test_no_pairs_need_no_template() -> None:
+    """As of a file in which no record can be used: what is wrong with them is then the error."""
+    assert choose_template("auto", []) == "plain"
+    assert choose_template("text", []) == "text"
 
 
 def test_an_unknown_template_is_named() -> None:
