@@ -10,6 +10,7 @@ from typing import Any
 
 from minift.cli.parts import (
     MODEL_HELP,
+    TEXT_FIELD_HELP,
     add_command,
     add_device,
     add_plain,
@@ -138,8 +139,7 @@ def add_evaluate(commands: Any) -> None:
     text = "score on these records; the first one tells whether they are pairs, multiple choice, or pages"
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
     add_template(command)
-    text = "find a page's text under this key of its record (default: text)"
-    command.add_argument("--text-field", default="text", metavar="NAME", help=text)
+    command.add_argument("--text-field", metavar="NAME", help=TEXT_FIELD_HELP)
     text = "cut a page into windows of N tokens (default: 256, or the model's positions if they are fewer)"
     command.add_argument("--max-length", type=int, metavar="N", help=text)
     text = "for pairs: list N answers of each kind of mistake (default: 0)"
@@ -150,7 +150,7 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: dict[str, Any]) -> int:
-    from minift.data.pairs import has_pair
+    from minift.data.pairs import is_pair
     from minift.data.records import find_files, read_records
     from minift.data.unpack import STDIN
     from minift.evaluation.choices import has_choices
@@ -163,10 +163,10 @@ def _evaluate(options: dict[str, Any]) -> int:
     first = next(read_records(files[0]), None)
     if first is not None and has_choices(first):
         scores = _evaluate_choices(model, tokenizer, files, options)
-    elif first is not None and not has_pair(first) and options["text_field"] in first.values:
-        scores = _evaluate_pages(model, tokenizer, options)
-    else:
+    elif first is None or is_pair(first, options["text_field"]):
         scores = _evaluate_pairs(model, tokenizer, options)
+    else:
+        scores = _evaluate_pages(model, tokenizer, options)
     write_json(options["json"], scores)
     return 0
 
@@ -190,6 +190,7 @@ def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
 
 
 def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from minift.data.pairs import TEXT_FIELD
     from minift.data.records import Skipped
     from minift.data.stream import DocumentStream
     from minift.evaluation.intervals import score_values
@@ -198,7 +199,8 @@ def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
     positions = model.config.max_position_embeddings
     window = min(256, positions) if options["max_length"] is None else options["max_length"]
     check_number("max_length", window, least=1, below=positions + 1)
-    stream = DocumentStream(options["data"], options["text_field"], epochs=1, skipped=Skipped())
+    text_field = options["text_field"] or TEXT_FIELD
+    stream = DocumentStream(options["data"], text_field, epochs=1, skipped=Skipped())
     found = list(page_likelihoods(model, stream, tokenizer, window))
     scores = {**score_values(likelihood_scores(found)), "n": len(found)}
     print(score_lines(scores))

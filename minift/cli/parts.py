@@ -16,6 +16,10 @@ MODEL_HELP = (
     "a model of any format: a minift, Hugging Face or Meta folder, a llama2.c .bin, an adapter's folder, "
     "a name on Hugging Face's hub whose files are in this machine's cache, or `bundled`, minift's own small base"
 )
+TEXT_FIELD_HELP = (
+    "find a page's text under this key of its record (default: text); if it is given, records that have it are pages, "
+    "even those that hold a pair as well"
+)
 TEMPLATES = "auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt"
 
 

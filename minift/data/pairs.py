@@ -1,4 +1,14 @@
-"""Records to pairs: which fields hold them."""
+"""Records → instruction pairs: the fields under which data sets hold a question and its answer.
+
+    {"question": "…", "answer": "…"}                                    minift's own data, lamini_docs.jsonl
+    {"instruction": "…", "response": "…"}                               Dolly and others
+    {"instruction": "…", "input": "…", "output": "…", "text": "…"}      Alpaca; `input` is the pair's context
+    {"input": "…", "output": "…"}
+    {"text": "…"}                                                       no question: the text is learned as it is
+
+A record that holds a question and an answer is a pair, whatever else it holds: Alpaca's `text` repeats the whole prompt
+and the answer. `is_pair` decides it, once for all commands.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,15 +28,30 @@ TEXT_FIELD = "text"  # of a record without a question: its text is learned from 
 METRICS = ("exact_match", "token_f1")
 
 
-def read_pairs(path: str | Path, skipped: Skipped | None = None) -> list[Pair]:
-    """The instruction pairs of a JSON Lines file, in order.
+def read_all_pairs(sources: Iterable[str | Path], skipped: Skipped | None = None) -> list[Pair]:
+    """Return the pairs of several files, globs or folders, in order.
 
     Args:
         skipped: counts what cannot be used; by default the first such record is raised.
 
     Raises:
-        InputError: for an unreadable file, invalid JSON (`file:line`), a record whose fields are not there or not
-            text, a blank question, as far as `skipped` does not bear it; for a file without records.
+        InputError: as `find_files`, `read_pairs` and `Skipped` do.
+    """
+    skipped = skipped or Skipped(strict=True)
+    pairs = [pair for file in find_files(sources) for pair in read_pairs(file, skipped)]
+    skipped.check()
+    return pairs
+
+
+def read_pairs(path: str | Path, skipped: Skipped | None = None) -> list[Pair]:
+    """Return the instruction pairs of one file, in order.
+
+    Args:
+        skipped: counts what cannot be used; by default the first such record is raised.
+
+    Raises:
+        InputError: for an unreadable file, invalid JSON (`file:line`), a record whose fields are missing or not text, a
+            blank question, unless `skipped` tolerates it; for a file without records.
     """
     skipped = skipped or Skipped(strict=True)
     pairs: list[Pair] = []
@@ -43,9 +68,9 @@ def read_pairs(path: str | Path, skipped: Skipped | None = None) -> list[Pair]:
 
 
 def scan_pairs(items: Iterable[Record | InputError]) -> Iterator[Pair | InputError]:
-    """The pairs of scanned records and, in the places of those that are none, what is wrong with them.
+    """Yield the pairs of scanned records and, in the place of each unusable one, what is wrong with it.
 
-    The first pair's fields are those of all.
+    All pairs must have the fields of the first.
     """
     fields: tuple[str, str] | None = None
     for item in items:
@@ -60,24 +85,24 @@ def scan_pairs(items: Iterable[Record | InputError]) -> Iterator[Pair | InputErr
             yield pair
 
 
-def read_all_pairs(sources: Iterable[str | Path], skipped: Skipped | None = None) -> list[Pair]:
-    """The pairs of several files, globs or folders. Raises what `find_files`, `read_pairs` and `skipped` raise."""
-    skipped = skipped or Skipped(strict=True)
-    pairs = [pair for file in find_files(sources) for pair in read_pairs(file, skipped)]
-    skipped.check()
-    return pairs
+def is_pair(record: Record, text_field: str | None = None) -> bool:
+    """Return True for a record to be read as a pair, False for a page, which only has a text.
 
+    Args:
+        text_field: the key of a page's text, if the user named one: a record that has it is a page, even if it also
+            holds a question and an answer.
 
-def has_pair(record: Record) -> bool:
-    """Whether a record holds a question and an answer under one of the names in FIELDS."""
-    return any(question in record.values and answer in record.values for question, answer in FIELDS)
+    Raises:
+        InputError: with `file:line`, when the record is neither; the message lists its keys.
+    """
+    return text_field not in record.values and find_fields(record)[0] != ""
 
 
 def find_fields(record: Record) -> tuple[str, str]:
-    """The names under which a record holds its question and its answer, from FIELDS; ("", TEXT_FIELD) for a text.
+    """Return the keys of a record's question and answer, the first of FIELDS that fit; ("", TEXT_FIELD) for a text.
 
     Raises:
-        InputError: when it has none of them; the message lists the keys that are there.
+        InputError: with `file:line`, when it has none of them; the message lists its keys.
     """
     for question, answer in FIELDS:
         if question in record.values and answer in record.values:
@@ -89,13 +114,13 @@ def find_fields(record: Record) -> tuple[str, str]:
 
 
 def read_pair(record: Record, fields: tuple[str, str] | None = None) -> tuple[Pair, tuple[str, str]]:
-    """The pair of a record, and the names of the fields in which it stood.
+    """Return the pair of a record, and the keys of its question and answer.
 
     Args:
-        fields: in which it must stand; by default the first of FIELDS that fit.
+        fields: the keys that it must have; by default those that `find_fields` finds.
 
     Raises:
-        InputError: with `file:line`, when a field is not there or not text, or the question is blank.
+        InputError: with `file:line`, when a field is missing or not text, or the question is blank.
     """
     question_field, answer_field = fields or find_fields(record)
 

@@ -1,33 +1,37 @@
-"""What a corpus is like, before it is trained on: how many documents and tokens, how long they are, what is unusable.
+"""A corpus, looked at before training: how many documents and tokens it has, how long they are, what is unusable.
 
 Lengths are counted, not kept: the table of how often each occurs is small however large the corpus is, and medians and
 percentiles read from it are exact.
 
     minift data stats 'data/pages/*.json.gz'
     minift data stats data/pairs.jsonl
-
-Read next: `prompts.py`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from minift.data.pairs import has_pair, scan_pairs
+from minift.data.pairs import TEXT_FIELD, is_pair, scan_pairs
 from minift.data.records import SHOWN, Record, scan
 from minift.errors import InputError, one_line
 from minift.prompts import Pair, Template, choose_template, template_named
 from minift.tokenizer.base import Tokenizer
 
+LOOKED_AT = 100  # records among which the first usable one tells pairs from pages
 BAR = 40  # characters of the histogram's longest bar
 
 
 def survey(
-    files: Sequence[Path], tokenizer: Tokenizer, text_field: str = "text", template: str = "auto"
+    files: Sequence[Path], tokenizer: Tokenizer, text_field: str | None = None, template: str = "auto"
 ) -> dict[str, Any]:
-    """Count the documents of pages, or the pairs of an instruction set (if the first record is a pair).
+    """Count the documents of pages, or the pairs of an instruction set. The first usable record tells which it is.
+
+    Args:
+        text_field: the key of a page's text; None for "text", in records that hold no pair.
+        template: of the pairs.
 
     Returns:
         `kind` ("documents" or "pairs"), how many there are under that name, `malformed` and what is wrong with the
@@ -39,23 +43,23 @@ def survey(
         InputError: when there is no usable record at all, or for an unknown template.
     """
     items = chain.from_iterable(scan(file) for file in files)
-    usable: list[Record] = []
-    faults: list[InputError] = []
-    for item in items:  # up to the first usable record, which tells the kind
-        if isinstance(item, Record):
-            usable.append(item)
-            break
-        faults.append(item)
-    if not usable:
-        raise faults[0] if faults else InputError(f"{files[0]}: holds no records")
-    rest = chain(faults, usable, items)
-    if has_pair(usable[0]) and text_field not in usable[0].values:
-        return _survey_pairs(rest, tokenizer, template)
-    return _survey_pages(rest, tokenizer, text_field)
+    head: list[Record | InputError] = []
+    pairs = False
+    for item in islice(items, LOOKED_AT):
+        head.append(item)
+        with suppress(InputError):
+            if isinstance(item, Record):
+                pairs = is_pair(item, text_field)
+                break
+    if not head:
+        raise InputError(f"{files[0]}: holds no records")
+    if pairs:
+        return _survey_pairs(chain(head, items), tokenizer, template)
+    return _survey_pages(chain(head, items), tokenizer, text_field or TEXT_FIELD)
 
 
 class Lengths:
-    """How often each length occurs."""
+    """A table of how often each length occurs."""
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
@@ -65,7 +69,7 @@ class Lengths:
         self.counts[length] += 1
 
     def summary(self) -> dict[str, float]:
-        """Total, mean, extremes and percentiles (the smallest length that so many do not exceed)."""
+        """Return total, mean, extremes and percentiles (of these, the smallest length that so many do not exceed)."""
         n, total = self.counts.total(), sum(length * count for length, count in self.counts.items())
         return {
             "total": total,
@@ -78,7 +82,7 @@ class Lengths:
         }
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(least, most, how many), in classes whose borders are powers of two."""
+        """Return rows of (least, most, how many), in classes whose borders are powers of two."""
         classes: Counter[int] = Counter()
         for length, count in self.counts.items():
             classes[length.bit_length()] += count
@@ -93,7 +97,7 @@ class Lengths:
         return max(self.counts)
 
 
-def _survey_pages(items: Any, tokenizer: Tokenizer, text_field: str) -> dict[str, Any]:
+def _survey_pages(items: Iterable[Record | InputError], tokenizer: Tokenizer, text_field: str) -> dict[str, Any]:
     characters, tokens, faults = Lengths(), Lengths(), _Faults()
     for item in items:
         try:
@@ -109,7 +113,7 @@ def _survey_pages(items: Any, tokenizer: Tokenizer, text_field: str) -> dict[str
     return _result("documents", faults, columns)
 
 
-def _survey_pairs(items: Any, tokenizer: Tokenizer, template: str) -> dict[str, Any]:
+def _survey_pairs(items: Iterable[Record | InputError], tokenizer: Tokenizer, template: str) -> dict[str, Any]:
     pairs: list[Pair] = []
     faults = _Faults()
     for item in scan_pairs(items):
@@ -118,9 +122,10 @@ def _survey_pairs(items: Any, tokenizer: Tokenizer, template: str) -> dict[str, 
         else:
             pairs.append(item)
     name = choose_template(template, pairs)
+    chosen = template_named(name)
     columns = {key: Lengths() for key in ("characters", "tokens", "prompt_tokens", "answer_tokens")}
     for pair in pairs:
-        _add_pair(columns, pair, template_named(name), tokenizer)
+        _add_pair(columns, pair, chosen, tokenizer)
     return {"template": name, **_result("pairs", faults, columns)}
 
 
@@ -158,7 +163,7 @@ def _result(kind: str, faults: _Faults, columns: dict[str, Lengths]) -> dict[str
 
 
 def survey_text(result: dict[str, Any]) -> str:
-    """A survey as aligned text, with a bar for each class of lengths."""
+    """Return a survey as aligned text, with a bar for each class of lengths."""
     kind = result["kind"]
     keys = ("total", "min", "median", "mean", "p90", "p99", "max")
     lines = [f"{kind:<16}{result[kind]:>16,}", f"{'malformed':<16}{result['malformed']:>16,}"]

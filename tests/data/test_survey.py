@@ -1,4 +1,4 @@
-"""The promise of `data/survey.py` and `data format`: numbers that can be counted again, and files that train the same way.
+"""The promise of `data stats` and `data format`: numbers that can be counted again, and files that train the same way.
 
 Lengths are taken once more with SentencePiece itself, and medians, percentiles and classes with plain Python on all of
 them. A file that `data format` writes is read as finetuning reads it, and must give the very ids of the original.
@@ -178,10 +178,11 @@ def test_the_bundled_data(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.splitlines()[0].split() == ["pairs", f"{count:,}"]
 
 
-def test_pages_that_look_like_pairs_are_pages(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_pages_that_look_like_pairs_are_pages_if_their_field_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     record = {"text": "a page", "question": "what?", "answer": "this"}
-    assert survey([write_jsonl(tmp_path / "x.jsonl", [record])], tokenizer)["kind"] == "documents"
+    assert survey([write_jsonl(tmp_path / "x.jsonl", [record])], tokenizer, text_field="text")["kind"] == "documents"
     assert survey([tmp_path / "x.jsonl"], tokenizer, text_field="body")["kind"] == "pairs"
+    assert survey([tmp_path / "x.jsonl"], tokenizer)["kind"] == "pairs"
 
 
 def test_an_unknown_template_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
