@@ -1,16 +1,14 @@
 """Files → records, one at a time, so that a corpus larger than memory can be read.
 
 A web corpus such as C4 comes as shards of JSON Lines, gzipped: one object a line, with a `text`, a `timestamp` and a
-`url`; The Pile's have a `text` and a `meta`, and are compressed with zstd. Here they are read, and nothing ever holds
-more than one line. Plain text (`.txt`) is one document a file, a long one in several parts; `-` is standard input.
-Instruction pairs may also come as a table (`data/tables.py`).
+`url`. The Pile's objects have a `text` and a `meta`, and its shards are compressed with zstd. Both are read here, and
+no more than one line is held in memory. Plain text (`.txt`) is one document a file, a long one in several parts; `-` is
+standard input. Instruction pairs may also come as a table (`data/tables.py`).
 
-Real corpora have bad lines. `scan` gives each of them out as an error that says where and why, between the records,
-and whoever reads decides: `read_records` raises the first, `Skipped` counts them and bears a few.
+Real corpora have bad lines. Between the records, `scan` yields an error for each of them, with its place and the
+reason. Its callers decide what to do: `read_records` raises the first; `Skipped` counts them and tolerates a few.
 
     minift data peek 'data/pages/*.json.gz' -n 3
-
-Read next: `data/tables.py`.
 """
 
 import codecs
@@ -27,17 +25,17 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from minift.data.tables import array_items, csv_rows
-from minift.data.unpack import STDIN, _readable
+from minift.data.unpack import STDIN, open_unpacked
 from minift.errors import InputError, need, one_line
 
 KINDS = (".jsonl", ".json", ".csv", ".txt")
 SUFFIXES = tuple(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst"))
 MAX_LINE = 2**24  # bytes; a longer line is a fault, or one bad file could take all memory
-TEXT_PART = 2**20  # bytes after which a .txt goes on as another document, behind the end of a line
-BEARABLE = 0.01  # the share of unusable records above which a corpus is refused …
-FEW = 100  # … before its end only if there are more than these, or a bad start would tell too much
-NOT_UNICODE = "not Unicode text: holds half of a surrogate pair"
+TEXT_PART = 2**20  # bytes of a .txt after which the next line begins another document
+MAX_SKIPPED_SHARE = 0.01  # a corpus is refused when a larger share of its records is unusable …
+SKIPPED_BEFORE_CHECK = 100  # … before its end only after more unusable ones than these: a bad start says little
 SHOWN = 5  # faults that are reported one by one; the others are counted
+NOT_UNICODE = "not Unicode text: holds half of a surrogate pair"
 
 # JSON can write half of a UTF-16 pair ("\\ud83d" alone); no text encoding can, and no tokenizer can read it.
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -45,7 +43,13 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Record:
-    """One JSON object of a file (or a text, as `{"text": …}`), and where it began; lines count from 1."""
+    """One JSON object of a file, or a text as `{"text": …}`.
+
+    Attributes:
+        values: the object.
+        file: where it was read.
+        line: the line where it begins, counted from 1.
+    """
 
     values: dict[str, Any]
     file: Path
@@ -57,10 +61,10 @@ class Record:
         return f"{self.file}:{self.line}"
 
     def text(self, field: str) -> str:
-        """The document of a record.
+        """Return the document under the key `field` (that of a plain text file is its text, whatever the key).
 
         Raises:
-            InputError: with `file:line`, when there is no text under `field`, or nothing but white space.
+            InputError: with `file:line`, when there is no text under `field`, or only white space.
         """
         text = self.values.get(field if not is_plain_text(self.file) else "text")
         if not isinstance(text, str):
@@ -70,11 +74,14 @@ class Record:
         return text
 
 
-def find_files(sources: Iterable[str | Path]) -> list[Path]:
-    """The data files that `sources` name: files, globs, and folders (everything in them with a known suffix).
+# Files ----------------------------------------------------------------------------------------------------------------
 
-    The order is that of `sources`, and sorted by name within a glob or a folder, so it does not depend on the disk.
-    `-` is standard input.
+
+def find_files(sources: Iterable[str | Path]) -> list[Path]:
+    """Return the data files that `sources` name: files, globs, and folders (all files in them with a known suffix).
+
+    The order is that of `sources`, and by name within a glob or a folder: it does not depend on the disk. `-` is
+    standard input.
 
     Raises:
         InputError: for a source that names nothing, a file with an unknown suffix, one that needs the `zstd` extra,
@@ -104,12 +111,12 @@ def find_files(sources: Iterable[str | Path]) -> list[Path]:
 
 
 def is_plain_text(file: Path) -> bool:
-    """Whether a file is text, not JSON Lines."""
+    """Return True for a file of text, False for one of records."""
     return file.name.removesuffix(".gz").removesuffix(".zst").endswith(".txt")  # asked for each record: no Path is made
 
 
 def is_table(file: Path) -> bool:
-    """Whether a file is a table of pairs (`data/tables.py`), not a record a line: CSV, or JSON that begins as an array.
+    """Return True for a table of pairs (`data/tables.py`): CSV, or JSON that begins as an array.
 
     Raises:
         InputError: when the file cannot be read.
@@ -122,13 +129,16 @@ def _kind(file: Path) -> str:
 
 
 def _begins_as_array(file: Path) -> bool:
-    with _readable(file, lambda: ":1") as opened:
+    with open_unpacked(file, lambda: ":1") as opened:
         head = opened.read(4_096)
     return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
+# Records --------------------------------------------------------------------------------------------------------------
+
+
 def read_records(path: str | Path) -> Iterator[Record]:
-    """The records of one file in order, in the memory of one line. Blank lines are passed over.
+    """Yield the records of one file in order, in the memory of one line. Blank lines are left out.
 
     Raises:
         InputError: at the first fault that `scan` finds.
@@ -140,34 +150,31 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def scan(path: str | Path) -> Iterator[Record | InputError]:
-    """The records of one file in order and, in the places of those that are none, what is wrong with them.
+    """Yield the records of one file in order and, in the place of each unusable one, what is wrong with it.
 
-    The file may also be a table (`data/tables.py`). Otherwise, a line is faulty that is not a JSON object, not UTF-8 or
-    longer than MAX_LINE; the next one may be good. A fault of the file itself (it cannot be read, its compressed data
-    is damaged) is the last item.
+    A line is faulty when it is not a JSON object, not UTF-8 or longer than MAX_LINE; the next one may be good. The file
+    may also be a table (`data/tables.py`). A fault of the file itself (it cannot be read, its compressed data is
+    damaged) is the last item.
     """
     path = Path(path)
     try:
-        if is_table(path):
-            yield from _scan_table(path)
-            return
+        yield from _scan_table(path) if is_table(path) else _scan_lines(path)
     except InputError as fault:
         yield fault
-        return
-    lines = Lines(path)
-    items = lines.items()
-    while True:
+
+
+def _scan_lines(path: Path) -> Iterator[Record | InputError]:
+    for start, content in Lines(path).items():
         try:
-            start, content = next(items)
-            yield parse(content, lines.path, start)
-        except StopIteration:
-            return
+            record = parse(content, path, start)
         except InputError as fault:
             yield fault
+        else:
+            yield record
 
 
 def _scan_table(path: Path) -> Iterator[Record | InputError]:
-    with _readable(path) as file:
+    with open_unpacked(path) as file:
         for item in (csv_rows if _kind(path) == ".csv" else array_items)(file, str(path)):
             if isinstance(item, InputError):
                 yield item
@@ -183,7 +190,7 @@ class Lines:
     Attributes:
         number: lines read so far.
         checksum: CRC-32 of their bytes, by which a resumed run knows that it reads the same file.
-        failed: whether the file could not be read to its end.
+        failed: True when the file could not be read to its end.
     """
 
     def __init__(self, path: Path):
@@ -193,23 +200,28 @@ class Lines:
         self.failed = False
 
     def items(self) -> Iterator[tuple[int, bytes | None]]:
-        """What becomes a record: (the line where it begins, its bytes), None for a line longer than MAX_LINE.
+        """Yield what becomes a record: (the line where it begins, its bytes), None for a line longer than MAX_LINE.
 
-        Blank lines are left out. Raises InputError with `file:line` when the file cannot be read on.
+        Blank lines are left out.
+
+        Raises:
+            InputError: with `file:line`, when the file cannot be read any further.
         """
         try:
-            with _readable(self.path, lambda: f":{self.number + 1}") as file:
+            with open_unpacked(self.path, lambda: f":{self.number + 1}") as file:
                 yield from self._parts(file) if is_plain_text(self.path) else self._lines(file)
         except InputError:
             self.failed = True
             raise
 
     def _lines(self, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+        """Yield each line that is not blank."""
         for line in self._read(file):
             if line is None or not line.isspace():
                 yield self.number, line
 
     def _parts(self, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+        """Yield a plain text in parts of TEXT_PART bytes and the rest of a line."""
         start, size, part = 1, 0, list[bytes]()
         for line in self._read(file):
             if line is not None:
@@ -225,6 +237,7 @@ class Lines:
             yield start, b"".join(part)
 
     def _read(self, file: BinaryIO) -> Iterator[bytes | None]:
+        """Yield each line, and None for one longer than MAX_LINE. Keep `number` and `checksum` up to date."""
         while line := file.readline(MAX_LINE + 1):
             self.number += 1
             self.checksum = zlib.crc32(line, self.checksum)
@@ -237,7 +250,11 @@ class Lines:
 
 
 def parse(content: bytes | None, file: Path, line: int) -> Record:
-    """The record that begins at `file:line`. Raises InputError, with that place, when it is none."""
+    """Return the record that begins at `file:line`, from what `Lines.items` yields.
+
+    Raises:
+        InputError: with `file:line`, when it is no record.
+    """
     where = f"{file}:{line}"
     if content is None:
         raise InputError(f"{where}: a line longer than {MAX_LINE // 2**20} MiB")
@@ -260,12 +277,15 @@ def parse(content: bytes | None, file: Path, line: int) -> Record:
     return Record(values, file, line)
 
 
+# Records that cannot be used ------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Skipped:
-    """Counts the records that cannot be used, reports the first of them, and ends what is past bearing.
+    """Counts the records that cannot be used, reports the first of them, and raises an error when there are too many.
 
     Attributes:
-        strict: bear none.
+        strict: raise an error at the first.
         quiet: report none.
         records: how many were read, usable or not.
         skipped: how many were not usable.
@@ -279,10 +299,11 @@ class Skipped:
     first: list[str] = field(default_factory=list)
 
     def add(self, fault: InputError, lost: int = 0) -> None:
-        """Count an unusable record, and `lost` more that went with it.
+        """Count an unusable record, and `lost` more that cannot be read because of it.
 
         Raises:
-            InputError: the fault itself if strict; and when more than FEW, and more than 1 % of all, are unusable.
+            InputError: the fault itself if strict; and when too many records are unusable (`check`), as soon as there
+                are more than SKIPPED_BEFORE_CHECK of them.
         """
         self.records += lost
         self.skipped += 1 + lost
@@ -293,15 +314,15 @@ class Skipped:
             raise fault
         if shown and not self.quiet:
             tqdm.write(f"skipped: {self.first[-1]}", file=sys.stderr)
-        if self.skipped > FEW:
+        if self.skipped > SKIPPED_BEFORE_CHECK:
             self.check()
 
     def check(self) -> None:
-        """At the end of a corpus, when all has been counted. Raises InputError above 1 %."""
-        if self.skipped > BEARABLE * self.records:
-            share = f"{self.skipped:,} of {self.records:,} records cannot be used, more than {BEARABLE:.0%}"
+        """Raise InputError when more than MAX_SKIPPED_SHARE of the records are unusable. Call it at a corpus's end."""
+        if self.skipped > MAX_SKIPPED_SHARE * self.records:
+            share = f"{self.skipped:,} of {self.records:,} records cannot be used, more than {MAX_SKIPPED_SHARE:.0%}"
             raise InputError(f"{self.first[0]} ({share})")
 
     def __str__(self) -> str:
-        """The count, and the first faults, each on its line."""
+        """Return the count and the first faults, each on a line of its own."""
         return "\n  ".join((f"{self.skipped:,} of {self.records:,} records skipped:", *self.first))

@@ -1,14 +1,13 @@
-"""Files that are not a record a line, as instruction sets often come: a CSV table, and one JSON array of all records.
+"""Files that do not have a record on each line: a CSV table, and one JSON array of all records.
 
-Alpaca's `alpaca_data.json` is such an array, and a spreadsheet is saved as CSV. Both are read a record at a time, too:
-the array's text is taken in pieces, and an object is handed out as soon as its last brace is there.
+Instruction sets often come so: Alpaca's `alpaca_data.json` is such an array, and a spreadsheet is saved as CSV. Both
+are read one record at a time as well: the text of an array is read in blocks, and an object is yielded as soon as its
+last brace has been read.
 
-A line of JSON that is broken says nothing about the next line; a broken array has no next line. So a fault in its text
-is the last that is read of it. A CSV row with a value too few or too many leaves the next row as it is.
+A broken line of JSON Lines says nothing about the next line. A broken array has no next line: a fault in its text ends
+the reading. A CSV row with a value too few or too many leaves the next row as it is.
 
     minift data peek pairs.csv
-
-Read next: `data/stream.py`.
 """
 
 import codecs
@@ -28,13 +27,13 @@ _SPACE = re.compile("[ \\t\\r\\n]*")
 
 
 def csv_rows(file: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, Any]] | InputError]:
-    """The rows of a CSV file under a row of names (RFC 4180), each with the line where it begins.
+    """Yield the rows of a CSV file whose first row names the columns (RFC 4180), each with the line where it begins.
 
-    Rows that are none come as an InputError in their places.
+    A faulty row is yielded as an InputError in its place.
 
     Raises:
-        InputError: with `name:line`, when the file cannot be read on: it has no usable names, is not UTF-8, or a
-            quotation mark is never closed.
+        InputError: with `name:line`, when the file cannot be read any further: it has no usable names, is not UTF-8, or
+            a quotation mark is never closed.
     """
     rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
     names: list[str] | None = None
@@ -61,10 +60,10 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, Any]] |
 
 
 def array_items(file: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON array, each with the line where it begins, in the memory of one of them.
+    """Yield the objects of a JSON array, each with the line where it begins, in the memory of one of them.
 
     Raises:
-        InputError: with `name:line`, where the text stops being that of an array of objects.
+        InputError: with `name:line`, where the text stops being an array of objects.
     """
     text = _Text(file, name)
     text.take("[")
@@ -77,75 +76,75 @@ def array_items(file: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, Any]
                 text.take("]")
                 break
             text.take(",")
-            text.peek()  # to where the next one begins
+            text.peek()  # moves to where the next object begins
     if text.peek():
         raise InputError(f"{name}:{text.line}: not valid JSON: something follows the array")
 
 
 class _Text:
-    """The text of a file from a place in it on, of which no more is held than is needed.
+    """A position in the text of a file, which is read in blocks; what lies before the position is dropped.
 
     Attributes:
-        line: where the place is; lines count from 1.
+        line: the line of the position, counted from 1.
     """
 
     def __init__(self, file: BinaryIO, name: str):
         self.line = 1
         self._file, self._name = file, name
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._held, self._at = "", 0  # the place in it
+        self._block, self._at = "", 0  # text that has been read, and the position in it
         self._ended = False
 
     def peek(self) -> str:
-        """The next character that is not white space, where the place is moved to; "" at the end."""
+        """Move to the next character that is not white space, and return it; "" at the end."""
         while True:
-            space = _SPACE.match(self._held, self._at)
+            space = _SPACE.match(self._block, self._at)
             assert space is not None  # it may be empty
             self._move(space.end())
-            if self._at < len(self._held) or self._ended:
-                return self._held[self._at : self._at + 1]
+            if self._at < len(self._block) or self._ended:
+                return self._block[self._at : self._at + 1]
             self._read(BLOCK)
 
-    def take(self, wanted: str) -> None:
-        """Move behind `wanted`, which must come next."""
+    def take(self, character: str) -> None:
+        """Move past `character`, which must come next."""
         found = self.peek()
-        if found != wanted:
+        if found != character:
             raise self._fault(
-                f"{wanted!r} expected, {found!r} found" if found else f"ends where {wanted!r} is expected"
+                f"{character!r} expected, {found!r} found" if found else f"ends where {character!r} is expected"
             )
         self._move(self._at + 1)
 
     def take_object(self) -> dict[str, Any]:
-        """The object that begins here. The place is moved behind it."""
+        """Move past the object that must come next, and return it."""
         if (found := self.peek()) != "{":
             raise self._fault(f"an object expected, {found!r} found" if found else "ends where an object is expected")
         while True:
             try:
-                values, end = _DECODER.raw_decode(self._held, self._at)
+                values, end = _DECODER.raw_decode(self._block, self._at)
             except RecursionError:
                 raise self._fault("nested too deeply") from None
             except ValueError as error:
-                # Cut off, or wrong? More of the text will tell. Twice as much each time, or long objects would take
-                # time in the square of their length.
-                held = len(self._held) - self._at
+                # Either the object is wrong, or its end has not been read yet: more text will tell. Twice as much is
+                # read each time; with blocks of one size, a long object would take time in the square of its length.
+                length = len(self._block) - self._at
                 if self._ended:
                     raise self._fault(getattr(error, "msg", str(error))) from None
-                if held > LONGEST:
+                if length > LONGEST:
                     raise self._fault(f"not an object within {LONGEST:,} characters") from None
-                self._read(max(BLOCK, held))
+                self._read(max(BLOCK, length))
             else:
                 self._move(end)
                 return values
 
-    def _move(self, place: int) -> None:
-        self.line += self._held.count("\n", self._at, place)
-        self._at = place
+    def _move(self, position: int) -> None:
+        self.line += self._block.count("\n", self._at, position)
+        self._at = position
 
     def _read(self, nbytes: int) -> None:
         block = self._file.read(nbytes)
         self._ended = not block
         try:
-            self._held = self._held[self._at :] + self._decoder.decode(block, final=self._ended)
+            self._block = self._block[self._at :] + self._decoder.decode(block, final=self._ended)
         except UnicodeDecodeError:
             raise InputError(f"{self._name}:{self.line}: not UTF-8 text") from None
         self._at = 0

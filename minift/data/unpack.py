@@ -1,4 +1,10 @@
-"""Files, packed or not, as bytes."""
+"""A file → its bytes, unpacked where its name ends in .gz or .zst. `-` is standard input.
+
+Nothing is unpacked further than it is read, so a small file that unpacks to a very large one takes no memory. Damaged
+data and data that ends too early raise an error: a corpus is never cut short in silence.
+
+Source: RFC 1952 (gzip), RFC 8878 (zstd).
+"""
 
 import gzip
 import io
@@ -12,12 +18,20 @@ from typing import Any, BinaryIO, cast
 from minift.errors import InputError, need
 
 STDIN = Path("-")
+_GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of such data
 _ZSTD_BLOCK = 2**11  # bytes that are unpacked at once: few, because a hostile file may hold 16,000 times as many
 
 
 @contextmanager
-def _readable(path: Path, place: Callable[[], str] = lambda: "") -> Iterator[BinaryIO]:
-    """The unpacked bytes of a file. Raises InputError, with the place where we are, when they cannot be had."""
+def open_unpacked(path: Path, place: Callable[[], str] = lambda: "") -> Iterator[BinaryIO]:
+    """Open a file for reading its unpacked bytes.
+
+    Args:
+        place: returns the place reached so far (":12"), for messages.
+
+    Raises:
+        InputError: when the file cannot be read, or its compressed data is damaged.
+    """
     try:
         with _open(path) as file:
             yield file
@@ -37,18 +51,18 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _open_stdin() -> BinaryIO:
-    """Standard input, unpacked if its first bytes are those of gzip or zstd: there is no name that says it."""
+    """Open standard input, and unpack it if its first bytes are those of gzip or zstd: it has no name to tell."""
     if sys.stdin is None or sys.stdin.buffer.closed:
         raise InputError("-: standard input is closed, or was read already")
-    head = sys.stdin.buffer.read(4)
+    head = sys.stdin.buffer.read(len(_ZSTD_MAGIC))
     file = cast(BinaryIO, io.BufferedReader(_Rejoined(head, cast(io.BufferedReader, sys.stdin.buffer))))
-    if head[:2] == b"\x1f\x8b":
+    if head.startswith(_GZIP_MAGIC):
         return cast(BinaryIO, gzip.open(file, "rb"))
-    return _unpack_zstd(file, "standard input") if head == b"\x28\xb5\x2f\xfd" else file
+    return _unpack_zstd(file, "standard input") if head == _ZSTD_MAGIC else file
 
 
 class _Rejoined(io.RawIOBase):
-    """The first bytes of a stream, which were looked at, and then the rest."""
+    """The first bytes of a stream, which were read to look at them, and then the rest."""
 
     def __init__(self, head: bytes, rest: io.BufferedReader):
         self._head = head
@@ -58,7 +72,7 @@ class _Rejoined(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        found = self._head or self._rest.read1(len(buffer))  # what is there: a pipe may give more only much later
+        found = self._head or self._rest.read1(len(buffer))  # no more than is there: a pipe may be slow to give more
         count = min(len(buffer), len(found))
         buffer[:count], self._head = found[:count], found[count:]
         return count
@@ -68,8 +82,8 @@ class _Rejoined(io.RawIOBase):
         super().close()
 
 
-def _unpack_zstd(file: BinaryIO, what: str) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_Zstd(file, what), 2**16))
+def _unpack_zstd(file: BinaryIO, name: str) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_Zstd(file, name), 2**16))
 
 
 class _DamagedError(Exception):
@@ -77,12 +91,15 @@ class _DamagedError(Exception):
 
 
 class _Zstd(io.RawIOBase):
-    """The bytes of zstd frames. (The package's own reader takes a file that was cut off for one that ends there.)"""
+    """The unpacked bytes of zstd frames.
 
-    def __init__(self, file: BinaryIO, what: str):
-        self._package = need("zstandard", "zstd", what)
+    (The zstandard package has a reader, too, but it takes a file that was cut off for one that ends there.)
+    """
+
+    def __init__(self, file: BinaryIO, name: str):
+        self._zstandard = need("zstandard", "zstd", name)
         self._file = file
-        self._frame: Any = None  # unpacks the frame in which we are, if we are in one
+        self._frame: Any = None  # unpacks the current frame; None between two frames
         self._packed = b""
         self._unpacked = memoryview(b"")
 
@@ -104,10 +121,10 @@ class _Zstd(io.RawIOBase):
 
     def _unpack(self) -> None:
         if self._frame is None:
-            self._frame = self._package.ZstdDecompressor().decompressobj()
+            self._frame = self._zstandard.ZstdDecompressor().decompressobj()
         try:
             self._unpacked = memoryview(self._frame.decompress(self._packed))
-        except self._package.ZstdError as error:
+        except self._zstandard.ZstdError as error:
             raise _DamagedError(error) from None
         self._packed = b""
         if self._frame.eof:

@@ -23,7 +23,7 @@ import pytest
 
 from minift.cli import main
 from minift.data.pairs import read_all_pairs
-from minift.data.records import FEW, MAX_LINE, SHOWN, TEXT_PART, Skipped, read_records, scan
+from minift.data.records import MAX_LINE, SHOWN, SKIPPED_BEFORE_CHECK, TEXT_PART, Skipped, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.tokenizer.base import Tokenizer
@@ -150,7 +150,7 @@ def refused_after(bad: Sequence[bool]) -> int | None:
     count = 0
     for read, is_bad in enumerate(bad, 1):
         count += is_bad
-        if is_bad and count > FEW and 100 * count > read:
+        if is_bad and count > SKIPPED_BEFORE_CHECK and 100 * count > read:
             return read
     return len(bad) if 100 * count > len(bad) else None
 
@@ -163,7 +163,7 @@ def cases() -> dict[str, list[bool]]:
 
     cases = {f"{bad} of {n}": spread(n, bad) for n, bad in ((100, 1), (99, 1), (200, 2), (199, 2), (1, 1), (700, 7))}
     cases |= {f"{bad} of {n}": spread(n, bad) for n, bad in ((1100, 11), (1099, 11), (10_100, 101), (10_099, 101))}
-    few = [True] * FEW
+    few = [True] * SKIPPED_BEFORE_CHECK
     cases["few at the beginning"] = few + [False] * 9_900
     cases["few at the beginning, too many"] = few + [False] * 9_899
     cases["more at the beginning"] = [True, *few] + [False] * 11_000
@@ -178,7 +178,7 @@ CASES = cases()
 
 def test_the_cases_are_not_all_alike() -> None:
     ends = {name: refused_after(bad) for name, bad in CASES.items()}
-    assert ends["more at the beginning"] == FEW + 1
+    assert ends["more at the beginning"] == SKIPPED_BEFORE_CHECK + 1
     assert ends["few at the beginning"] is None
     assert ends["1 of 100"] is None
     assert ends["1 of 99"] == 99
@@ -486,7 +486,7 @@ def test_noise_ends_in_documents_or_a_named_refusal(tmp_path: Path) -> None:
 @pytest.fixture
 def spoiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Four small files with 5 unusable records: at both ends and between, and one file cut off. More is borne here."""
-    monkeypatch.setattr("minift.data.records.BEARABLE", 0.5)
+    monkeypatch.setattr("minift.data.records.MAX_SKIPPED_SHARE", 0.5)
     rng = random.Random(9)
     a = write_jsonl(tmp_path / "a.jsonl", [BAD, *texts(*range(10)), b"", b'{"text": ""}', *texts(*range(10, 15))])
     b = write_jsonl(tmp_path / "b.jsonl.zst", [*texts(*range(20, 35)), b"\xff"])

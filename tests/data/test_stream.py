@@ -1,4 +1,4 @@
-"""The promise of `data/stream.py`: every document of a corpus, once an epoch, in order, from any point on, in little memory.
+"""The promise of `data/stream.py`: every document of a corpus once an epoch, in order, from any point on.
 
 Files are written here, in every form that is known, and read back; a resumed stream is compared with one that was
 never stopped, at every document; an endless file shows that nothing is read that is not asked for. Standard input is
