@@ -57,7 +57,7 @@ class Record:
 
     @property
     def where(self) -> str:
-        """`file:line`, for messages."""
+        """Return `file:line`, for messages."""
         return f"{self.file}:{self.line}"
 
     def text(self, field: str) -> str:

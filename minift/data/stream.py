@@ -1,6 +1,6 @@
 """Records → documents in the order of a training run: shuffled, epoch after epoch, from any point on.
 
-A corpus does not fit into memory, so it cannot be shuffled as a whole. Two measures together come close to it and need
+A corpus does not fit into memory, so it cannot be shuffled at once. Two measures together come close to it and need
 little memory: several shards, drawn at random, are read at the same time; and what is read goes into a buffer of some
 thousand documents, from which the next one is drawn. (So a document comes earlier than in its file by no more than the
 buffer's length, and later by about as much on average.) Every epoch draws anew. The order depends on the seed and the
@@ -106,7 +106,7 @@ class DocumentStream:
             self._start_epoch()
 
     def _draw(self) -> str | None:
-        """Fill the buffer and take a document out of it. None at the end of an epoch, when it stays empty."""
+        """Fill the buffer and take a document out of it. Return None at the end of an epoch, when it stays empty."""
         size = max(1, self.shuffle_buffer)
         while len(self._texts) < size and self._characters < BUFFER_CHARACTERS and self._read():
             pass
@@ -261,7 +261,7 @@ class _Shard:
 
     @property
     def position(self) -> tuple[int, int, int, int]:
-        """(index of the file, records found in it, lines read, their checksum)."""
+        """Return (index of the file, records found in it, lines read, their checksum)."""
         return self.index, self.records, self.lines.number, self.lines.checksum
 
     def read_again(self, number: int, documents: dict[int, int], text_field: str) -> dict[tuple[int, int], str]:
