@@ -6,10 +6,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minift.cli.parts import MODEL_HELP, TEXT_FIELD_HELP, add_command, write_json
+from minift.cli.parts import MODEL_HELP, TEMPLATES, TEXT_FIELD_HELP, add_command, add_template, write_json
 from minift.errors import InputError, RunError, one_line
 from minift.look.report import shorten
-from minift.storage.names import model_path
 from minift.values import check_number
 
 if TYPE_CHECKING:
@@ -18,18 +17,31 @@ if TYPE_CHECKING:
 PAGES_HELP = "files, globs or folders of JSON Lines or text, compressed or not; - for standard input"
 
 
+# Tokenizers -----------------------------------------------------------------------------------------------------------
+
+TRAIN_MORE = """\
+example:
+  minift tokenizer train --data 'data/pages/*.json.gz' --vocab-size 2048 --out tokenizer.model"""
+
+SHOW_MORE = """\
+example:
+  minift tokenizer show "What is the capital of Mexico?\""""
+
+
 def add_tokenizer(commands: Any) -> None:
     """Add `minift tokenizer train|show`."""
     parser = commands.add_parser("tokenizer", help="train a tokenizer, or show how one cuts a text")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    train = add_command(verbs, "train", _tokenizer_train, "train a BPE vocabulary on pages")
-    train.add_argument("--data", nargs="+", required=True, metavar="GLOB", help=PAGES_HELP)
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces of the vocabulary")
-    train.add_argument("--text-field", default="text", metavar="NAME", help="key of a page's text (text)")
-    train.add_argument("--out", required=True, metavar="FILE", help="where to write the tokenizer.model")
-    show = add_command(verbs, "show", _tokenizer_show, "show the pieces and ids of a text")
-    show.add_argument("text", metavar="TEXT", help="the text to encode")
-    show.add_argument("--model", default="bundled", metavar="DIR|FILE", help=f"{MODEL_HELP}, or a tokenizer.model")
+    train = add_command(verbs, "train", _tokenizer_train, "train a BPE vocabulary on pages", TRAIN_MORE)
+    train.add_argument("--data", nargs="+", required=True, metavar="GLOB", help=f"train on these pages: {PAGES_HELP}")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="make a vocabulary of N pieces")
+    text = "find a page's text under this key of its record (default: text)"
+    train.add_argument("--text-field", default="text", metavar="NAME", help=text)
+    train.add_argument("--out", required=True, metavar="FILE", help="write the tokenizer.model to FILE")
+    show = add_command(verbs, "show", _tokenizer_show, "show the pieces and ids of a text", SHOW_MORE)
+    show.add_argument("text", metavar="TEXT", help="encode this text")
+    text = f"use the tokenizer of this model, or this tokenizer's file (default: bundled): {MODEL_HELP}"
+    show.add_argument("--model", default="bundled", metavar="DIR|FILE", help=text)
 
 
 def _tokenizer_train(options: dict[str, Any]) -> int:
@@ -54,7 +66,7 @@ def _tokenizer_train(options: dict[str, Any]) -> int:
 def _tokenizer_show(options: dict[str, Any]) -> int:
     from minift.tokenizer.load import load_tokenizer
 
-    tokenizer = load_tokenizer(model_path(options["model"]))
+    tokenizer = load_tokenizer(options["model"])
     ids = tokenizer.encode(options["text"])
     for id, piece in zip(ids, tokenizer.pieces(ids), strict=True):
         print(f"{id:>6}  {piece}")
@@ -62,30 +74,50 @@ def _tokenizer_show(options: dict[str, Any]) -> int:
     return 0
 
 
+# Data -----------------------------------------------------------------------------------------------------------------
+
+PEEK_MORE = """\
+example:
+  minift data peek 'data/pages/*.json.gz' -n 3"""
+
+STATS_MORE = """\
+The first usable record tells whether the data are instruction pairs or pages.
+
+examples:
+  minift data stats 'data/pages/*.json.gz'
+  minift data stats data/pairs.jsonl --template qa"""
+
+FORMAT_MORE = """\
+examples:
+  minift data format data/pairs.jsonl
+  minift data format data/pairs.jsonl --template qa --out pairs-qa.jsonl"""
+
+
 def add_data(commands: Any) -> None:
     """Add `minift data peek|stats|format`."""
     parser = commands.add_parser("data", help="look at data: its first records, its lengths, its pairs as text")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    peek = add_command(verbs, "peek", _peek, "print the first records of a corpus of any size, at once")
+    peek = add_command(verbs, "peek", _peek, "print the first records of a corpus of any size", PEEK_MORE)
     peek.add_argument("data", nargs="+", metavar="GLOB", help=PAGES_HELP)
-    peek.add_argument("-n", type=int, default=5, metavar="N", help="records to show (5)")
+    peek.add_argument("-n", type=int, default=5, metavar="N", help="print N records (default: 5)")
     peek.add_argument("--full", action="store_true", help="do not shorten long texts")
 
-    stats = add_command(verbs, "stats", _stats, "count documents or pairs, their tokens, and what cannot be used")
+    text = "count documents or pairs, their tokens, and the records that cannot be used"
+    stats = add_command(verbs, "stats", _stats, text, STATS_MORE)
     stats.add_argument("data", nargs="+", metavar="GLOB", help=PAGES_HELP)
-    stats.add_argument(
-        "--tokenizer", default="bundled", metavar="DIR|FILE", help="count its tokens (bundled)"
-    )
+    text = "count the tokens of this tokenizer: a model, or a tokenizer's file (default: bundled)"
+    stats.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help=text)
     stats.add_argument("--text-field", metavar="NAME", help=TEXT_FIELD_HELP)
-    stats.add_argument("--template", default="auto", metavar="NAME", help="the template of pairs (auto)")
+    add_template(stats)
     stats.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
 
     text = "print instruction pairs in each template, or write them as JSON Lines"
-    formats = add_command(verbs, "format", _format, text)
-    formats.add_argument("data", nargs="+", metavar="FILE", help="instruction pairs")
-    formats.add_argument("-n", type=int, default=1, metavar="N", help="pairs to show (1)")
-    formats.add_argument("--template", metavar="NAME", help="use only this one (all that fit; needed with --out)")
+    formats = add_command(verbs, "format", _format, text, FORMAT_MORE)
+    formats.add_argument("data", nargs="+", metavar="FILE", help="read these instruction pairs")
+    formats.add_argument("-n", type=int, default=1, metavar="N", help="print N pairs (default: 1)")
+    text = f"use only this template: {TEMPLATES} (default: all that fit; required with --out)"
+    formats.add_argument("--template", metavar="NAME", help=text)
     formats.add_argument("--out", metavar="FILE", help="write all pairs to FILE, as question and answer")
     formats.add_argument("--as-text", action="store_true", help="write each pair as one text, as a page is")
 
@@ -113,7 +145,7 @@ def _stats(options: dict[str, Any]) -> int:
     from minift.tokenizer.load import load_tokenizer
 
     files = find_files(options["data"])
-    tokenizer = load_tokenizer(model_path(options["tokenizer"]))
+    tokenizer = load_tokenizer(options["tokenizer"])
     result = survey(files, tokenizer, options["text_field"], options["template"])
     print(survey_text(result))
     write_json(options["json"], result)
@@ -123,7 +155,7 @@ def _stats(options: dict[str, Any]) -> int:
 def _format(options: dict[str, Any]) -> int:
     from minift.data.pairs import read_all_pairs
     from minift.data.records import Skipped
-    from minift.prompts import TEMPLATES, choose_template
+    from minift.prompts import choose_template
     from minift.storage.atomic import write_file
 
     check_number("-n", options["n"], least=1)
@@ -136,7 +168,7 @@ def _format(options: dict[str, Any]) -> int:
             _print_pair(pair, template)
         return 0
     if template is None:
-        raise InputError(f"--out needs a --template: {', '.join(TEMPLATES)} or auto")
+        raise InputError(f"--out needs a --template: {TEMPLATES}")
     name = choose_template(template, pairs)
     lines = _formatted(pairs, name, options["as_text"])
     try:
@@ -149,13 +181,13 @@ def _format(options: dict[str, Any]) -> int:
 
 def _print_pair(pair: "Pair", template: str | None) -> None:
     """Print a pair in one template, or in all that fit it."""
-    from minift.prompts import TEMPLATES, choose_template, template_named
+    from minift import prompts
 
-    names = [choose_template(template or "auto", [pair])]
+    names = [prompts.choose_template(template or "auto", [pair])]
     if template is None and names == ["plain"]:  # it has a question, and the question carries no template
-        names = [name for name in TEMPLATES if name != "carried"]
+        names = [name for name in prompts.TEMPLATES if name != "carried"]
     for name in names:
-        prompt, answer = template_named(name).format(pair)
+        prompt, answer = prompts.template_named(name).format(pair)
         print(f"--- {one_line(pair.where)}, {name}: the prompt, then what is learned\n{prompt}[{answer}]")
 
 
