@@ -248,7 +248,7 @@ def _convert(options: dict[str, Any]) -> int:
     name, out = options["dtype"], options["destination"]
     if name is not None and name not in FILE_DTYPES:
         raise InputError(f"--dtype is {name!r}; choose from {', '.join(FILE_DTYPES)}")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up on a kill as on Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up on a kill as on Ctrl-C
     try:
         result = convert(
             options["source"],

@@ -1,9 +1,9 @@
 """A checkpoint of one format written as another, one tensor at a time.
 
-Converting is reading and writing: `open.py` opens what there is and gives each tensor under minift's name and in
-minift's layout, and the writer of the other format asks for one after the other. So only a few tensors are in memory,
-whatever the model's size, and any two formats go together. The weights' bits are kept, unless a dtype is asked for; an
-adapter is merged into its base.
+Converting is reading and writing: `open.py` opens the source and gives each tensor under minift's name and in minift's
+layout, and the writer of the other format asks for one after the other. So only a few tensors are in memory, whatever
+the model's size, and any two formats go together. The weights' bits are kept, unless a dtype is asked for; an adapter
+is merged into its base.
 
     minift convert bundled my-model --to hf
 
@@ -123,12 +123,11 @@ def convert(
             then = _tokenizer_of_file(destination.parent, save_rest)
             write_file(destination, lambda file: write_llama2c(file, opened.config, read, version), then)
         else:
-            write: Callable[..., None] = {"native": write_native, "hf": write_huggingface, "meta": write_meta}[to]
-            options = {"shards": shards} if to == "meta" else {}
+            writers = {"native": write_native, "hf": write_huggingface, "meta": partial(write_meta, shards=shards)}
 
             def fill(folder: Path) -> None:
                 save_rest(folder)
-                write(folder, opened.config, specs, read, **options)
+                writers[to](folder, opened.config, specs, read)
 
             write_folder(destination, fill)
     if to == "meta":

@@ -1,15 +1,13 @@
-"""Files of named tensors: read lazily, written one tensor at a time, whatever their size.
+"""Files of named tensors: read when they are asked for, written one tensor at a time, whatever their size.
 
-Two containers matter: PyTorch's (`pt_file.py`) and Hugging Face's (`safetensors_file.py`).
+There are two kinds of such files, PyTorch's (`pt_file.py`) and Hugging Face's (`safetensors_file.py`).
 
-*Reading.* Both are mapped into memory, so a tensor costs nothing until its bytes are looked at. What has been looked at
-stays resident as long as the mapping lives; so a file can be let go and mapped anew after every `WINDOW` bytes, and a
-model larger than memory can go through tensor by tensor.
+*Reading.* Both are mapped into memory, so a tensor costs nothing until its bytes are used. Bytes that were used stay in
+memory as long as the mapping is there. So a mapping is released, and made anew, after every `WINDOW` bytes: a model
+larger than memory can be read tensor by tensor.
 
-*Writing.* `torch.save` and `safetensors` want all tensors at once. The writers here want to know only their names,
-dtypes and shapes, and then ask for one after the other.
-
-Read next: `pt_file.py`.
+*Writing.* `torch.save` and `safetensors` take all tensors at once. The writers here take only their names, dtypes and
+shapes, and then ask for one after the other.
 """
 
 import math
@@ -26,24 +24,24 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a tensor before its bytes are."""
+    """A tensor's dtype and shape, which are known before its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def numel(self) -> int:
-        """The number of its elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Bytes of all elements."""
         return self.dtype.itemsize * self.numel
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name without `torch.`, as configs and people write it: "bfloat16"."""
+    """Return a dtype's name without `torch.`, as configs have it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -56,43 +54,43 @@ class TensorFile:
 
     Attributes:
         path: the file.
-        specs: of every tensor in it.
-        bytes_read: through the present mapping.
+        specs: dtype and shape of every tensor.
+        bytes_read: bytes of the tensors that were read since the file was last mapped.
     """
 
     def __init__(self, path: Path, open_file: Callable[[Path], Mapping[str, Tensor]]):
         self.path = path
         self._open_file = open_file
         self._tensors: Mapping[str, Tensor] | None = open_file(path)
-        self._kept: Mapping[str, Tensor] | None = None
+        self._viewed: Mapping[str, Tensor] | None = None
         self.bytes_read = 0
         self.specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """The tensor, as a view of the mapped file. It may be written to; the file stays as it is."""
+        """Return a tensor as a view of the mapped file. Writing to it does not change the file."""
         if self._tensors is None:
             self._tensors = self._open_file(self.path)
         self.bytes_read += self.specs[name].nbytes
         return self._tensors[name]
 
     def view(self, name: str) -> Tensor:
-        """As `read`, but from a mapping of its own, which is kept: nothing of it is resident until it is looked at."""
-        if self._kept is None:
-            self._kept = self._open_file(self.path)
-        return self._kept[name]
+        """Return a tensor as `read` does, from a second mapping, which is kept: its bytes are not in memory yet."""
+        if self._viewed is None:
+            self._viewed = self._open_file(self.path)
+        return self._viewed[name]
 
     def release(self) -> None:
-        """Let go of the mapping. Tensors in use keep theirs; the next one that is read maps the file anew."""
+        """Release the mapping. Tensors in use keep it; the next `read` maps the file anew."""
         self._tensors, self.bytes_read = None, 0
 
 
 def checked_bytes(name: str, spec: Spec, read: Read) -> memoryview:
-    """The bytes of a tensor that is asked for by name, which must be what was announced."""
+    """Return the bytes of the tensor that `read` gives for a name, which must have the dtype and shape of its spec."""
     tensor = read(name)
-    assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), name  # or the header would lie
+    assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), name  # or the file's header would be wrong
     return tensor_bytes(tensor)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor as they lie in memory: little-endian, row after row."""
+    """Return the bytes of a tensor as they are in memory: little-endian, row after row."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

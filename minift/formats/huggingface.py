@@ -1,13 +1,13 @@
 """Hugging Face's folder: `config.json` and the weights, in one file or in shards with an index.
 
-The names are minift's own with `model.` in front (but for `lm_head`), and the layout is the same, so the weights are
-used as they lie. The work is in the config. Its keys fall into four groups: those that are a field of `LlamaConfig`,
-those that must have a certain value because the model implements nothing else, those known to make no difference here,
-and the rest. `transformers` ignores the rest, so they are ignored here too, but noted; one that differs from a known
-key by a letter or two is refused, because it is a misspelling.
+The names are minift's own with `model.` in front (but for `lm_head`), and the layout is the same, so the weights can
+be mapped from the file. The work is in the config. Its keys fall into four groups: those that are a field of
+`LlamaConfig`, those that must have a certain value because the model implements nothing else, those known to make no
+difference here, and the rest. `transformers` ignores the rest, so they are ignored here too, but noted; one that
+differs from a known key by a letter or two is refused, because it is a misspelling.
 
 `transformers` 4 writes `rope_theta` and `rope_scaling`, 5 writes both as `rope_parameters`; both are read. What is
-written has version 4's keys, which version 5 understands.
+written has version 4's keys, which version 5 reads.
 """
 
 import difflib
@@ -37,7 +37,7 @@ _WEIGHTS = (
 )
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What older files leave out, and the value that `transformers` then takes.
+# Keys that older files leave out, with the values that `transformers` then takes.
 _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 2_048,
     "rms_norm_eps": 1e-6,
@@ -47,7 +47,7 @@ _DEFAULTS: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-# What the model implements; another value means another model.
+# Keys with the values that the model implements; another value means another model.
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -82,17 +82,17 @@ _NO_DIFFERENCE = {
 
 
 def table(config: LlamaConfig) -> dict[str, str]:
-    """minift's name → Hugging Face's, for every tensor of a model."""
+    """Return Hugging Face's name of every tensor of a model, by minift's."""
     return {name: name if name == "lm_head.weight" else f"model.{name}" for name in parameter_shapes(config)}
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights in one of Hugging Face's ways."""
+    """Return True for a folder with weights in a file that Hugging Face's tools look for."""
     return any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def open_huggingface(folder: Path) -> Opened:
-    """A Hugging Face folder.
+    """Open a Hugging Face folder.
 
     Raises:
         InputError: for a model that minift does not implement, with the key; for a damaged or incomplete file, with
@@ -103,7 +103,7 @@ def open_huggingface(folder: Path) -> Opened:
     holders = _holders(folder)
     names = table(config)
     tied_head = config.tie_word_embeddings and "lm_head.weight" in holders
-    # Written by early versions, and computed here.
+    # RoPE's frequencies, written by early versions; here they are computed.
     ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_hidden_layers)}
     paths = {file.path for file in holders.values()}
     where = folder if len(paths) > 1 else paths.pop()
@@ -118,7 +118,7 @@ def open_huggingface(folder: Path) -> Opened:
 
 
 def _holders(folder: Path) -> dict[str, TensorFile]:
-    """For every tensor's name, the file that holds it."""
+    """Return, for the name of every tensor, the file that holds it."""
     found = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
     if found.suffix != ".json":
         file = open_tensors(found)
@@ -128,13 +128,13 @@ def _holders(folder: Path) -> dict[str, TensorFile]:
     weight_map = read_json(found).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{found}: has no weight_map")
-    there = {path.name for path in folder.iterdir() if path.is_file()}
+    present = {path.name for path in folder.iterdir() if path.is_file()}
     files: dict[str, TensorFile] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise InputError(f"{found}: tensor {tensor} is said to be in {shard!r}, which is not a file of this folder")
         if shard not in files:
-            if shard not in there:
+            if shard not in present:
                 where = str(folder / shard) if shard.isprintable() else f"{folder}: {shard!r}"
                 raise InputError(f"{where}: missing; the index says that it holds tensor {tensor}")
             files[shard] = open_tensors(folder / shard)
@@ -151,7 +151,7 @@ def _holders(folder: Path) -> dict[str, TensorFile]:
 
 
 def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
-    """A Hugging Face `config.json` as minift's, and notes on the keys that are not used.
+    """Return the shape in a Hugging Face `config.json`, and notes on the keys that are not used.
 
     Raises:
         InputError: for a model that minift does not implement, or a misspelled key.
@@ -186,7 +186,7 @@ def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
 
 
 def _with_generation_ends(config: LlamaConfig, file: Path) -> LlamaConfig:
-    """The config with the ids at which `transformers` stops, which chat models have in `generation_config.json`."""
+    """Add to a config the stop tokens of `transformers`, which chat models have in `generation_config.json`."""
     ends = read_json(file).get("eos_token_id") if file.is_file() else None
     more = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(not isinstance(id, int) or isinstance(id, bool) for id in more):
@@ -199,7 +199,7 @@ def _with_generation_ends(config: LlamaConfig, file: Path) -> LlamaConfig:
 
 
 def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | None]:
-    """(rope_theta, rope_scaling) from the keys of either version."""
+    """Return (rope_theta, rope_scaling) from the keys of either version."""
     theta, scaling = values.get("rope_theta"), values.get("rope_scaling")
     if (parameters := values.get("rope_parameters")) is not None:  # version 5
         if not isinstance(parameters, dict):
@@ -230,7 +230,7 @@ def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | 
 
 
 def _check_window(values: Mapping[str, Any], shape: Mapping[str, Any], kind: str, where: str) -> None:
-    """Attention here goes to every earlier token: the same, where the window is at least as long as any text."""
+    """Raise InputError for a sliding window shorter than the positions: here attention is to every earlier token."""
     window = values.get("sliding_window", 4_096 if kind == "mistral" else None)  # MistralConfig's default
     positions = shape["max_position_embeddings"]
     if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
@@ -252,7 +252,7 @@ def _unused_keys(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def config_json(config: LlamaConfig, dtype: torch.dtype) -> str:
-    """The text of a `config.json` for `transformers` 4 and 5."""
+    """Return the text of a `config.json` for `transformers` 4 and 5."""
     values = {
         **config.to_dict(),
         "attention_bias": False,
@@ -274,8 +274,8 @@ def write_huggingface(
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
-        specs, read: minift's tensors; one is held at a time.
-        shard_bytes: a file takes tensors until one more would make it larger than this.
+        specs, read: of minift's tensors, by name; one is in memory at a time.
+        shard_bytes: a new file is begun when one more tensor would make the last one larger than this.
 
     Raises:
         InputError: for a shape that `transformers` refuses.

@@ -3,9 +3,9 @@
 The legacy header is seven int32; a negative vocabulary says that the head is a matrix of its own. Version 1 begins with
 the magic number "ak42" and is padded to 256 bytes; it has the same weights in another order. (Version 2 is quantised,
 and refused.) RoPE is Meta's interleaved layout in both. The legacy file also holds RoPE's table of cosines and sines,
-which nobody reads any more; it is written again, so that a file comes back byte for byte.
+which no program reads any more; it is written all the same, so that a converted file comes back byte for byte.
 
-The format knows one RMSNorm epsilon, 1e-5, and one RoPE base, 10,000: both are constants of its programs.
+The format has one RMSNorm epsilon, 1e-5, and one RoPE base, 10,000: both are constants of its programs.
 
 Source: `export.py` and `run.c` in karpathy/llama2.c.
 """
@@ -33,7 +33,7 @@ EPSILON, THETA = 1e-5, 10_000.0
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _FEED_FORWARD = ("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj")  # w1, w2, w3
-# The order of the weights, by minift's names. One without "layers" stands for the same tensor of every layer.
+# The order of the weights, by minift's names. A name that is not in `_OUTSIDE` stands for that tensor of every layer.
 _ORDER: dict[int, tuple[str, ...]] = {
     0: ("embed_tokens", _NORMS[0], *_ATTENTION, _NORMS[1], *_FEED_FORWARD, "norm", "rope", "lm_head"),
     1: (*_NORMS, "norm", "embed_tokens", *_ATTENTION, *_FEED_FORWARD, "lm_head"),
@@ -42,7 +42,7 @@ _OUTSIDE = ("embed_tokens", "norm", "lm_head", "rope")
 
 
 def order(config: LlamaConfig, version: int) -> Iterator[tuple[str, int]]:
-    """minift's names in the file's order, each with its number of floats. "rope" stands for the legacy table."""
+    """Yield minift's names in the file's order, each with its number of floats. "rope" stands for the legacy table."""
     shapes = parameter_shapes(config)
     for part in _ORDER[version]:
         if part == "rope":
@@ -55,12 +55,12 @@ def order(config: LlamaConfig, version: int) -> Iterator[tuple[str, int]]:
 
 
 def open_llama2c(file: Path) -> Opened:
-    """A `.bin` of llama2.c. Raises InputError for another kind of file, a quantised version, or a wrong size."""
+    """Open a `.bin` of llama2.c. Raises InputError for another kind of file, a quantised version, or a wrong size."""
     version, config = _read_header(file)
     floats = sum(count for _, count in order(config, version))
-    wanted, size = HEADER_BYTES[version] + 4 * floats, file.stat().st_size
-    if size != wanted:
-        raise InputError(f"{file}: has {size:,} bytes; its header makes it {wanted:,}{_place(config, version, size)}")
+    expected, size = HEADER_BYTES[version] + 4 * floats, file.stat().st_size
+    if size != expected:
+        raise InputError(f"{file}: has {size:,} bytes; its header makes it {expected:,}{_end(config, version, size)}")
     tensors = TensorFile(file, lambda path: _map(path, config, version))
     sources = {}
     for name in parameter_shapes(config):
@@ -69,8 +69,8 @@ def open_llama2c(file: Path) -> Opened:
     return Opened(file, "llama2c", config, sources)
 
 
-def _place(config: LlamaConfig, version: int, size: int) -> str:
-    """Where a file that is too short ends."""
+def _end(config: LlamaConfig, version: int, size: int) -> str:
+    """Return the words that name the tensor in which a file that is too short ends; "" for one that is too long."""
     end = HEADER_BYTES[version]
     for name, count in order(config, version):
         end += 4 * count
@@ -80,6 +80,7 @@ def _place(config: LlamaConfig, version: int, size: int) -> str:
 
 
 def _map(file: Path, config: LlamaConfig, version: int) -> Mapping[str, Tensor]:
+    """Map a file, and return its tensors by minift's names, queries and keys still in the interleaved layout."""
     header = HEADER_BYTES[version] // 4
     total = file.stat().st_size // 4
     try:
@@ -95,13 +96,14 @@ def _map(file: Path, config: LlamaConfig, version: int) -> Mapping[str, Tensor]:
 
 
 def _read_header(file: Path) -> tuple[int, LlamaConfig]:
+    """Return the version and the shape that a file's header says. Raises InputError for another kind of file."""
     try:
         with file.open("rb") as opened:
             head = opened.read(HEADER_BYTES[1])
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     if head[:4] == b"PK\x03\x04":
-        raise InputError(f"{file}: is a file of PyTorch; name the folder that it lies in, with its config.json")
+        raise InputError(f"{file}: is a file of PyTorch; name the folder that it is in, with its config.json")
     if head[:1] in (b"{", b"[") or head[:4] == b"GGUF" or head[8:9] == b"{":
         kind = {b"G": "GGUF, which minift does not read", b"{": "JSON", b"[": "JSON"}.get(head[:1], "safetensors")
         raise InputError(f"{file}: is no llama2.c file but {kind}; name the model's folder")
@@ -145,7 +147,7 @@ def _config(file: Path, sizes: tuple[int, ...], tied: bool) -> LlamaConfig:
 
 
 def check_llama2c(config: LlamaConfig) -> None:
-    """Raise InputError for a shape that the format cannot say."""
+    """Raise InputError for a shape that the format cannot hold."""
     fixed: dict[str, Any] = {
         "rms_norm_eps": EPSILON,
         "rope_theta": THETA,
@@ -156,17 +158,17 @@ def check_llama2c(config: LlamaConfig) -> None:
     }
     for key, value in fixed.items():
         if getattr(config, key) != value:
-            raise InputError(f"llama2.c's format cannot say {key} {getattr(config, key)}; it is always {value}")
+            raise InputError(f"llama2.c's format cannot hold {key} {getattr(config, key)}; it is always {value}")
 
 
 def write_llama2c(file: Path, config: LlamaConfig, read: Read, version: int = 0) -> None:
     """Write a `.bin`: the legacy one, which `run.c` reads, or version 1.
 
     Args:
-        read: gives minift's tensors in float32; one is held at a time.
+        read: returns minift's tensor of a name, in float32; one is in memory at a time.
 
     Raises:
-        InputError: for a shape that the format cannot say.
+        InputError: for a shape that the format cannot hold.
     """
     check_llama2c(config)
     sizes = (
@@ -193,7 +195,7 @@ def write_llama2c(file: Path, config: LlamaConfig, read: Read, version: int = 0)
 
 
 def _rope_table(config: LlamaConfig) -> Tensor:
-    """The cosines of all positions, then the sines: [2, positions, C/2]."""
+    """Return the cosines of all positions, then the sines: float32 [2, positions, C/2]."""
     frequencies = rope_frequencies(config.head_dim, config.rope_theta)
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
     return torch.stack((angles.cos(), angles.sin()))

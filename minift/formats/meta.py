@@ -1,12 +1,12 @@
 """Meta's folder: `params.json`, and `consolidated.00.pth`, `.01.pth`, … with one model-parallel shard each.
 
-Three things differ from ours. The names, which the table below translates. The layout of queries and keys, whose RoPE
-pairs are neighbours (`opened.to_half_split`). And the shards: each rank of Meta's training held a slice of every
-matrix, cut along its outputs or its inputs, and a whole copy of every norm.
+Three things differ from minift's own. The names, which the table below translates. The layout of queries and keys,
+whose RoPE pairs are neighbours (`opened.to_half_split`). And the shards: each rank of Meta's training held a slice of
+every matrix, cut along its outputs or its inputs, and a copy of every norm.
 
 `params.json` does not say everything that a `LlamaConfig` does: no length, no BOS and EOS, no word on tied embeddings,
-and of RoPE's scaling only that there is one. What is missing is taken from `minift.json` beside it, if minift wrote the
-folder, and otherwise is what most of Meta's released models have, and noted. The feed-forward width is not there
+and of RoPE's scaling only that there is one. What is missing is taken from `minift.json` in the same folder, if minift
+wrote it. Otherwise it is what most of Meta's released models have, and noted. The feed-forward width is not there
 either, but follows from `multiple_of` and `ffn_dim_multiplier`.
 
 Source: `llama/model.py` in meta-llama/llama and `models/llama3` in meta-llama/llama-models.
@@ -38,9 +38,9 @@ from minift.formats.pt_file import write_pt
 from minift.formats.shapes import parameter_shapes
 from minift.values import check_number, read_json
 
-# minift's name → (Meta's name, the axis along which ranks share it, or None where each has a copy).
+# minift's name → (Meta's name, the axis along which the ranks split it, or None where each has a copy).
 _TABLE: dict[str, tuple[str, int | None]] = {
-    "embed_tokens.weight": ("tok_embeddings.weight", 1),  # Llama 3 shares axis 0; the shards' shape tells
+    "embed_tokens.weight": ("tok_embeddings.weight", 1),  # Llama 3 splits axis 0; the shards' shape tells
     "self_attn.q_proj.weight": ("attention.wq.weight", 0),
     "self_attn.k_proj.weight": ("attention.wk.weight", 0),
     "self_attn.v_proj.weight": ("attention.wv.weight", 0),
@@ -76,7 +76,7 @@ SIDECAR = "minift.json"
 
 
 def table(config: LlamaConfig) -> dict[str, tuple[str, int | None]]:
-    """minift's name → (Meta's name, axis) for every tensor of a model."""
+    """Return (Meta's name, axis) of every tensor of a model, by minift's name."""
     names = {}
     for ours in parameter_shapes(config):
         if ours.startswith("layers."):
@@ -89,7 +89,7 @@ def table(config: LlamaConfig) -> dict[str, tuple[str, int | None]]:
 
 
 def open_meta(folder: Path) -> Opened:
-    """A folder of Meta's.
+    """Open a folder of Meta's.
 
     Raises:
         InputError: when a shard is missing or damaged, or `params.json` says what minift does not implement.
@@ -122,7 +122,7 @@ def open_meta(folder: Path) -> Opened:
 
 
 def _guesses(config: LlamaConfig, params: Mapping[str, Any]) -> tuple[str, ...]:
-    """What was taken because `params.json` does not say it, for the user to know."""
+    """Return a note on what was taken because `params.json` does not say it."""
     taken = [f"BOS {config.bos_token_id} and EOS {config.eos_token_id}"]
     if "max_seq_len" not in params:
         taken.insert(0, f"{config.max_position_embeddings:,} positions")
@@ -132,6 +132,7 @@ def _guesses(config: LlamaConfig, params: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _shards(folder: Path) -> tuple[TensorFile, ...]:
+    """Open the shards, by rank. Raises InputError when one between them is missing."""
     paths = sorted(folder.glob("consolidated.*.pth"))
     for number, path in enumerate(paths):
         if path.name != f"consolidated.{number:02d}.pth":
@@ -140,14 +141,14 @@ def _shards(folder: Path) -> tuple[TensorFile, ...]:
 
 
 def _is_llama3(config: LlamaConfig) -> bool:
-    """Llama 3's code shares the embedding among ranks by rows, that of Llama 1 and 2 by columns."""
+    """Return True for a model of Llama 3's code, which splits the embedding by rows; that of Llama 1 and 2 by columns."""
     return config.vocab_size == LLAMA3_VOCABULARY or config.rope_scaling is not None
 
 
 def _is_tied(sources: Mapping[str, Source], folder: Path) -> bool:
-    """Meta's files always have both matrices. Where the two are equal, the model is a tied one."""
+    """Return True when head and embedding are equal: Meta's files always have both, of a tied model, too."""
     if (folder / SIDECAR).is_file():
-        return False  # which says so itself
+        return False  # minift.json says it
     head, embedding = sources["lm_head.weight"], sources["embed_tokens.weight"]
     return head.spec == embedding.spec and torch.equal(head.read(), embedding.read())
 
@@ -174,7 +175,12 @@ def _read_params(file: Path) -> dict[str, Any]:
 
 
 def _config(params: Mapping[str, Any], rows: int, folder: Path, tied: bool) -> LlamaConfig:
-    """The shape, from `params.json` and, where minift wrote it, `minift.json`."""
+    """Return the shape, from `params.json` and, where minift wrote the folder, `minift.json`.
+
+    Args:
+        rows: of the embedding.
+        tied: there is no head.
+    """
     where = folder / "params.json"
     vocabulary = params.get("vocab_size", -1)
     if vocabulary == -1:  # "as many as the tokenizer has"
@@ -214,7 +220,7 @@ def _config(params: Mapping[str, Any], rows: int, folder: Path, tied: bool) -> L
 
 
 def feed_forward_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """The width F of the feed-forward network, by Meta's rule: two thirds of 4 D, times a factor, rounded up."""
+    """Return the width F of the feed-forward network, by Meta's rule: two thirds of 4 D, times a factor, rounded up."""
     width = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         width = int(multiplier * width)
@@ -222,7 +228,10 @@ def feed_forward_width(dim: int, multiple_of: int, multiplier: float | None) -> 
 
 
 def feed_forward_params(dim: int, width: int) -> dict[str, Any]:
-    """`multiple_of` and `ffn_dim_multiplier` for which Meta's rule gives `width`: a released model's, if any do."""
+    """Return a `multiple_of` and `ffn_dim_multiplier` for which Meta's rule gives `width`.
+
+    Those of a released model are preferred.
+    """
     for multiple_of, multiplier in product((256, 1_024, 4_096), (None, 1.3, 1.5)):
         if feed_forward_width(dim, multiple_of, multiplier) == width:
             break
@@ -234,7 +243,7 @@ def feed_forward_params(dim: int, width: int) -> dict[str, Any]:
 
 
 def _params(config: LlamaConfig) -> dict[str, Any]:
-    """The `params.json` of a shape. Keys that Meta's older code does not know are there only where they are needed."""
+    """Return the `params.json` of a shape. Keys that Meta's older code does not know are left out where possible."""
     params = {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
@@ -252,7 +261,7 @@ def _params(config: LlamaConfig) -> dict[str, Any]:
 
 
 def unsaid(config: LlamaConfig) -> tuple[str, ...]:
-    """What Meta's code will not learn of a shape from its `params.json`, for the user to know."""
+    """Return a note on what Meta's code cannot read from the `params.json` of a shape."""
     known = LLAMA32_SCALING if config.tie_word_embeddings else META_SCALING
     if config.rope_scaling in (None, known):
         return ()
@@ -266,14 +275,14 @@ def write_meta(folder: Path, config: LlamaConfig, specs: Specs, read: Read, shar
     """Write a folder that Meta's code loads on `shards` ranks.
 
     Args:
-        specs, read: minift's tensors; one is held at a time.
+        specs, read: of minift's tensors, by name; one is in memory at a time.
 
     Raises:
-        InputError: for a shape that the format cannot say, or that does not divide by `shards`.
+        InputError: for a shape that the format cannot hold, or that does not divide by `shards`.
     """
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         raise InputError(
-            f"Meta's format cannot say head_dim {config.head_dim}; it is always hidden_size / num_attention_heads"
+            f"Meta's format cannot hold head_dim {config.head_dim}; it is always hidden_size / num_attention_heads"
         )
     check_number("shards", shards, least=1, below=100)
     for name in ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "vocab_size"):
@@ -281,13 +290,13 @@ def write_meta(folder: Path, config: LlamaConfig, specs: Specs, read: Read, shar
             raise InputError(f"{name} {getattr(config, name)} is not a multiple of {shards} shards")
     names = table(config)
     names["embed_tokens.weight"] = ("tok_embeddings.weight", 0 if _is_llama3(config) else 1)
-    if config.tie_word_embeddings:  # Meta's code wants the head, tied or not
+    if config.tie_word_embeddings:  # Meta's code needs the head, tied or not
         names = {**names, "lm_head.weight": _TABLE["lm_head.weight"]}
         specs = {**specs, "lm_head.weight": specs["embed_tokens.weight"]}
     ours = {theirs: name for name, (theirs, _) in names.items()}
 
     def piece(name: str, rank: int) -> Tensor:
-        """Rank's share of one of Meta's tensors."""
+        """Return a rank's part of one of Meta's tensors."""
         source = "embed_tokens.weight" if name == "output.weight" and config.tie_word_embeddings else ours[name]
         tensor, (_, axis) = read(source), names[ours[name]]
         if heads := rotary_heads(source, config):

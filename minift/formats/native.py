@@ -1,4 +1,7 @@
-"""minift's own folder: `config.json` with the shape, `model.pt` with the weights under minift's names."""
+"""minift's own folder: `config.json` with the shape, `model.pt` with the weights under minift's names.
+
+The simplest of the formats: names, layout and config are minift's, so nothing has to be translated.
+"""
 
 from pathlib import Path
 
@@ -10,12 +13,12 @@ from minift.formats.shapes import parameter_shapes
 
 
 def open_native(folder: Path) -> Opened:
-    """A minift checkpoint. Raises InputError when it is damaged, or does not hold what its config says."""
+    """Open a minift checkpoint. Raises InputError when it is damaged, or does not hold what its config says."""
     return open_weights(folder, LlamaConfig.from_file(folder / "config.json"))
 
 
 def open_weights(folder: Path, config: LlamaConfig) -> Opened:
-    """The `model.pt` of a folder, which must hold a model of this shape. Raises InputError as `open_native`."""
+    """Open the `model.pt` of a folder, which must hold a model of this shape. Raises InputError as `open_native`."""
     file = open_tensors(folder / "model.pt")
     names = parameter_shapes(config)
     check_names(names, dict.fromkeys(file.specs, file), file.path)

@@ -1,4 +1,12 @@
-"""Pickles are held to what a state dict needs before they are loaded."""
+"""A look at a pickle before it is loaded: it may hold what a state dict needs, and nothing else.
+
+A pickle is a program for a small stack machine, and a file of unknown origin could be any program. `torch.load` with
+`weights_only=True` knows tensors and refuses to call anything else. But a pickle of a few hundred bytes can still keep
+it busy for ever, or claim bytes that belong to another tensor. So `inspect` reads the instructions first, without
+executing them, and refuses what no file of tensors holds.
+
+Source: the module `pickletools` of Python's library, which documents each instruction and its effect on the stack.
+"""
 
 import io
 import pickletools
@@ -9,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 from minift.errors import InputError
 
-DEPTH, COST = 16, 2_000  # of nested tuples: levels, and elements in all; a random state has 629
+DEPTH, COST = 16, 2_000  # bounds of nested tuples: levels, and elements in all; Python's random state has 629
 _ITEMSIZE = {
     "torch DoubleStorage": 8,
     "torch FloatStorage": 4,
@@ -23,7 +31,8 @@ _ITEMSIZE = {
     "torch BoolStorage": 1,
 }
 _SLICE = (pickletools.markobject, pickletools.stackslice)
-# By an instruction's name: whether it uses all values down to the mark, how many without one, whether it leaves any.
+# The effect of an instruction, by its name: (does it take all values down to the mark, how many besides, does it leave
+# a value).
 _EFFECTS = {
     code.name: (
         _SLICE[0] in code.stack_before,
@@ -35,15 +44,18 @@ _EFFECTS = {
 
 
 class _Value(NamedTuple):
-    """What is known of a value on the stack machine's stack: enough to bound the work of using it as a dict's key."""
+    """A value on the stack, as far as it is known: enough to bound the work of hashing it as a key of a dict."""
 
-    known: Any = None  # a string, a number or a tuple of such
+    known: Any = None  # a string, a number or a tuple of these
     depth: int = 0
     cost: int = 1
 
 
 def inspect(path: Path, zipped: bool) -> None:
-    """Walk through a file's pickle without carrying it out.
+    """Go through the instructions of a file's pickle without executing them.
+
+    Args:
+        zipped: the file is an archive of records; otherwise it is a row of pickles, as PyTorch wrote before 1.6.
 
     Raises:
         InputError: for nested tuples that would take for ever to hash, a set (whose members are hashed), a record that
@@ -60,13 +72,17 @@ def inspect(path: Path, zipped: bool) -> None:
         for name, info in records.items():
             if info.compress_type != zipfile.ZIP_STORED:
                 raise InputError(f"{path}: record {name} is compressed; PyTorch's are not")
-        stream = io.BytesIO(archive.read(records["data.pkl"]))  # instruction by instruction, a file would be slow
+        stream = io.BytesIO(archive.read(records["data.pkl"]))  # a file would be slow, read byte by byte
         _walk(path, stream, {name: info.file_size for name, info in records.items()})
 
 
 def _walk(path: Path, stream: IO[bytes], records: Mapping[str, int] | None) -> None:
-    """One pickle. The effect of each instruction on the stack is taken from `pickletools`, which documents them all."""
-    stack: list[_Value | None] = []  # None marks where an open tuple, list or dict begins
+    """Go through one pickle.
+
+    Args:
+        records: the length of each record of the archive, by name; None where there is no archive.
+    """
+    stack: list[_Value | None] = []  # None is the mark at which an open tuple, list or dict begins
     memo: dict[int, _Value] = {}
     for code, argument, _ in pickletools.genops(stream):
         name = code.name
@@ -94,12 +110,13 @@ def _walk(path: Path, stream: IO[bytes], records: Mapping[str, int] | None) -> N
 
 
 def _tuple(items: list[_Value]) -> _Value:
+    """Return what is known of a tuple of such values."""
     cost = 1 + sum(item.cost for item in items)
     return _Value(tuple(item.known for item in items), 1 + max((item.depth for item in items), default=0), cost)
 
 
 def _take(stack: list[_Value | None], to_mark: bool, count: int) -> list[_Value]:
-    """Take off the stack what an instruction uses: all values down to the mark, or a number of them, or both."""
+    """Pop what an instruction uses: all values down to the mark, or a number of them, or both; the lowest first."""
     taken: list[_Value] = []
     if to_mark:
         while (value := stack.pop()) is not None:
@@ -110,9 +127,9 @@ def _take(stack: list[_Value | None], to_mark: bool, count: int) -> list[_Value]
 
 
 def _check_record(path: Path, known: Any, records: Mapping[str, int]) -> None:
-    """A storage, ("storage", its class, key, "cpu", number of elements), against the record that holds its bytes."""
+    """Compare a storage, ("storage", its class, key, "cpu", number of elements), with the record of its bytes."""
     if not isinstance(known, tuple) or len(known) != 5:
-        return  # which PyTorch refuses by itself
+        return  # PyTorch refuses it
     _, kind, key, _, numel = known
     itemsize = _ITEMSIZE.get(kind)
     if itemsize is not None and isinstance(numel, int) and records.get(f"data/{key}") != numel * itemsize:

@@ -1,14 +1,8 @@
 """PyTorch's container of tensors: `.pt`, `.pth`, `.bin`.
 
-It is a zip archive of uncompressed records: `data.pkl`, a pickle that says how each tensor lies in its storage, and
-`data/0`, `data/1`, …, the storages' bytes. (Before version 1.6 it was no archive; such files are read, but not mapped.)
-
-A pickle is a program for a small stack machine, and somebody else's program is not run without a look. `torch.load`
-with `weights_only=True` knows tensors and refuses to call anything else; but a pickle of a few hundred bytes can still
-keep it busy for ever, or claim bytes that belong to another tensor. So `inspect` walks through the instructions first,
-without carrying them out, and refuses values that no file of tensors holds.
-
-Read next: `safetensors_file.py`.
+It is a zip archive of uncompressed records: `data.pkl`, a pickle that says which part of which storage each tensor is,
+and `data/0`, `data/1`, …, the storages' bytes. (Before version 1.6 it was no archive; such files are read, but not
+mapped.) A pickle can run code, so it is held to what a file of tensors needs before it is loaded (`pickle_guard.py`).
 """
 
 import math
@@ -29,7 +23,7 @@ from minift.formats.files import Read, Spec, Specs, checked_bytes
 from minift.formats.pickle_guard import inspect
 
 LOCAL_HEADER = 30  # bytes in front of a zip record, without its name and extra fields
-ALIGNMENT = 64  # of a storage's bytes, so that they can be used where they lie
+ALIGNMENT = 64  # of a storage's first byte in the file, so that its tensors can be mapped
 _STORAGE = {
     torch.float64: torch.DoubleStorage,
     torch.float32: torch.FloatStorage,
@@ -42,7 +36,7 @@ _STORAGE = {
 
 
 def load_pt(path: Path) -> dict[str, Any]:
-    """The named values in a file of `torch.save`, tensors mapped where they lie.
+    """Return the named values in a file of `torch.save`; tensors are mapped.
 
     Raises:
         InputError: for a file that is missing or damaged, that would call a function, or holds no dict.
@@ -67,17 +61,17 @@ def load_pt(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What PyTorch says, without its advice to trust the file."""
+    """Return what PyTorch says of a file, without its advice to trust the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if wanted := next((line for line in lines if "GLOBAL" in line), None):
-        return f"refused, it is not only tensors: {wanted}"
+    if called := next((line for line in lines if "GLOBAL" in line), None):
+        return f"refused, it is not only tensors: {called}"
     if isinstance(error, pickle.UnpicklingError):
         lines = [line.split("error:", 1)[1].strip() for line in lines if "Unpickler error:" in line]
     return "damaged, or not a file of tensors" + (f": {lines[0]}" if lines and lines[0] else "")
 
 
 def open_pt(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name. Raises InputError as `load_pt`, and for a value that is no plain tensor."""
+    """Return the tensors of a file, by name. Raises InputError as `load_pt`, and for a value that is no plain tensor."""
     tensors = {}
     for name, value in load_pt(path).items():
         if not isinstance(name, str):
@@ -98,7 +92,7 @@ def open_pt(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """Pickles as a tensor does, without having one."""
+    """A tensor that is pickled without being there."""
 
     key: str
     spec: Spec
@@ -116,7 +110,7 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a storage as PyTorch's loader expects it: by the name of the record that holds its bytes."""
+    """A pickler that writes, for a storage, the name of the record that holds its bytes, as `torch.load` reads it."""
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):
@@ -129,7 +123,7 @@ def write_pt(path: Path, specs: Specs, read: Read) -> None:
 
     Args:
         specs: names, dtypes and shapes, in the order in which they are asked for.
-        read: gives the tensor of a name.
+        read: returns the tensor of a name.
     """
     with path.open("xb") as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
         with _record(archive, "data.pkl") as record:
@@ -145,10 +139,10 @@ def write_pt(path: Path, specs: Specs, read: Read) -> None:
 
 
 def _record(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """A new record, padded so that its bytes start at a multiple of `ALIGNMENT`."""
+    """Open a new record, padded so that its bytes begin at a multiple of `ALIGNMENT`."""
     info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: the same tensors always give the same bytes
     assert archive.fp is not None
-    zip64_field = 20  # what zipfile itself puts in front of our padding when sizes may need 64 bits
+    zip64_field = 20  # bytes that zipfile writes before this padding when sizes may need 64 bits
     start = archive.fp.tell() + LOCAL_HEADER + len(info.filename) + zip64_field + 4
     padding = -start % ALIGNMENT
     info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB": PyTorch's own padding field

@@ -1,8 +1,10 @@
 """Hugging Face's container of tensors: `.safetensors`.
 
 An 8-byte length, a JSON header with each tensor's dtype, shape and place, and the bytes. It is read by the package
-`safetensors` (the `hf` extra), which maps the file and checks the header; what it then says does not always name the
-tensor, so a refused header is gone through again here. Read next: `opened.py`.
+`safetensors` (the `hf` extra), which maps the file and checks the header. Its errors do not always name the tensor, so
+a header that it refuses is checked here once more.
+
+Source: "Format", in the README of huggingface/safetensors.
 """
 
 import json
@@ -27,7 +29,7 @@ _BITS = {
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """The tensors of an opened file, each made when it is asked for: a file is opened often, and has hundreds."""
+    """The tensors of an open file, each created when it is asked for: a file is opened often, and has hundreds."""
 
     def __init__(self, path: Path):
         safetensors = need("safetensors", "hf", str(path))
@@ -57,7 +59,7 @@ class _Tensors(Mapping[str, Tensor]):
 
 
 def open_safetensors(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file, by name, mapped where they lie.
+    """Return the tensors of a file, by name; they are mapped.
 
     Raises:
         InputError: for a file that is damaged, with the tensor at fault; without the `hf` extra.
@@ -66,7 +68,7 @@ def open_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a header that `safetensors` has refused, with the tensor's name; None if nothing is found."""
+    """Return what is wrong with a header that `safetensors` refuses, with the tensor's name; None if nothing is found."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -93,7 +95,11 @@ def _fault(path: Path) -> str | None:
 
 
 def _entry_fault(entry: Any, size: int) -> str | None:
-    """What is wrong with one tensor's entry, in a file with `size` bytes of tensors."""
+    """Return what is wrong with one tensor's entry in the header; None if nothing is found.
+
+    Args:
+        size: bytes of all tensors in the file.
+    """
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         return f"its entry is {entry!r}"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -116,7 +122,7 @@ def write_safetensors(path: Path, specs: Specs, read: Read) -> None:
 
     Args:
         specs: names, dtypes and shapes, in the order in which they are asked for.
-        read: gives the tensor of a name.
+        read: returns the tensor of a name.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -125,7 +131,7 @@ def write_safetensors(path: Path, specs: Specs, read: Read) -> None:
         entry = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
         header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the bytes of the tensors start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the bytes of the tensors begin at a multiple of 8
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, spec in specs.items():

@@ -8,7 +8,7 @@ Meta's and llama2.c's own programs do. Held here:
 * every route is the same bits in every dtype, with weights that are random bit patterns: −0, denormals, extremes;
 * minift reads what Meta's ranks and llama2.c write, and they would read what it writes;
 * a destination appears whole or not at all, and nothing but a checkpoint is ever replaced;
-* what a format cannot say is refused by name;
+* what a format cannot hold is refused by name;
 * converting and loading hold a few tensors in memory, not the model.
 """
 
@@ -517,7 +517,7 @@ def test_the_legacy_file_holds_ropes_table(tmp_path: Path) -> None:
 def test_what_llama2c_cannot_say_is_refused(tmp_path: Path, changes: dict[str, Any], culprit: str) -> None:
     random_hf(tmp_path / "a", torch.float32, **changes)
     before = snapshot(tmp_path)
-    with pytest.raises(InputError, match=f"cannot say {culprit}"):
+    with pytest.raises(InputError, match=f"cannot hold {culprit}"):
         convert(tmp_path / "a", tmp_path / "a.bin", "llama2c")
     assert snapshot(tmp_path) == before
 
@@ -910,7 +910,7 @@ def test_a_sidecar_that_contradicts_params_is_named(tmp_path: Path) -> None:
         ({}, 0, "shards is 0"),
         ({}, -1, "shards is -1"),
         ({}, 100, "shards is 100"),
-        ({"head_dim": 10}, 1, "cannot say head_dim 10"),
+        ({"head_dim": 10}, 1, "cannot hold head_dim 10"),
     ],
 )
 def test_shards_that_do_not_divide_are_refused(
