@@ -228,15 +228,17 @@ def add_convert(commands: Any) -> None:
     """`minift convert`."""
     command = add_command(commands, "convert", _convert, "write a model in another format")
     command.add_argument("source", metavar="SRC", help=MODEL_HELP)
-    command.add_argument("destination", metavar="DST", help="a folder to make; for llama2c a file")
-    command.add_argument("--to", required=True, metavar="native|hf|meta|llama2c")
-    command.add_argument("--dtype", metavar="|".join(FILE_DTYPES), help="of the weights written (the source's)")
-    command.add_argument("--shards", type=int, default=1, metavar="N", help="for meta: model-parallel shards (1)")
-    command.add_argument(
-        "--llama2c-version", type=int, default=0, metavar="0|1", help="of its header: 0, the legacy one (0), or 1"
-    )
-    command.add_argument("--tokenizer", metavar="DIR|FILE", help="put this tokenizer with it (the source's)")
-    command.add_argument("--force", action="store_true", help="replace a checkpoint that DST already is")
+    command.add_argument("destination", metavar="DST", help="the folder to write; for llama2c, the file")
+    command.add_argument("--to", required=True, metavar="native|hf|meta|llama2c", help="the format to write")
+    text = "write the weights in this dtype (default: each tensor's own)"
+    command.add_argument("--dtype", metavar="|".join(FILE_DTYPES), help=text)
+    text = "write N model-parallel shards; for meta only (default: 1)"
+    command.add_argument("--shards", type=int, default=1, metavar="N", help=text)
+    text = "write this version of the header, 0 being the legacy one; for llama2c only (default: 0)"
+    command.add_argument("--llama2c-version", type=int, default=0, metavar="0|1", help=text)
+    text = "save this tokenizer with the model (default: the source's)"
+    command.add_argument("--tokenizer", metavar="DIR|FILE", help=text)
+    command.add_argument("--force", action="store_true", help="replace the checkpoint that is at DST")
 
 
 def _convert(options: dict[str, Any]) -> int:
@@ -272,15 +274,21 @@ def _convert(options: dict[str, Any]) -> int:
 
 def add_info(commands: Any) -> None:
     """`minift info`."""
-    command = add_command(commands, "info", _info, "what a model is, and what it costs: parameters, FLOPs, memory")
+    command = add_command(commands, "info", _info, "show a model's shape, and count its parameters, FLOPs and memory")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", metavar="DIR", help=MODEL_HELP)
-    which.add_argument("--config", metavar="NAME|FILE", help="only a shape: a preset's name, or a config.json")
-    command.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows that the ledger counts (1)")
-    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (all positions, up to 4096)")
-    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="that the ledger is for")
+    which.add_argument(
+        "--config", metavar="NAME|FILE", help="a shape without weights: a preset's name, or a config.json"
+    )
+    command.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="count the memory of N texts at once (default: 1)"
+    )
+    text = "count texts of N tokens (default: all positions of the model, at most 4096)"
+    command.add_argument("--max-length", type=int, metavar="N", help=text)
+    text = "count the memory of training on this device (default: auto)"
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help=text)
     command.add_argument("--world", type=int, metavar="N", help="count what N processes send each other in a step")
-    command.add_argument("--json", metavar="FILE", help="write the same to FILE, in bytes")
+    command.add_argument("--json", metavar="FILE", help="write the numbers to FILE; memory in bytes")
 
 
 def _info(options: dict[str, Any]) -> int:
@@ -288,10 +296,9 @@ def _info(options: dict[str, Any]) -> int:
 
     from minift.costs.info import info, info_text
 
-    device = TrainConfig(device=options["device"]).device  # it need not be here: this is on paper
+    device = TrainConfig(device=options["device"]).device  # it need not be in this machine: nothing is run on it
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-
     result = info(
         options["model"],
         options["config"],

@@ -36,6 +36,7 @@ from minift.tokenizer.base import Tokenizer, check_fit
 from minift.tokenizer.load import TOKENIZER_FILES, load_tokenizer, tokenizer_files
 from minift.tokenizer.save import save_tokenizer
 
+_WRITERS: dict[str, Callable[..., None]] = {"native": write_native, "hf": write_huggingface, "meta": write_meta}
 # The files of a checkpoint: only such files are removed when a checkpoint is replaced.
 _BELONGS = (
     *TOKENIZER_FILES,
@@ -123,11 +124,11 @@ def convert(
             then = _tokenizer_of_file(destination.parent, save_rest)
             write_file(destination, lambda file: write_llama2c(file, opened.config, read, version), then)
         else:
-            writers = {"native": write_native, "hf": write_huggingface, "meta": partial(write_meta, shards=shards)}
+            options = {"shards": shards} if to == "meta" else {}
 
             def fill(folder: Path) -> None:
                 save_rest(folder)
-                writers[to](folder, opened.config, specs, read)
+                _WRITERS[to](folder, opened.config, specs, read, **options)
 
             write_folder(destination, fill)
     if to == "meta":

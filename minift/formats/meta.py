@@ -141,7 +141,7 @@ def _shards(folder: Path) -> tuple[TensorFile, ...]:
 
 
 def _is_llama3(config: LlamaConfig) -> bool:
-    """Return True for a model of Llama 3's code, which splits the embedding by rows; that of Llama 1 and 2 by columns."""
+    """Return True for a model of Llama 3's code, which splits the embedding by rows; Llama 1 and 2 by columns."""
     return config.vocab_size == LLAMA3_VOCABULARY or config.rope_scaling is not None
 
 

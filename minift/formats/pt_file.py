@@ -71,7 +71,11 @@ def _reason(error: Exception) -> str:
 
 
 def open_pt(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, by name. Raises InputError as `load_pt`, and for a value that is no plain tensor."""
+    """Return the tensors of a file, by name.
+
+    Raises:
+        InputError: as `load_pt`, and for a value that is no plain tensor.
+    """
     tensors = {}
     for name, value in load_pt(path).items():
         if not isinstance(name, str):

@@ -68,7 +68,7 @@ def open_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def _fault(path: Path) -> str | None:
-    """Return what is wrong with a header that `safetensors` refuses, with the tensor's name; None if nothing is found."""
+    """Return what is wrong with a header that `safetensors` refuses, with the tensor's name; None if none is found."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -142,7 +142,7 @@ def test_a_folder_that_is_called_bundled(tmp_path: Path, monkeypatch: pytest.Mon
     assert model_path("bundled") == bundled("base")
     assert model_path(Path("bundled")) == Path("bundled")
     for place in ("./bundled", "bundled/", Path("bundled")):
-        with pytest.raises(InputError, match="bundled: no such file or folder$"):
+        with pytest.raises(InputError, match=r"bundled: no such file or folder$"):
             load_model(place)
     convert("bundled", "bundled", "meta")
     for place in ("./bundled", "bundled/", Path("bundled"), finetune_job("./bundled", ["x.jsonl"]).model):
