@@ -108,21 +108,19 @@ def _steps(
 ) -> Iterator[list[int]]:
     """Yield the id chosen for each prompt at each new position, until all texts have ended.
 
-    A text that has ended stays in the batch; the ids chosen for it from then on mean nothing.
-
-    Args:
-        limits: for each prompt, the number of new ids at which it ends.
+    A text that has ended stays in the batch; the ids chosen for it from then on mean nothing. `limits`: the number of
+    new ids at which each text ends.
     """
     ends = model.config.eos_token_ids
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     tokens, positions, document_ids = _left_pad(prompts, ends[0], model.device)  # [B, T] each
     B, T = tokens.shape
-    isolated = bool((document_ids == PADDING).any())
+    padded = bool((document_ids == PADDING).any())
     length = T + max(limits)
     length += -length % 8  # a multiple of 8: a GPU's kernels read a mask in such pieces
     cache = KVCache(model.config, B, length, model.device, model.embed_tokens.weight.dtype)
-    logits = _next_logits(model, tokens, positions, document_ids if isolated else None, cache)
-    positions, document_ids = positions[:, -1:], document_ids[:, -1:]  # [B, 1], those of the last token
+    logits = _next_logits(model, tokens, positions, document_ids if padded else None, cache)
+    positions, document_ids = positions[:, -1:] + 1, document_ids[:, -1:]  # [B, 1], those of the next token
     fast, ended = None, [False] * B
     for n in count(1):
         chosen = sample(logits, sampling, generator)  # [B]
@@ -131,7 +129,7 @@ def _steps(
         ended = [was or id in ends or n == limit for was, id, limit in zip(ended, ids, limits, strict=True)]
         if all(ended):
             return
-        tokens, positions = chosen[:, None], positions + 1  # [B, 1] each
+        tokens = chosen[:, None]  # [B, 1]
         if n == 1 and not plain:
             from minift.kernels import fast_decoder
 
@@ -139,7 +137,8 @@ def _steps(
         if fast is not None:
             logits = fast(tokens)
         else:
-            logits = _next_logits(model, tokens, positions, document_ids if isolated else None, cache)
+            logits = _next_logits(model, tokens, positions, document_ids if padded else None, cache)
+            positions = positions + 1
 
 
 def _next_logits(
@@ -185,11 +184,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.devic
 
 
 def _limits(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
-    """Return how many ids each prompt may get, so that a long prompt shortens no other text of its batch.
-
-    Raises:
-        InputError: as `generate`.
-    """
+    """Return how many new ids each text may get; each has its own limit. Raises InputError, as `generate`."""
     if not prompts or not all(prompts):
         raise InputError("a prompt is empty; it needs at least one token (BOS)")
     longest, positions = max(map(len, prompts)), model.config.max_position_embeddings

@@ -73,6 +73,7 @@ def test_a_call_is_generate(runner: BasicModelRunner) -> None:
     random = [runner(prompts, max_tokens=9, temperature=3.0, seed=seed) for seed in (1, 1, 2)]
     assert random[0] == random[1] != random[2]
     assert runner(prompts, max_tokens=9, temperature=3.0, top_k=1) == expected
+    assert runner(prompts, max_tokens=9, temperature=3.0, top_p=1e-6) == expected
 
 
 def test_training_is_finetune(runner: BasicModelRunner, small_checkpoint: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ That ids are chosen with the right probabilities is held in `way/test_slow_twins
 """
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from minift.cli import main
 from minift.errors import InputError
 from minift.generate import Sampling, generate, sample, stream
 from tests.helpers import small_model
@@ -65,3 +67,18 @@ def test_a_seed_decides_the_text() -> None:
     texts = [generate(model, [[1, 5]], 12, Sampling(1.0, seed=seed)) for seed in (3, 3, 4)]
     assert texts[0] == texts[1] != texts[2]
     assert [list(stream(model, [1, 5], 12, Sampling(1.0, seed=3)))] == texts[0]
+
+
+def test_the_command_passes_every_option_on(small_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*options: str) -> str:
+        words = ["generate", "--model", str(small_checkpoint), "--prompt", "Tell me", "--device", "cpu"]
+        assert main([*words, "--max-new-tokens", "9", *options]) == 0
+        return capsys.readouterr().out
+
+    greedy = said()
+    assert said("--temperature", "3", "--top-k", "1") == greedy
+    assert said("--temperature", "3", "--top-p", "1e-6") == greedy
+    assert said("--plain") == greedy
+    drawn = [said("--temperature", "3", "--seed", seed) for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({greedy, *drawn}) == 3
