@@ -147,9 +147,7 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
             first_target = start + len(example.prompt) - 1  # the mask: positions before it keep IGNORE
             end = start + len(example)
             tokens[b, start:end] = ids[:-1]
-            targets[b, first_target:end] = (
-                example.answer
-            )  # the shift: the prompt's last id predicts the first answer id
+            targets[b, first_target:end] = example.answer  # the shift: the prompt's last id predicts the answer's first
             positions[b, start:end] = np.arange(len(example))
             document_ids[b, start:end] = document
             start = end
