@@ -63,7 +63,6 @@ LORA = LoRAConfig(rank=3, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
 # What runs import, which is most of a short one's time: tests that fork many of them import it once, where it is there.
 IMPORTED_BY_RUNS = (
     "torch._dynamo",
-    "torch.utils.data",
     "torch.utils.checkpoint",
     "sentencepiece",
     "minift.runs.finetune",
