@@ -73,15 +73,13 @@ class JsonTokenizer(Tokenizer):
 
 
 def _add_tokens(tokenizer: Any, added: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
-    """Add the tokens that are missing, and make all added tokens special, so that `special=False` is for all of them.
+    """Add the tokens that are missing, and make all added tokens special, so that `special=False` applies to them all.
 
     Raises:
         InputError: for a token whose id is not the one that the package gives it.
     """
     tokenizers = need("tokenizers", "hf", str(folder))
     present = tokenizer.get_added_tokens_decoder()
-    for token in present.values():
-        token.special = True
     missing = {
         id: added[id] for id in sorted(added) if id not in present or present[id].content != added[id]["content"]
     }

@@ -23,6 +23,11 @@ def test_training_is_deterministic_and_leaves_nothing_unknown(small_vocabulary: 
     assert not [piece for piece in pieces[259:] if len(piece.strip("\u2581")) > 1 and any(c.isdigit() for c in piece)]
 
 
+def test_each_digit_is_a_piece() -> None:
+    made = train_tokenizer(["In 2020 and 2021 and 2020 again " * 20], 284)
+    assert [piece for piece in made.pieces(made.encode(" 2020", bos=False)) if piece.strip("\u2581")] == list("2020")
+
+
 def test_training_learns_the_words_of_its_text(small_vocabulary: Tokenizer) -> None:
     assert len(small_vocabulary.encode("The capital of Mexico", bos=False)) < len("The capital of Mexico") / 2
 

@@ -17,7 +17,17 @@ from minift.tokenizer.huggingface import JsonTokenizer
 from minift.tokenizer.load import load_tokenizer
 from minift.tokenizer.make_json import make_json
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
-from tests.tokenizer.kinds import CHAT_TOKENS, CHATS, SAMPLE, nasty, random_unicode, refused, trained, write_config
+from tests.tokenizer.kinds import (
+    CHAT_TOKENS,
+    CHATS,
+    SAMPLE,
+    edit,
+    nasty,
+    random_unicode,
+    refused,
+    trained,
+    write_config,
+)
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -128,6 +138,14 @@ def test_a_truncation_or_padding_that_was_left_in_the_file_does_nothing(own: Pat
     for text in SAMPLE:
         assert after.encode(text) == before.encode(text)
         assert after.encode_continuation(text) == before.encode_continuation(text)
+
+
+def test_a_dropout_that_was_left_in_the_file_does_nothing(own: Path) -> None:
+    before = load_tokenizer(own)
+    edit(own, lambda values: values["model"].update(dropout=0.9))
+    after = load_tokenizer(own)
+    for text in SAMPLE:
+        assert after.encode(text) == before.encode(text)
 
 
 def test_show_prints_the_pieces_of_a_tokenizer_json(

@@ -17,8 +17,9 @@ from minift.errors import InputError
 from minift.tokenizer.base import Tokenizer, check_fit
 from minift.tokenizer.huggingface import JsonTokenizer
 from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.sentencepiece import SentencePieceTokenizer
 from tests.helpers import SMALL, small_model
-from tests.tokenizer.kinds import edit, refused
+from tests.tokenizer.kinds import edit, refused, trained
 
 pytest.importorskip("tokenizers")
 
@@ -172,6 +173,11 @@ def test_tiktokens_ranks_are_refused_with_a_hint_and_a_tokenizer_json_in_their_f
     for content in (b"", b"not a model", bytes(100), b"\n \n"):
         (tmp_path / "tokenizer.model").write_bytes(content)
         assert "tiktoken's" not in refused(lambda: load_tokenizer(tmp_path), "tokenizer.model")
+
+
+@pytest.mark.parametrize("piece", ["bos_id", "eos_id"])
+def test_a_sentencepiece_model_without_bos_or_eos_is_refused(piece: str) -> None:
+    refused(lambda: SentencePieceTokenizer(trained(**{piece: -1}), "a.model"), "a.model", "no BOS or no EOS")
 
 
 def test_a_place_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
