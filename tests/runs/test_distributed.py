@@ -210,7 +210,7 @@ MICRO_BATCHES = 3
 
 
 def collectives(world: World, shape: dict[str, Any], dtype: str) -> dict[str, tuple[int, int]]:
-    """Return the calls and elements of each collective in a step, but those of single numbers, by PyTorch's profiler."""
+    """Return the calls and elements of each collective in a step, but those of single numbers, by the profiler."""
     config = CONFIG.replace(dtype=dtype)
     model = small_model(**shape)
     batches = PairBatches(examples(), 8, 2, seed=0, rank=world.rank, world=world.size)
