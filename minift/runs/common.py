@@ -71,9 +71,8 @@ def check_out(out: Path, resume: bool, world: World) -> bool:
 def check_length(config: TrainConfig, shape: LlamaConfig) -> None:
     """Raise InputError when the rows are longer than the model's positions."""
     if config.max_length > shape.max_position_embeddings:
-        raise InputError(
-            f"max_length {config.max_length} is more than the model's {shape.max_position_embeddings} positions"
-        )
+        positions = shape.max_position_embeddings
+        raise InputError(f"max_length {config.max_length} is more than the model's {positions} positions; lower it")
 
 
 def describe(model: Llama, source: str, trained: str, config: TrainConfig, world: World) -> str:
@@ -101,7 +100,7 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
         RunError: when training cannot go on.
     """
     if run.config.patience and not (run.validation and run.config.eval_every):
-        raise InputError("--patience needs held-out data to be evaluated on, and --eval-every")
+        raise InputError("--patience needs held-out data to be evaluated on, and --eval-every above 0")
     with own_folder(run.out, resume, state.world):
         if resume and (run.out / "final").is_dir():
             return True

@@ -111,7 +111,9 @@ def test_a_wheel_carries_what_the_main_job_needs(tmp_path: Path) -> None:
     elsewhere.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-        assert not [name for name in archive.namelist() if "pages-0" in name or name.startswith("tests")]
+        names = archive.namelist()
+        assert {"minift/py.typed", "minift/look/pages/page.css", "minift/look/pages/xray.js"} <= set(names)
+        assert not [name for name in names if "pages-0" in name or name.startswith("tests")]
 
     code = f"import sys; sys.path.insert(0, {str(site)!r}); from minift.cli import main; sys.exit(main())"
     train = [sys.executable, "-P", "-c", code, "finetune", "--steps", "2"]
