@@ -31,7 +31,7 @@ from minift.runs import finetune as finetuning
 from minift.runs import pretrain as pretraining
 from minift.runs.finetune import finetune, finetune_job
 from minift.runs.folder import FinetuneJob, PretrainJob
-from minift.runs.pretrain import VALIDATION_ROWS, open_pages, pretrain, pretrain_job
+from minift.runs.pretrain import make_plan, open_pages, pretrain, pretrain_job
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import SMALL, plain_nll, write_jsonl
 from tests.runs.ranks import as_rank, free_port
@@ -253,6 +253,15 @@ def test_the_first_weights_are_drawn_by_the_seed(
         assert same == (seed == PAGES.seed)
 
 
+@pytest.mark.parametrize("epochs", [0.5, 3])
+def test_an_epoch_is_as_long_as_all_pages_together(pages: PretrainJob, tokenizer: Tokenizer, epochs: float) -> None:
+    lines = [line for file in pages.data for line in Path(file).read_text().splitlines()]
+    ids = sum(len(tokenizer.encode(json.loads(line)["body"], bos=True, eos=True)) for line in lines)
+    plan = make_plan(pages, tokenizer, PAGES.replace(epochs=epochs, batch_size=1, max_length=8))
+    assert plan.micro_batches == round(epochs * ids / 8) > 500
+    assert plan.steps == -(-plan.micro_batches // 2)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["joined", "isolated"])
 def pretrained(request: pytest.FixtureRequest, pages: PretrainJob, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return the folder of a short run, and whether its pages were isolated."""
@@ -271,9 +280,9 @@ def test_the_validation_loss_is_that_of_the_first_rows_of_held_out_pages(
     for line in Path(pages.validation[0]).read_text().splitlines():
         firsts.add(len(ids))
         ids += tokenizer.encode(json.loads(line)["body"], bos=True, eos=True, special=False)
-    assert len(ids) > 2 * VALIDATION_ROWS * T  # so that not all rows are taken
+    assert len(ids) > 2 * 64 * T  # so that not all rows are taken
     total, targets = 0.0, 0
-    for start in range(0, VALIDATION_ROWS * T, T):
+    for start in range(0, 64 * T, T):
         pieces = [start, *(i for i in range(start + 1, start + T) if isolated and i in firsts), start + T]
         for begin, end in pairwise(pieces):
             last = end if isolated and end in firsts else end + 1  # a page's first id is no target of the page before
