@@ -6,7 +6,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minift.cli.parts import MODEL_HELP, TEMPLATES, TEXT_FIELD_HELP, add_command, add_template, write_json
+from minift.cli.parts import MODEL_HELP, TEMPLATES, TEXT_FIELD_HELP, add_command, add_group, add_template, write_json
 from minift.errors import InputError, RunError, one_line
 from minift.look.report import shorten
 from minift.values import check_number
@@ -30,8 +30,7 @@ example:
 
 def add_tokenizer(commands: Any) -> None:
     """Add `minift tokenizer train|show`."""
-    parser = commands.add_parser("tokenizer", help="train a tokenizer, or show how one cuts a text")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = add_group(commands, "tokenizer", "train a tokenizer, or show how one cuts a text")
     train = add_command(verbs, "train", _tokenizer_train, "train a BPE vocabulary on pages", TRAIN_MORE)
     train.add_argument("--data", nargs="+", required=True, metavar="GLOB", help=f"train on these pages: {PAGES_HELP}")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="make a vocabulary of N pieces")
@@ -95,8 +94,7 @@ examples:
 
 def add_data(commands: Any) -> None:
     """Add `minift data peek|stats|format`."""
-    parser = commands.add_parser("data", help="look at data: its first records, its lengths, its pairs as text")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = add_group(commands, "data", "look at data: its first records, its lengths, its pairs as text")
 
     peek = add_command(verbs, "peek", _peek, "print the first records of a corpus of any size", PEEK_MORE)
     peek.add_argument("data", nargs="+", metavar="GLOB", help=PAGES_HELP)

@@ -91,7 +91,7 @@ def add_compare(commands: Any) -> None:
     command = add_command(commands, "compare", _compare, text, COMPARE_MORE)
     command.add_argument("before", metavar="BEFORE", help=MODEL_HELP)
     command.add_argument("after", metavar="AFTER", help="a second model, of any of these formats")
-    text = "ask these pairs: JSON Lines, a JSON array or CSV, packed or not"
+    text = "ask these pairs: JSON Lines, a JSON array or CSV, compressed or not"
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
     add_template(command)
     command.add_argument("--show", type=int, default=4, metavar="N", help="print N answers (default: 4)")
@@ -224,9 +224,15 @@ def _evaluate_choices(model: Any, tokenizer: Any, files: Sequence[Path], options
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
+CONVERT_MORE = """\
+examples:
+  minift convert runs/finetune/final my-model --to hf
+  minift convert my-model model.bin --to llama2c"""
+
+
 def add_convert(commands: Any) -> None:
-    """`minift convert`."""
-    command = add_command(commands, "convert", _convert, "write a model in another format")
+    """Add `minift convert`."""
+    command = add_command(commands, "convert", _convert, "write a model in another format", CONVERT_MORE)
     command.add_argument("source", metavar="SRC", help=MODEL_HELP)
     command.add_argument("destination", metavar="DST", help="the folder to write; for llama2c, the file")
     command.add_argument("--to", required=True, metavar="native|hf|meta|llama2c", help="the format to write")
@@ -272,9 +278,16 @@ def _convert(options: dict[str, Any]) -> int:
     return 0
 
 
+INFO_MORE = """\
+examples:
+  minift info --model bundled
+  minift info --config llama2-7b --device cuda --world 8"""
+
+
 def add_info(commands: Any) -> None:
-    """`minift info`."""
-    command = add_command(commands, "info", _info, "show a model's shape, and count its parameters, FLOPs and memory")
+    """Add `minift info`."""
+    text = "show a model's shape, and count its parameters, FLOPs and memory"
+    command = add_command(commands, "info", _info, text, INFO_MORE)
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", metavar="DIR", help=MODEL_HELP)
     which.add_argument(

@@ -62,6 +62,13 @@ def add_command(
     return command
 
 
+def add_group(commands: Any, name: str, text: str) -> Any:
+    """Add a subcommand that has subcommands of its own, its verbs; return what `add_command` adds them to."""
+    more = f"`minift {name} VERB --help` describes a verb."
+    group = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=more)
+    return group.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     """Add --device."""
     text = "compute on this device; auto takes a GPU if there is one (default: auto)"

@@ -38,7 +38,7 @@ def add_finetune(commands: Any) -> None:
     command = add_command(commands, "finetune", _finetune, text, FINETUNE_MORE)
     given = argparse.SUPPRESS  # a flag that is not given is absent from the options
     command.add_argument("--model", default=given, metavar="DIR", help=f"{MODEL_HELP} (default: bundled)")
-    text = "train on these instruction pairs: JSON Lines, a JSON array or CSV, packed or not (default: bundled)"
+    text = "train on these instruction pairs: JSON Lines, a JSON array or CSV, compressed or not (default: bundled)"
     command.add_argument("--data", nargs="+", default=given, metavar="FILE", help=text)
     text = "hold out these pairs (default: a tenth of --data; for the bundled pairs, the bundled questions)"
     command.add_argument("--test", nargs="+", default=given, metavar="FILE", help=text)
@@ -61,7 +61,7 @@ def add_pretrain(commands: Any) -> None:
     given = argparse.SUPPRESS
     text = "the shape of the model: the name of a preset, or a config.json"
     command.add_argument("--config", default=given, metavar="NAME|FILE", help=text)
-    text = "train on these pages: JSON Lines or text, packed or not"
+    text = "train on these pages: JSON Lines or text, compressed or not"
     command.add_argument("--data", nargs="+", default=given, metavar="GLOB", help=text)
     text = "encode the pages with this tokenizer: a tokenizer.model, or its folder"
     command.add_argument("--tokenizer", default=given, metavar="FILE", help=text)
