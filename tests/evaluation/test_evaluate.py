@@ -256,6 +256,35 @@ def test_answers_do_not_depend_on_the_batches(
     assert answer_questions(model, tokenizer, questions, batch_size) == expected
 
 
+def prompt_of(tokens: int, tokenizer: Tokenizer) -> str:
+    """A question of exactly so many ids, BOS included."""
+    for start in ("", "a", "1", "Q?"):
+        question = start + " 1" * tokens
+        while len(tokenizer.encode(question)) > tokens:
+            question = question[:-1]
+        if len(tokenizer.encode(question.rstrip())) == tokens:
+            return question.rstrip()
+    raise AssertionError(f"no question of {tokens} ids")
+
+
+def test_an_answer_that_the_last_position_cuts_off_has_not_ended(model: Llama, tokenizer: Tokenizer) -> None:
+    """Its prompt leaves 2 of the model's 128 positions, and none of the 2 ids is a stop token."""
+    questions, skipped = make_questions([Pair(prompt_of(126, tokenizer), "Yes.")], TEMPLATES["plain"], tokenizer, 127)
+    assert skipped == 0
+    ids = greedy(model, questions[0].example.prompt, 2)
+    assert len(ids) == 2
+    assert answer_questions(model, tokenizer, questions) == [Answer(tokenizer.decode_continuation(ids), ended=False)]
+
+
+def test_a_comparison_keeps_the_longest_prompts_that_can_be_answered(tokenizer: Tokenizer) -> None:
+    """Of 128 positions a prompt may take 127: it leaves one for the answer."""
+    model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=128)
+    pairs = [Pair(prompt_of(tokens, tokenizer), "Yes.") for tokens in (126, 127, 128, 129)]
+    result = compare((model, tokenizer), (model, tokenizer), pairs, TEMPLATES["plain"])
+    assert result["skipped"] == 2
+    assert [sample["question"] for sample in result["samples"]] == [pair.question for pair in pairs[:2]]
+
+
 def test_a_score_counts_the_records_that_ask_for_it(
     model: Llama, tokenizer: Tokenizer, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:

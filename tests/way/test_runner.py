@@ -110,7 +110,7 @@ def test_plain_runs_the_pages_as_they_are_read(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of `kernels/` is asked for a decoder; training and the comparison are plain, too."""
-    fast, plain = BasicModelRunner(small_checkpoint), BasicModelRunner(small_checkpoint, plain=True)
+    fast, plain = (BasicModelRunner(small_checkpoint, device="cpu", plain=plain) for plain in (False, True))
     expected = fast("Tell me", max_tokens=9)
 
     def no_decoder(*given: Any) -> None:
@@ -122,13 +122,13 @@ def test_plain_runs_the_pages_as_they_are_read(
     finetune = jobs.finetune
 
     def spy(*given: Any, **options: Any) -> Any:
-        asked.update(options)
+        asked.update(options, device=given[1].device)
         return finetune(*given, **options)
 
     monkeypatch.setattr(jobs, "finetune", spy)
     plain.load_data(RECORDS, "question", "answer")
     plain.train(**QUICK)
-    assert asked == {"plain": True}
+    assert asked == {"plain": True, "device": "cpu"}
     assert len(plain.evaluate()["eval_results"]) == 1
 
 
