@@ -123,6 +123,16 @@ def test_a_question_that_is_too_long(model: Llama, tokenizer: Tokenizer) -> None
     long = ChoiceQuestion("word " * 200, ("a", "b"), 0, "x.jsonl:7")
     with pytest.raises(InputError, match=r"x.jsonl:7: takes \d+ positions; the model has 128"):
         choose(model, tokenizer, [long], TEMPLATES["plain"])
+    words = "word " * 60
+    longest = ChoiceQuestion(words, ("a", "b" * 40), 0, "x.jsonl:8")
+    prompt, answer = (tokenizer.encode(words.rstrip()), tokenizer.encode_continuation("\n" + "b" * 40))
+    positions = len(prompt) + len(answer) - 1  # of its longest choice: the last id is only predicted
+    for limit in (positions, positions + 1):
+        fits = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=limit)
+        assert len(choose(fits, tokenizer, [longest], TEMPLATES["plain"])[0]) == 2
+    short = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=positions - 1)
+    with pytest.raises(InputError, match=f"takes {positions} positions; the model has {positions - 1}"):
+        choose(short, tokenizer, [longest], TEMPLATES["plain"])
 
 
 def test_evaluate_recognises_them(tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

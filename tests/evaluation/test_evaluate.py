@@ -31,10 +31,16 @@ from minift.evaluation.evaluate import (
     normalised_match,
     token_f1,
 )
-from minift.evaluation.likelihood import Likelihood, likelihood_scores, page_likelihoods, target_scores
+from minift.evaluation.likelihood import (
+    Likelihood,
+    example_likelihoods,
+    likelihood_scores,
+    page_likelihoods,
+    target_scores,
+)
 from minift.loss import batch_loss, next_token_loss
 from minift.model import Llama
-from minift.pack import IGNORE, collate
+from minift.pack import IGNORE, Example, collate
 from minift.prompts import TEMPLATES, Pair, template_named
 from minift.reference import greedy
 from minift.tokenizer.base import Tokenizer
@@ -164,6 +170,18 @@ def test_the_likelihood_of_answers_is_that_of_a_plain_loop(model: Llama, questio
     assert scores["perplexity"].value == pytest.approx(math.exp(nll / n_targets), rel=1e-12)
     assert scores["bits_per_byte"].value == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-12)
     assert scores["next_token_accuracy"].value == top1 / n_targets
+
+
+@torch.no_grad()
+def test_a_sum_of_many_targets_is_exact() -> None:
+    """In float64, whatever the dtype of each: 500 numbers of float32 added up in float32 would lose a digit."""
+    model = small_model(max_position_embeddings=512)
+    ids = torch.randint(3, 97, (501,), generator=torch.Generator().manual_seed(0)).tolist()
+    (found,) = example_likelihoods(model, [Example(ids[:1], ids[1:])])
+    hidden = model.hidden(torch.tensor([ids[:-1]]))
+    nll, top1 = target_scores(hidden, model.head_weight, torch.tensor([ids[1:]]))
+    assert found.nll == pytest.approx(math.fsum(nll.tolist()), rel=1e-12)
+    assert (found.n_targets, found.n_top1) == (500, int(top1.sum()))
 
 
 @torch.no_grad()

@@ -64,6 +64,8 @@ def test_the_lists() -> None:
         "repetitive": [4],
         "truncated": [6, 4],
     }
+    losses = {entry["said"]: entry["nll_per_target"] for entry in found["lists"]["longest"]}
+    assert losses == {said: pytest.approx(loss) for _, said, _, loss in CASES}
     few = mistakes(questions, evaluation, count=2)
     assert {kind: len(entries) for kind, entries in few["lists"].items()} == {
         "worst": 2, "longest": 2, "repetitive": 1, "truncated": 2,
