@@ -303,6 +303,18 @@ def test_the_length_of_a_run_is_announced(
     assert lines[1] == f"2 steps, {flops:.2g} FLOPs"
 
 
+def test_a_bad_page_that_was_only_read_ahead_is_not_reported(
+    pages: PretrainJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker encodes pages long before they are needed; a run reports what it met up to its last batch."""
+    lines: list[Any] = [{"body": f"Page {i} says " + "more and " * 4_000} for i in range(12)]
+    for place, shown in ((0, True), (6, False)):
+        data = write_jsonl(tmp_path / f"{place}.jsonl", [*lines[:place], b"{oops", *lines[place:]])
+        job = pretrain_job(pages.config, [str(data)], pages.tokenizer, text_field="body")
+        assert pretrain(job, PAGES.replace(shuffle_buffer=0, workers=1), tmp_path / f"run{place}")
+        assert ("skipped" in capsys.readouterr().out) == shown
+
+
 # The end of a run -----------------------------------------------------------------------------------------------------
 
 
