@@ -4,12 +4,15 @@ Output is compared with what the library returns for the same arguments. That ev
 shown by giving all of them and reading the run's settings.
 """
 
+import argparse
 import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from minift import __version__
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
+from minift.cli.commands import make_parser
 from minift.config import FINETUNE, PRETRAIN, TrainConfig
 from minift.model import Llama
 from minift.reference import greedy
@@ -26,7 +30,9 @@ from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, SMALL, small_model, write_jsonl
 
-COMMANDS = ["finetune", "pretrain", "generate", "compare", "evaluate", "tokenizer", "data"]
+COMMANDS = [
+    *("finetune", "pretrain", "generate", "compare", "evaluate", "explain", "convert", "info", "tokenizer", "data")
+]
 
 # Each field's value here is neither its default nor that of a job, but a run of one step goes through with it.
 EVERY_FLAG: dict[str, Any] = {
@@ -137,6 +143,33 @@ def test_every_command_has_help(words: list[str], capsys: pytest.CaptureFixture[
         main([*words, "--help"])
     assert end.value.code == 0
     assert f"usage: minift {' '.join(words)}" in capsys.readouterr().out
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield the parsers of all commands that do something: not those of groups of verbs."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield parser
+    for group in groups:
+        for inner in group.choices.values():
+            yield from parsers(inner)
+
+
+@pytest.mark.parametrize("parser", [*parsers(make_parser())], ids=lambda parser: parser.prog)
+def test_every_option_says_what_it_does_and_every_command_has_an_example(parser: argparse.ArgumentParser) -> None:
+    for action in parser._actions:
+        assert action.help, action.dest
+        assert "…" not in action.help, action.help
+        assert not action.help.endswith("."), action.help
+    assert parser.description
+    first, _, more = parser.description.partition("\n\n")
+    assert re.fullmatch(r"[A-Z].*\.", first)
+    examples = [line.strip() for line in more.splitlines() if line.startswith("  ")]
+    assert examples
+    for example in examples:
+        assert example.startswith(f"{parser.prog} ")
+        make_parser().parse_args(shlex.split(example)[1:])  # each flag exists, and its value is of the right type
+    assert max(map(len, parser.description.splitlines())) <= 105
 
 
 @pytest.mark.parametrize(("command", "defaults"), [("finetune", FINETUNE), ("pretrain", PRETRAIN)])
