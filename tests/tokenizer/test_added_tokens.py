@@ -183,6 +183,7 @@ def test_a_gap_in_the_added_tokens_is_refused(sentencepiece_folder: Path, table:
         "null",
         '"<a>"',
         '{"<a>": null}',
+        '{"<a>": true}',
         '{"<a>": "x"}',
         '{"<a>": [2048]}',
         '{"<a>": {}}',

@@ -39,6 +39,11 @@ SAID: dict[str, tuple[dict[str, Any], tuple[str | int, str | int]]] = {
     "another EOS": ({"tokenizer_config.json": {"bos_token": BOS, "eos_token": "<|im_end|>"}}, (BOS, "<|im_end|>")),
     "special_tokens_map": ({"special_tokens_map.json": {"bos_token": BOS, "eos_token": {"content": EOS}}}, (BOS, EOS)),
     "the model's ids": ({"config.json": {"bos_token_id": 3, "eos_token_id": 4}}, (3, 4)),
+    "the ids in a Meta folder": ({"minift.json": {"bos_token_id": 3, "eos_token_id": 4}}, (3, 4)),
+    "the model's ids before those of a Meta folder": (
+        {"config.json": {"bos_token_id": 3}, "minift.json": {"bos_token_id": 5, "eos_token_id": 4}},
+        (3, 4),
+    ),
     "id 0": ({"config.json": {"bos_token_id": 0, "eos_token_id": 0}}, (0, 0)),
     "the model's list": ({"config.json": {"bos_token_id": 3, "eos_token_id": [7, 4, 5]}}, (3, 7)),
     "the tokenizer before the model": (
