@@ -85,6 +85,9 @@ def test_a_tokenizer_json_made_of_sentencepiece_gives_its_ids_and_its_text(model
         assert made.encode(text, bos=False, special=False) == ids, ascii(text)
         assert made.decode(ids) == theirs.decode(ids), ascii(text)
     assert made.pieces(range(made.vocab_size)) == [theirs.id_to_piece(id) for id in range(made.vocab_size)]
+    elsewhere = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # other tools get BOS from the file
+    assert elsewhere.encode("Mexico City").ids == [1, *theirs.encode("Mexico City")]
+    assert elsewhere.encode("a", "b").ids == [*theirs.encode("a"), *theirs.encode("b")]
 
 
 @pytest.mark.parametrize(
