@@ -4,7 +4,7 @@ The same queries, keys and values, laid out as the projections leave them, in tu
 Which of them there are depends on the machine, the dtype and the heads; a kernel that refuses is left out, with its
 reason. What each gives, and its gradients, must agree with the formula, or there is no result.
 
-* *used*: `attend` (`minift/kernels/attention.py`) with the mask that `Llama.hidden` makes, and what a compiler makes of it;
+* *used*: what training installs (`minift/kernels/`), with the mask that it gets there, and what a compiler makes of it;
 * *SDPA*: PyTorch's `scaled_dot_product_attention` as it chooses, and by each of its kernels, of which *math* is matrix
   products and a softmax; for several documents with a mask of all pairs;
 * *FlexAttention*: compiled for the mask, whose empty blocks it leaves out;
@@ -13,8 +13,8 @@ reason. What each gives, and its gradients, must agree with the formula, or ther
     python -m benchmarks attention                                        # smollm2-135m's heads
     python -m benchmarks attention --config llama2-7b --batch-size 2 --length 4096 --device cuda
 
-FLOPs are those of the pairs of tokens that may see each other (`minift/costs/flops.py`). Legend: B rows, T tokens of a row, H
-query heads, K key/value heads, C head width. Read next: `ladder.py`.
+FLOPs are those of the pairs of tokens that may see each other (`minift/costs/flops.py`). Legend: B rows, T tokens of
+a row, H query heads, K key/value heads, C head width. Read next: `ladder.py`.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from benchmarks import agreement, arguments, record, roof, textbook
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import LlamaConfig
 from minift.errors import InputError
-from minift.kernels.attention import Mask, attend, block_mask
-from minift.model import Llama, flex_pays
+from minift.kernels.attention import FastScaledDotProduct
+from minift.kernels.flex import FlexPrepare, FlexScaledDotProduct, block_mask
+from minift.model import Prepare
 
 KERNELS = {
     "SDPA, flash": SDPBackend.FLASH_ATTENTION,
@@ -119,9 +120,14 @@ def kernels(documents: Tensor, document: int, heads: tuple[int, int, int]) -> di
     """
     (_, T), device = documents.shape, documents.device.type
     shared, whole = heads[0] > heads[1], document == T
-    mask = Llama._mask(T, 0, None if whole else documents, None, documents.device)
+    H, K, C = heads
+    config = LlamaConfig(hidden_size=H * C, num_attention_heads=H, num_key_value_heads=K, head_dim=C)
+    ids = None if whole else documents
+    mask = Prepare(config).mask(documents, 0, ids, None)
     blocks = block_mask(documents)
-    of_model: Mask = blocks if not whole and flex_pays(device, T, heads[2], torch.float32) else mask
+    on_gpu = device == "cuda"
+    trained = FlexScaledDotProduct() if on_gpu else FastScaledDotProduct()
+    mask_of_trained = (FlexPrepare if on_gpu else Prepare)(config).mask(documents, 0, ids, None)
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -136,7 +142,8 @@ def kernels(documents: Tensor, document: int, heads: tuple[int, int, int]) -> di
         return call
 
     def used(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(query, key, value, of_model)
+        mixed: Tensor = trained(query, key, value, mask_of_trained)
+        return mixed
 
     flex = torch.compile(flex_attention, dynamic=False)
     return {

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,11 +22,10 @@ from minift.config import LlamaConfig, TrainConfig
 from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
-from minift.loss import batch_states, next_token_loss
+from minift.kernels.targets import TargetsObjective
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch
-from minift.runs.machine import autocast
 from minift.runs.start import start_state
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.load import load_tokenizer
@@ -130,6 +129,7 @@ def take_step(job: Job, part: Part) -> StepResult:
     """
     state, config = job.state, job.config
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    objective = cast(TargetsObjective, state.objective)
     with part("bookkeeping"):
         state.batches.state_dict()  # from where the batches would be drawn again if the step failed
         lr = learning_rate(state.step, STEPS, config)
@@ -143,12 +143,12 @@ def take_step(job: Job, part: Part) -> StepResult:
 
     total_nll = torch.zeros((), device=model.device)
     for batch in window:
-        with autocast(model, config):
+        with state.autocast():
             with part("forward"):
-                hidden, targets = batch_states(model, batch)
+                hidden, targets = objective.states(batch)
             with part("loss"):
-                nll_sum, _ = next_token_loss(hidden, model.head_weight, targets, config.loss_chunk)
-        del hidden  # as it goes when `loss.batch_loss` returns
+                nll_sum = objective.loss(hidden, model.head_weight, targets)
+        del hidden  # as it is freed when the objective's `forward` returns
         with part("backward"):
             scaler.scale(nll_sum / n_targets).backward()
         total_nll += nll_sum.detach()

@@ -2,22 +2,17 @@
 
 Every rung is `train.train_step` over the same documents, and has all that the rungs below it have:
 
-    naive         float32; attention with all T² scores, a loss with all logits, AdamW's loop, a row a document
-    + SDPA        attention by PyTorch's fused kernels
+    textbook      float32; attention with all T² scores, a loss with all logits, AdamW's loop, a row for each document
+    plain         the pages as they are read: PyTorch's fused attention, the loss in chunks, its fused AdamW
     + AMP         autocast: matrix products in bfloat16, where the machine has it
-    + loss        the chunked loss, whose logits never exist all at once
-    + AdamW       the optimizer's fused kernel
-    + heap        on a CPU: what a step frees stays with the process for the next one
-    + layer       on a CPU in bfloat16: the layers of short rows with both passes written out, in fewer operations
-    + packing     several documents in a row, isolated from each other: no position is computed for nothing
-    + compile     torch.compile, which fuses what lies between the matrix products
+    + packing     several documents in a row, isolated from each other: no position is computed in vain
+    + NAME …      one kernel more, by its name (`minift/kernels/`), of those that a run takes on this device
+    + compile     torch.compile, which fuses what is between the matrix products, and the kernels of a compiled run
 
 Each is a process of its own, and they take turns. Counted are the targets of documents, not padding, so that packing
-compares. At the end stands from how many steps on compiling pays.
+compares. The last line says from how many steps on compiling saves time.
 
     python -m benchmarks ladder
-
-Read next: `peers.py`.
 """
 
 import argparse
@@ -28,20 +23,22 @@ from typing import Any
 
 import torch
 
-import minift.loss
-import minift.model
-import minift.train
 from benchmarks import arguments, process, record, side, textbook
 from benchmarks.timing import in_turn_order, paired_ratio
+from minift import kernels
 from minift.config import LlamaConfig, TrainConfig
 from minift.costs.flops import training_flops_per_token
-from minift.model import Llama
-from minift.pack import IGNORE, Batch, Example, collate
+from minift.kernels.swap import swap
+from minift.loss import NextTokenLoss
+from minift.model import Llama, ScaledDotProduct
+from minift.pack import Batch, Example, collate
 from minift.runs.start import start_state
-from minift.train import train_step
+from minift.train import TrainState, train_step
+from minift.values import check_number
 
-RUNGS = ("naive", "+ SDPA", "+ AMP", "+ loss", "+ AdamW", "+ heap", "+ layer", "+ packing", "+ compile")
-CPU_ONLY = ("+ heap", "+ layer")
+PAGES = ("textbook", "plain", "+ AMP", "+ packing")  # rungs without a kernel
+ORDER = ("malloc", "adamw", "norm", "attention", "flex", "cross_entropy", "targets", "layer")  # kernels, from below
+RUNGS = (*PAGES, *(f"+ {name}" for name in ORDER), "+ compile")
 SHORTEST = 8  # of the documents, as a part of a row: they are from an eighth of it to all of it long
 
 
@@ -51,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_device(parser)
     arguments.add_repeats(parser, 6)
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, metavar="NAME", help="only these: " + "; ".join(RUNGS))
+    parser.add_argument(
+        "--prompt", type=float, default=0.5, metavar="SHARE", help="of a document that has no targets (%(default)s)"
+    )
     arguments.add_measure(parser)
 
 
@@ -58,13 +58,15 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print a table and write the JSON."""
     config, shape = arguments.train_config(options), LlamaConfig.named(options.config)
     if options.measure:
-        _serve(options.measure[0], shape, config)
+        _serve(options.measure[0], shape, config, options.prompt)
         return
     arguments.check_counts(options, "repeats")
-    on_cpu = config.device == "cpu"
-    rungs = [name for name in RUNGS if name in (options.rungs or RUNGS) and (on_cpu or name not in CPU_ONLY)]
+    check_number("--prompt", options.prompt, least=0, below=1)
+    taken = kernels.choose(config.replace(compile=False), torch.device(config.device))
+    there = [name for name in RUNGS if name[2:] not in ORDER or name[2:] in taken]
+    rungs = [name for name in there if name in (options.rungs or RUNGS)]
     arguments.check_compiler(config, rungs[-1] == "+ compile", "give all --rungs but the last")
-    words = arguments.words(options, config)
+    words = [*arguments.words(options, config), f"--prompt={options.prompt}"]
     with ExitStack() as stack:
         workers = {name: stack.enter_context(process.Worker("ladder", name, *words)) for name in rungs}
         answers: dict[str, list[Any]] = {name: [] for name in rungs}
@@ -80,9 +82,9 @@ def run(options: argparse.Namespace) -> None:
 # In a process of its own ----------------------------------------------------------------------------------------------
 
 
-def _serve(name: str, shape: LlamaConfig, config: TrainConfig) -> None:
+def _serve(name: str, shape: LlamaConfig, config: TrainConfig, prompt: float) -> None:
     """Make a rung, take two steps, and then one whenever a line comes in."""
-    step, batch = make_rung(name, shape, config)
+    step, batch, _ = make_rung(name, shape, config, prompt)
     start = time.perf_counter()
     loss = step()
     first = time.perf_counter() - start
@@ -92,51 +94,57 @@ def _serve(name: str, shape: LlamaConfig, config: TrainConfig) -> None:
     side.serve(ready, step, config.device)
 
 
-def make_rung(name: str, shape: LlamaConfig, config: TrainConfig) -> tuple[Callable[[], float], Batch]:
-    """A rung's step, which returns its loss, and the batch that it takes.
+def make_rung(
+    name: str, shape: LlamaConfig, config: TrainConfig, prompt: float = 0.5
+) -> tuple[Callable[[], float], Batch, TrainState]:
+    """Return a rung's step, which returns its loss, the batch that it trains on, and the state that it changes.
 
-    What the rung has not yet is replaced by a textbook's in the modules that train: this is for a process that does
-    nothing else.
+    Args:
+        prompt: the share of each document that has no targets.
     """
     has = RUNGS[: RUNGS.index(name) + 1]
-    if "+ SDPA" not in has:
-        minift.model.attend = _textbook_attention
-    if "+ loss" not in has:
-        minift.loss.next_token_loss = _textbook_loss
-    if "+ heap" not in has:
-        minift.runs.start.keep_freed_memory = lambda: False
-    if "+ layer" not in has:
-        minift.runs.start.choose_written_out = lambda model, config, device: False
     config = config.replace(
         dtype=config.dtype if "+ AMP" in has else "float32", compile="+ compile" in has, pack="+ packing" in has
     )
+    device = torch.device(config.device)
     generator = torch.Generator().manual_seed(0)
     model = Llama(shape)
     model.init_weights(generator)
-    batch = collate(_documents(shape, config, generator), shape.eos_token_ids[0], config.max_length, config.pack)
-    batch = batch.to(torch.device(config.device))
-    state = start_state(model.to(config.device), None, config)  # type: ignore[arg-type]  # no data to keep the place of
-    if "+ AdamW" not in has:
-        state.optimizer = textbook.adamw(model, config)  # type: ignore[assignment]
-    return lambda: train_step(state, [batch], config.lr, config).loss, batch
+    documents = _documents(shape, config, generator, prompt)
+    batch = collate(documents, shape.eos_token_ids[0], config.max_length, config.pack).to(device)
+    names = [one for one in kernels.choose(config, device) if f"+ {one}" in has or config.compile]
+    state = start_state(model.to(device), None, config, names=names)  # type: ignore[arg-type]  # no place in the data
+    if name == "textbook":
+        swap(state.objective, {ScaledDotProduct: TextbookAttention, NextTokenLoss: TextbookLoss})
+        state.optimizer = textbook.adamw(model, config)
+    return lambda: train_step(state, [batch], config.lr, config).loss, batch, state
 
 
-def _documents(shape: LlamaConfig, config: TrainConfig, generator: torch.Generator) -> list[Example]:
+def _documents(shape: LlamaConfig, config: TrainConfig, generator: torch.Generator, prompt: float) -> list[Example]:
     T = config.max_length
     lengths = torch.randint(max(2, T // SHORTEST), T + 1, (config.batch_size,), generator=generator).tolist()
     texts = [torch.randint(shape.vocab_size, (n + 1,), generator=generator).tolist() for n in lengths]
-    return [Example(prompt=ids[:1], answer=ids[1:]) for ids in texts]
+    cuts = [max(1, round(prompt * len(ids))) for ids in texts]
+    return [Example(prompt=ids[:cut], answer=ids[cut:]) for ids, cut in zip(texts, cuts, strict=True)]
 
 
-def _textbook_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
-    assert mask is None  # a row for each document
-    return textbook.attention(query, key, value)
+class TextbookAttention(ScaledDotProduct):
+    """Attention with all T² scores, for rows of one document."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, H, T, C] and twice [B, K, T, C] → [B, H, T, C]."""
+        assert mask is None
+        return textbook.attention(query, key, value)
 
 
-def _textbook_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return textbook.loss(hidden, weight, targets), (targets != IGNORE).sum()
+class TextbookLoss(NextTokenLoss):
+    """The loss with all logits."""
+
+    def forward(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """[B, T, D], [V, D] and [B, T] → scalar."""
+        return textbook.loss(hidden, weight, targets)
 
 
 # The result -----------------------------------------------------------------------------------------------------------
@@ -159,6 +167,7 @@ def _result(
         "device": config.device,
         "documents": config.batch_size,
         "length": config.max_length,
+        "prompt": options.prompt,
         "rungs": {
             name: {
                 "targets_per_second": record.spread([ready[name]["targets"] / s for s in seconds[name]]),
@@ -188,14 +197,14 @@ def break_even(ready: dict[str, Any], seconds: dict[str, list[float]], below: st
 def _table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['documents']} documents in rows of {result['length']}, {result['dtype']} on {result['device']}",
-        f"{'':<12}{'targets/s':>22}{'x below':>9}{'x first':>9}{'peak':>10}{'loss':>9}{'positions':>11}",
+        f"{'':<17}{'targets/s':>22}{'x below':>9}{'x first':>9}{'peak':>10}{'loss':>9}{'positions':>11}",
     ]
     for name, rung in result["rungs"].items():
         speed = "{:,.0f} ({:,.0f}-{:,.0f})".format(
             *(rung["targets_per_second"][key] for key in ("median", "min", "max"))
         )
         lines.append(
-            f"{name:<12}{speed:>22}{rung['times_the_rung_below']:>9.2f}{rung['times_the_first']:>9.2f}"
+            f"{name:<17}{speed:>22}{rung['times_the_rung_below']:>9.2f}{rung['times_the_first']:>9.2f}"
             f"{rung['peak_bytes'] / 1e6:>7,.0f} MB{rung['loss']:>9.4f}{rung['positions']:>11,}"
         )
     if "compiling_pays" in result:

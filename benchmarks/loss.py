@@ -4,7 +4,8 @@ From the final hidden states and the head's weights, both in float32, to the sum
 under the autocast of a step; in turns. At the head a model becomes as wide as its vocabulary, so that for a small model
 it is most of a step's time and memory.
 
-* *used*: `next_token_loss` (`minift/loss.py`), which has the logits of some positions at a time and none twice;
+* *used*: `minift/kernels/cross_entropy.py`, which has the logits of some positions at a time and none twice;
+* *plain*: its twin, `next_token_loss` (`minift/loss.py`), as it is read;
 * *all logits*: a product and `F.cross_entropy`, which keep N·V numbers several times; and what a compiler makes of it;
 * *F.linear_cross_entropy*: PyTorch's own in chunks (from 2.13 on), by the policy that it takes for this device and
   dtype, and by its most accurate one. It takes its inputs in the dtype of the products: autocast does not reach it.
@@ -30,6 +31,7 @@ from benchmarks import agreement, arguments, process, record, roof, textbook
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
+from minift.kernels.cross_entropy import FusedNextTokenLoss
 from minift.loss import next_token_loss
 
 AGREE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}  # how far the used one may be off
@@ -95,8 +97,8 @@ def make_inputs(
 def ways(dtype: torch.dtype, chunk: int) -> dict[str, Way]:
     """The ways to a loss, by name. Whether this PyTorch, and this machine, have one is seen when it is called."""
 
-    def used(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return next_token_loss(hidden, weight, targets, chunk)[0]
+    def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return next_token_loss(hidden, weight, targets, chunk)
 
     def fused(policy: str) -> Way:
         def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -109,7 +111,8 @@ def ways(dtype: torch.dtype, chunk: int) -> dict[str, Way]:
         return call
 
     return {
-        "used": used,
+        "used": FusedNextTokenLoss(chunk),
+        "plain": plain,
         "all logits": textbook.loss,
         "all logits, compiled": torch.compile(textbook.loss, dynamic=False),
         "F.linear_cross_entropy": fused("auto"),

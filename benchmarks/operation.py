@@ -18,10 +18,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from minift.config import LlamaConfig
-from minift.kernels.attention import attend
-from minift.model import DecoderLayer, Llama
-from minift.rope import apply_rope, rope_tables
+from minift import kernels
+from minift.config import PRETRAIN, LlamaConfig, TrainConfig
+from minift.model import DecoderLayer, Llama, Shared
+from minift.train import Objective
 
 Call: TypeAlias = Callable[[], tuple[Tensor, ...]]
 Function: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -45,6 +45,10 @@ class Setting:
     dtype: torch.dtype
     device: str
     compile: bool = False
+
+    def train_config(self) -> TrainConfig:
+        """Return the config of an eager run of this setting."""
+        return PRETRAIN.replace(device=self.device, dtype=str(self.dtype).removeprefix("torch."), compile=False)
 
     def autocast(self) -> torch.autocast:
         """As in a training step."""
@@ -96,8 +100,10 @@ class Step:
 
     setting: Setting
     generator: torch.Generator
-    model: Llama
-    layer: DecoderLayer
+    model: Llama  # plain
+    layer: DecoderLayer  # plain
+    objective: Objective  # with the same weights, and the kernels that an eager run installs
+    trained: DecoderLayer  # its layer
     tokens: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T]
     stream: Tensor  # [B, T, D]
@@ -105,9 +111,8 @@ class Step:
     query: Tensor  # [B, H, T, C], as are those that follow, with K heads for H
     key: Tensor
     value: Tensor
-    cos: Tensor  # [B, 1, T, C]
-    sin: Tensor
-    turned: tuple[Tensor, Tensor]  # query and key after RoPE
+    shared: Shared  # RoPE's tables, [B, 1, T, C]
+    rotated: tuple[Tensor, Tensor]  # query and key after RoPE
     mixed: Tensor  # [B, T, H·C]
 
 
@@ -122,7 +127,11 @@ def make_step(setting: Setting) -> Step:
     ids = torch.randint(shape.vocab_size, (B, T + 1), generator=generator, device=setting.device)
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     positions = torch.arange(T, device=setting.device).expand(B, T)
-    cos, sin = rope_tables(positions, C, shape.rope_theta, shape.rope_scaling)
+    names = kernels.choose(setting.train_config(), torch.device(setting.device))
+    objective = kernels.with_kernels(Objective(model, PRETRAIN.loss_chunk), names)
+    trained = objective.model.layers[0]
+    assert isinstance(trained, DecoderLayer)
+    shared = model.prepare(tokens, positions, None, None)
     with setting.autocast():
         stream = model.embed_tokens(tokens)
         normed = layer.input_layernorm(stream)
@@ -131,10 +140,10 @@ def make_step(setting: Setting) -> Step:
             projection(normed).view(B, T, -1, C).transpose(1, 2)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        turned = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
-        mixed = attend(*turned, value, None).transpose(1, 2).reshape(B, T, -1)
-    heads = query, key, value, cos, sin, turned, mixed
-    return Step(setting, generator, model, layer, tokens, targets, stream, normed, *heads)
+        rotated = attention.rope(query, shared.cos, shared.sin), attention.rope(key, shared.cos, shared.sin)
+        mixed = attention.attend(*rotated, value, None).transpose(1, 2).reshape(B, T, -1)
+    heads = query, key, value, shared, rotated, mixed
+    return Step(setting, generator, model, layer, objective, trained, tokens, targets, stream, normed, *heads)
 
 
 def two_passes(
@@ -157,7 +166,7 @@ def two_passes(
         flops: forward, backward.
         reads: what is read, forward and backward, besides the outputs' gradients; by default inputs and weights.
         calls, inside: see `Operation`.
-        compiled: what `--compile` compiles; by default the used one, of what is inside a layer.
+        compiled: what `--compile` compiles, of what is inside a layer; by default the used one.
     """
 
     def under_autocast(function: Function) -> Call:

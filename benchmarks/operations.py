@@ -25,16 +25,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import textbook
-from benchmarks.operation import Call, Operation, Step, Work, leaf, nbytes_of, two_passes, whole_model
-from minift.config import LONGEST_WRITTEN_OUT, PRETRAIN
+from benchmarks.operation import Call, Function, Operation, Step, Work, leaf, nbytes_of, two_passes, whole_model
+from minift.config import PRETRAIN
 from minift.costs.flops import forward_flops_per_token
-from minift.kernels.attention import attend
-from minift.kernels.layer import share
-from minift.loss import next_token_loss
-from minift.model import narrowed
-from minift.optim import make_optimizer
-from minift.rope import apply_rope
-from minift.runs.machine import choose_written_out
+from minift.kernels.adamw import make_optimizer
+from minift.model import DecoderLayer
 
 MAX_NORM = 1.0
 
@@ -64,13 +59,14 @@ def norm(step: Step) -> Operation:
     FLOPs an element, N·D of them: forward 4 (square, add, two products). Backward 9: the weight's gradient Σ g·n (3, n
     being made again), and of x, s·(g·w) − x·c with c = s³/D · Σ g·w·x (6).
     """
-    module = step.layer.input_layernorm
+    module = step.model.norm
     return two_passes(
         step,
         calls=2 * step.setting.shape.num_hidden_layers + 1,
         inside=2 * step.setting.shape.num_hidden_layers,
         naive=lambda x: textbook.norm(x, module.weight, module.eps),
-        used=module,
+        used=step.objective.model.norm,
+        compiled=module,
         inputs=(leaf(step.stream),),
         weights=(module.weight,),
         flops=(4 * step.stream.numel(), 9 * step.stream.numel()),
@@ -79,10 +75,11 @@ def norm(step: Step) -> Operation:
 
 def rope(step: Step) -> Operation:
     """RoPE of queries and keys: 3 FLOPs an element, N·(H + K)·C of them. Backward turns the gradients the other way."""
-    query, key, tables = leaf(step.query), leaf(step.key), (step.cos, step.sin)
+    query, key, tables = leaf(step.query), leaf(step.key), (step.shared.cos, step.shared.sin)
 
-    def used(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+    def rotate_by(layer: DecoderLayer) -> Function:
+        rope = layer.self_attn.rope
+        return lambda query, key, cos, sin: (rope(query, cos, sin), rope(key, cos, sin))
 
     flops = 3 * (query.numel() + key.numel())
     return two_passes(
@@ -90,7 +87,8 @@ def rope(step: Step) -> Operation:
         calls=step.setting.shape.num_hidden_layers,
         inside=step.setting.shape.num_hidden_layers,
         naive=lambda query, key, cos, sin: (textbook.rope(query, cos, sin), textbook.rope(key, cos, sin)),
-        used=used,
+        used=rotate_by(step.trained),
+        compiled=rotate_by(step.layer),
         inputs=(query, key, *tables),
         flops=(flops, flops),
         reads=((query, key, *tables), tables),
@@ -105,7 +103,7 @@ def qkv(step: Step) -> Operation:
     products = 2 * step.tokens.numel() * sum(weight.numel() for weight in weights)
 
     def used(x: Tensor) -> tuple[Tensor, ...]:
-        x = narrowed(x)  # as attention does
+        x = x.to(step.setting.dtype)  # once for all three, as a layer's norm does
         return tuple(module(x) for module in modules)
 
     return two_passes(
@@ -129,8 +127,8 @@ def attention(step: Step) -> Operation:
         calls=step.setting.shape.num_hidden_layers,
         inside=step.setting.shape.num_hidden_layers,
         naive=textbook.attention,
-        used=lambda query, key, value: attend(query, key, value, None),
-        inputs=(*map(leaf, step.turned), leaf(step.value)),
+        used=lambda query, key, value: step.trained.self_attn.attend(query, key, value, None),
+        inputs=(*map(leaf, step.rotated), leaf(step.value)),
         flops=(products, 2 * products),
     )
 
@@ -172,32 +170,22 @@ def layer(step: Step) -> Operation:
     """A whole layer. FLOPs: of its products, which are those of the four operations above, by `minift/costs/flops.py`.
 
     Bytes: the stream, the weights and RoPE's tables. Forward the stream is written again, backward its gradient and the
-    weights' are. The used one is `minift/kernels/layer.py` where training takes it; `--compile` compiles the modules.
+    weights' are. The used one is `minift/kernels/layer.py` where training takes it; `--compile` compiles the plain layer.
     """
-    module, tables, setting = step.layer, (step.cos, step.sin), step.setting
+    module, tables, setting = step.layer, (step.shared.cos, step.shared.sin), step.setting
     head = 2 * step.model.head_weight.numel()
     products = step.tokens.numel() * (forward_flops_per_token(step.model.config, setting.length) - head)
 
-    def modules(x: Tensor) -> Tensor:
-        result: Tensor = module(x, *tables, None, None)
-        return result
-
-    used = modules
-    config = PRETRAIN.replace(device=setting.device, dtype=str(setting.dtype).removeprefix("torch."), compile=False)
-    if choose_written_out(step.model, config, torch.device(setting.device)) and setting.length <= LONGEST_WRITTEN_OUT:
-        with setting.autocast():
-            shared = share(setting.shape, *tables, None)  # once for all layers
-
-        def used(x: Tensor) -> Tensor:
-            return module.written_out(x, shared)
+    with setting.autocast():
+        shared = step.objective.model.prepare(step.tokens, None, None, None)  # once for all layers
 
     stream, weights = leaf(step.stream), tuple(module.parameters())
     return two_passes(
         step,
         calls=setting.shape.num_hidden_layers,
         naive=lambda x: textbook.layer(module, x, *tables),
-        used=used,
-        compiled=modules,
+        used=lambda x: step.trained(x, shared),
+        compiled=lambda x: module(x, step.shared),
         inputs=(stream,),
         weights=weights,
         flops=(products, 2 * products),
@@ -217,7 +205,7 @@ def loss(step: Step) -> Operation:
         step,
         calls=1,
         naive=lambda hidden: textbook.loss(hidden, head, targets),
-        used=lambda hidden: next_token_loss(hidden, head, targets, PRETRAIN.loss_chunk)[0],
+        used=lambda hidden: step.objective.loss(hidden, head, targets),
         inputs=(leaf(step.normed),),
         weights=(head,),
         flops=(products, 2 * products),

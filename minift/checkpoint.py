@@ -13,7 +13,7 @@ run is resumed) is written by `runs/steps.py`.
 
     python -c "import minift; minift.save_model('my-base', minift.load_model('bundled'))"
 
-Read next: `reference.py`.
+Read next: `runner.py`.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minift.config import SAVE_FORMATS
-from minift.distributed.sharding import put, whole
+from minift.distributed.sharding import copy_into, gathered
 from minift.distributed.world import World
 from minift.errors import InputError
 from minift.formats.files import Spec
@@ -111,7 +111,7 @@ def load_weights(folder: Path, model: Llama) -> None:
         return
     opened = open_weights(folder, model.config)
     for name, parameter in model.state_dict().items():
-        put(parameter, opened.sources[name].read())
+        copy_into(parameter, opened.sources[name].read())
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def save_model(
         write_folder(Path(folder), write)
     else:
         for tensor in weights.values():  # takes part in gathering them, in the order in which they are written
-            whole(tensor)
+            gathered(tensor)
     if world is not None:
         world.wait()
 
@@ -172,7 +172,7 @@ def write_model(
     specs = {name: Spec(dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
 
     def read(name: str) -> Tensor:
-        return whole(weights[name].detach()).to("cpu", specs[name].dtype)
+        return gathered(weights[name].detach()).to("cpu", specs[name].dtype)
 
     write = {"native": write_native, "hf": write_huggingface}[format]
     if tokenizer is not None:

@@ -6,17 +6,21 @@ are made of the fields (`cli/train.py`), so a new field here is a new flag there
 
     python -c "from minift import LlamaConfig; print(LlamaConfig.preset('stories15m').to_json())"
 
-Read next: `tokenizer/base.py`.
+Read next: `prompts.py`.
 """
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minift.errors import InputError
 from minift.values import build, check_number, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -25,10 +29,6 @@ SAVE_FORMATS = ("native", "hf")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("cosine", "linear", "constant")
 LOSS_CHUNK = 1_024  # targets whose logits exist at the same time: fewer are slower on a CPU, more take more memory
-WIDE_HEAD = 2**14  # pieces of a vocabulary from which it pays a CPU to turn the head: it multiplies by rows faster
-LONGEST_WRITTEN_OUT = (
-    256  # tokens of a row up to which `kernels/layer.py` pays: beyond, attention's weights are most of memory
-)
 MOST_WORKERS = 256  # processes for encoding; a typing error must not start a million of them
 
 
@@ -63,6 +63,16 @@ class RopeScaling:
         if missing:
             raise InputError(f"{where}: key {missing[0]!r} is missing")
         return build(RopeScaling, values, where)
+
+    def apply(self, frequencies: "Tensor") -> "Tensor":
+        """Slow RoPE's slow pairs of channels down. frequencies: radians per position, float32 [C/2].
+
+        A pair that makes more than `high_freq_factor` full rotations within the original positions stays as it is, one
+        that makes fewer than `low_freq_factor` rotates `factor` times as slowly, and between them both are mixed.
+        """
+        rotations = self.original_max_position_embeddings / (2 * math.pi / frequencies)
+        kept = ((rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
 
     def to_dict(self) -> dict[str, Any]:
         """Return the value of `rope_scaling` for a config.json."""

@@ -14,7 +14,7 @@ of the change about the same when r is changed; a larger r allows a change of hi
 Full finetuning is what the rest of this project is about; this is what it can be compared with. The layout of an
 adapter's folder is that of the `peft` package, which reads what is written here, and the other way round.
 
-Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1. Read next: `train.py`.
+Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1. Read next: `checkpoint.py`.
 """
 
 import math
@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minift.config import LORA_TARGETS, TrainConfig
-from minift.distributed.sharding import put, whole
+from minift.distributed.sharding import copy_into, gathered
 from minift.errors import InputError
-from minift.model import Linear, Llama
+from minift.model import Llama
 from minift.values import check_number
 
 
@@ -60,10 +60,10 @@ class LoRAConfig:
         return cls(config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
 
 
-class LoRALinear(Linear):
+class LoRALinear(nn.Linear):
     """A frozen matrix with an adapter beside it."""
 
-    def __init__(self, base: Linear, config: LoRAConfig):
+    def __init__(self, base: nn.Linear, config: LoRAConfig):
         nn.Module.__init__(self)  # there is a weight already
         self.out_features, self.in_features = base.weight.shape
         self.weight = base.weight
@@ -91,6 +91,11 @@ def merged_matrix(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) 
     return weight + change  # in the dtype of the change, by PyTorch's rules of promotion
 
 
+def effective_matrix(linear: nn.Linear) -> Tensor:
+    """Return the matrix [M, N] that a linear module multiplies by: its weight, and its adapter's part if it has one."""
+    return linear.matrix if isinstance(linear, LoRALinear) else linear.weight
+
+
 def add_lora(model: Llama, config: LoRAConfig, generator: torch.Generator) -> None:
     """Freeze a model's weights, and put an adapter beside each matrix that is a target.
 
@@ -110,8 +115,8 @@ def init_adapters(model: Llama, generator: torch.Generator) -> None:
     for *_, linear in _linears(model):
         if isinstance(linear, LoRALinear):
             bound = 1 / math.sqrt(linear.in_features)  # as nn.Linear's weights start
-            put(linear.lora_A, torch.empty(linear.lora_A.shape).uniform_(-bound, bound, generator=generator))
-            put(linear.lora_B, torch.zeros(linear.lora_B.shape))
+            copy_into(linear.lora_A, torch.empty(linear.lora_A.shape).uniform_(-bound, bound, generator=generator))
+            copy_into(linear.lora_B, torch.zeros(linear.lora_B.shape))
 
 
 @torch.no_grad()
@@ -119,11 +124,18 @@ def merge(model: Llama) -> None:
     """Make the adapters part of the weights, and all of these trainable: an ordinary model again."""
     for parent, name, linear in _linears(model):
         if isinstance(linear, LoRALinear):
-            with torch.device("meta"):
-                plain = Linear(linear.in_features, linear.out_features)
-            plain.weight = nn.Parameter(linear.matrix)
-            setattr(parent, name, plain)
+            setattr(parent, name, _linear(linear.matrix))
     model.requires_grad_(True)
+
+
+def _linear(matrix: Tensor) -> nn.Linear:
+    """Return an nn.Linear of this matrix, [M, N], which draws no random numbers."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = matrix.shape
+    linear.weight = nn.Parameter(matrix)
+    linear.register_parameter("bias", None)
+    return linear
 
 
 def has_adapter(model: Llama) -> bool:
@@ -143,7 +155,7 @@ def merged_weights(model: Llama) -> dict[str, Tensor]:
 
 def adapter_weights(model: Llama) -> dict[str, Tensor]:
     """A model's adapters, by name: `layers.0.self_attn.q_proj.lora_A`, …. Whole, if sharded; every rank must ask."""
-    return {name: whole(tensor) for name, tensor in model.state_dict().items() if ".lora_" in name}
+    return {name: gathered(tensor) for name, tensor in model.state_dict().items() if ".lora_" in name}
 
 
 @torch.no_grad()
@@ -157,12 +169,12 @@ def base_checksum(model: Llama) -> int:
     return total
 
 
-def _linears(model: Llama) -> Iterator[tuple[nn.Module, str, Linear]]:
+def _linears(model: Llama) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """All matrices of the layers: the module that has each, its name there, and it."""
     for layer in model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, child in list(cast(nn.Module, parent).named_children()):
-                if isinstance(child, Linear):
+                if isinstance(child, nn.Linear):
                     yield cast(nn.Module, parent), name, child
 
 

@@ -56,6 +56,11 @@ class Batch:
     isolated: bool
     n_targets: int
 
+    @property
+    def documents(self) -> Tensor | None:
+        """The document ids, where attention needs them; None where plain causal attention is right."""
+        return self.document_ids if self.isolated else None
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; copies to a GPU run while the CPU goes on."""
 

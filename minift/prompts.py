@@ -20,7 +20,7 @@ pairs have them: `--template my_template.txt`.
 
     minift generate --model bundled --template qa --prompt "What is the capital of Mexico?"
 
-Read next: `tokenizer/base.py`.
+Read next: `tokenizer/base.py` and `tokenizer/sentencepiece.py`, then `pack.py`.
 """
 
 import re

@@ -13,7 +13,7 @@ What the service hides can be read here: a call is `generate.generate`, `train` 
 `evaluate` returns what `evaluation.evaluate.compare` found on the held-out pairs. Only the names, and the keys of what
 `evaluate` returns, are the service's.
 
-Read next: `one_page.py`.
+Read next: `reference.py`.
 """
 
 import dataclasses

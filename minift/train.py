@@ -1,61 +1,87 @@
 """The loop: batches in, changed weights out. `train_step` is the one function to read.
 
 An optimizer step sums the gradients of `grad_accum` micro-batches, so that a step's batch may be larger than memory.
-The one trap in it: micro-batches hold different numbers of targets. Each one's loss is therefore a *sum*, and is
-divided by the targets of the **whole window**, known before its first backward pass. A mean of the micro-batches' means
-would weight a target by how few neighbours it happens to have. The last window of a run may be partial, and is an
-ordinary step with its own count.
+The one trap in it: micro-batches hold different numbers of targets. So each one's loss is a *sum*, and is divided by
+the number of targets of the **whole window**, known before its first backward pass. A mean of the micro-batches' means
+would give a target more weight the fewer others there are in its micro-batch. The last window of a run may be
+partial, and is an ordinary step with its own count.
 
 Mixed precision: the weights stay float32; under `torch.autocast` the matrix products run in bfloat16 or float16.
 float16 cannot hold small gradients, so a `GradScaler` multiplies the loss by a large number first. The order is then
 fixed: unscale → clip → step → update. A step whose gradients overflowed is skipped, and the schedule does not advance.
 
-Several processes (`distributed/world.py`) take the same steps together: each has its share of every micro-batch, the targets
-are counted and the gradients added up over all of them, and whatever is measured is measured after that.
+Several processes (`distributed/`) take the same steps together: each has its share of every micro-batch; targets are
+counted and gradients added up over all of them, and everything is measured after that.
 
-Source of mixed precision: Micikevicius et al. (arXiv 1710.03740). Read next: `checkpoint.py`.
+Saving, stopping, and what a run shows of its steps is in `runs/`. Source of mixed precision: Micikevicius et al. (arXiv
+1710.03740). Read next: `generate.py`.
 """
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from minift.config import TrainConfig
-from minift.data.batches import PageBatches, PairBatches
-from minift.distributed.sharding import Objective, first_not_finite, micro_batch, release, whole
+from minift.distributed.sharding import first_not_finite, gathered, micro_batch, release, unwrapped
 from minift.distributed.world import World
 from minift.errors import InputError
+from minift.loss import LOSS_CHUNK, NextTokenLoss
 from minift.model import Llama
-from minift.optim import AdamW
+from minift.optim import learning_rate
 from minift.pack import IGNORE, Batch
-from minift.runs.machine import autocast
 from minift.values import check_number
+
+
+class Objective(nn.Module):
+    """A model and its loss as one module: what a run trains, alone or in several processes."""
+
+    def __init__(self, model: Llama, chunk: int = LOSS_CHUNK):
+        super().__init__()
+        self.model, self.loss = model, NextTokenLoss(chunk)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the summed loss of a micro-batch, a scalar, in nats."""
+        hidden = self.model.hidden(batch.tokens, batch.positions, batch.documents)  # [B, T, D]
+        loss: torch.Tensor = self.loss(hidden, self.model.head_weight, batch.targets)
+        return loss
+
+
+class Batches(Protocol):
+    """Micro-batches without an end, and their place in the data, to be saved and restored."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, object]: ...
+    def load_state_dict(self, state: dict[str, object]) -> None: ...
 
 
 @dataclass
 class TrainState:
-    """Everything that changes during a run. What is saved, and what a resumed run gets back (`checkpoint.py`).
+    """Everything that changes during a run: what is saved, and what a resumed run gets back (`runs/steps.py`).
 
     Attributes:
+        objective: the model and its loss, as the processes of `world` share them.
+        dtype: of the matrix products, "float32", "bfloat16" or "float16".
         step: optimizer steps taken.
-        world: the processes that train it together.
-        objective: the model and its loss, as `world` takes them.
+        world: the processes that train the model together.
     """
 
     model: Llama
-    optimizer: AdamW
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    batches: PairBatches | PageBatches
+    batches: Batches
+    objective: nn.Module
+    dtype: str = "float32"
     step: int = 0
     world: World = field(default_factory=World)
-    objective: nn.Module = None  # type: ignore[assignment]  # made of the model, if it is not given
 
-    def __post_init__(self) -> None:
-        if self.objective is None:
-            self.objective = Objective(self.model)
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass, in which matrix products run in `dtype`."""
+        return torch.autocast(self.model.device.type, getattr(torch, self.dtype), enabled=self.dtype != "float32")
 
 
 @dataclass(frozen=True)
@@ -75,19 +101,14 @@ class StepResult:
     culprit: str | None = None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: TrainConfig) -> StepResult:
-    """One optimizer step over a window of micro-batches.
+    """Take one optimizer step over a window of micro-batches, at learning rate `lr`.
 
     Args:
-        window: micro-batches on the model's device. With several processes it is this one's share of them, and there
-            must be a target in somebody's.
-        lr: the learning rate of this step.
+        window: micro-batches on the model's device; of several processes, each has its share of them.
 
     Raises:
-        InputError: when nobody has a target.
+        InputError: when no process has a target.
     """
     model, optimizer, scaler, world = state.model, state.optimizer, state.scaler, state.world
     # Of the whole window, on all ranks, before its first backward pass.
@@ -98,16 +119,16 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
     total_nll = torch.zeros((), device=model.device)
     for i, batch in enumerate(window):
         with micro_batch(state.objective, last=i == len(window) - 1):
-            with autocast(model, config):
-                nll_sum, _ = state.objective(batch, config.loss_chunk)
-            scaler.scale(nll_sum / n_targets).backward()  # gradients add up in parameter.grad
-        total_nll += nll_sum.detach()
+            with state.autocast():
+                nll = state.objective(batch)
+            scaler.scale(nll / n_targets).backward()  # gradients add up in parameter.grad
+        total_nll += nll.detach()
 
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)  # gradients back to their true size, to be measured and clipped
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    grad_norm = float(whole(norm))
+    grad_norm = float(gathered(norm))
     stepped = math.isfinite(grad_norm)
     culprit = None if stepped else first_not_finite(model, world)
     if stepped and 0 < config.clip < grad_norm:
@@ -118,11 +139,8 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
         scaler.update()  # … and then halves the scale
         stepped = scaler.get_scale() >= scale
     optimizer.zero_grad(set_to_none=True)
-    (nll,) = world.total(float(total_nll))
-    return StepResult(nll / n_targets, grad_norm, stepped, culprit)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+    (nll_sum,) = world.total(float(total_nll))
+    return StepResult(nll_sum / n_targets, grad_norm, stepped, culprit)
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,7 @@ class Plan:
 
     @classmethod
     def make(cls, config: TrainConfig, micro_batches_per_epoch: float) -> "Plan":
-        """From `steps`, or from `epochs`: then the last window holds what is left. Raises InputError without either."""
+        """Return the plan of `steps`, or of `epochs`, whose last window holds the rest. Raise InputError without either."""
         if config.steps is not None:
             return cls(config.steps, config.steps * config.grad_accum, config.grad_accum)
         if config.epochs is None:
@@ -145,23 +163,50 @@ class Plan:
         return cls(-(-micro_batches // config.grad_accum), micro_batches, config.grad_accum)
 
     def window(self, step: int) -> int:
-        """How many micro-batches step `step` sums."""
+        """Return how many micro-batches step `step` sums."""
         return min(self.grad_accum, self.micro_batches - step * self.grad_accum)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One turn of the loop: what it trained on, at which rate, what came of it, and how many seconds it took."""
+
+    window: Sequence[Batch]
+    lr: float
+    result: StepResult
+    seconds: float
+
+
+def train(state: TrainState, plan: Plan, config: TrainConfig) -> Iterator[Step]:
+    """Take the steps that are left of a plan; yield each of them, those included that overflowed and were skipped."""
+    micro_batches = iter(state.batches)
+    while state.step < plan.steps:
+        start = time.perf_counter()
+        window = state.world.agreed(_take, micro_batches, plan.window(state.step), state.model.device)
+        lr = learning_rate(state.step, plan.steps, config)
+        result = train_step(state, window, lr, config)
+        state.step += result.stepped
+        yield Step(window, lr, result, time.perf_counter() - start)
+
+
+def _take(micro_batches: Iterator[Batch], count: int, device: torch.device) -> list[Batch]:
+    return [next(micro_batches).to(device) for _ in range(count)]
+
+
 @torch.no_grad()
-def validation_loss(state: TrainState, batches: Sequence[Batch], config: TrainConfig) -> float:
-    """Mean loss, in nats, over all targets of the held-out batches, without dropout. Ranks take them in turns."""
+def validation_loss(state: TrainState, batches: Sequence[Batch]) -> float:
+    """Return the mean loss, in nats, over all targets of the held-out batches, without dropout. Call on all ranks.
+
+    The ranks take the batches in turns. Raise InputError when no batch has a target.
+    """
     nll, n_targets, world = 0.0, 0, state.world
-    objective = state.objective if world.parallel == "fsdp" else Objective(state.model)
     state.model.eval()
     for start in range(0, len(batches), world.size):
         batch = batches[min(start + world.rank, len(batches) - 1)]
-        if start + world.rank >= len(batches):  # it is another's, but FSDP needs every rank for every layer
+        if start + world.rank >= len(batches):  # another rank has it; but FSDP needs all ranks in every layer
             batch = replace(batch, targets=torch.full_like(batch.targets, IGNORE), n_targets=0)
-        with autocast(state.model, config):
-            nll_sum, _ = objective(batch.to(state.model.device), config.loss_chunk)
-        nll += float(nll_sum)
+        with state.autocast():
+            nll += float(unwrapped(state.objective)(batch.to(state.model.device)))
         n_targets += batch.n_targets
     state.model.train()
     release(state.objective)

@@ -9,9 +9,12 @@ import json
 import math
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from minift.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Fields = TypeVar("_Fields")  # some dataclass
 
@@ -87,3 +90,11 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1_000
     return f"{nbytes:.3g} TB"
+
+
+def check_ids(ids: "Tensor", vocab_size: int) -> None:
+    """Raise InputError for an id outside the vocabulary. Only on a CPU: to look at ids on a GPU is to wait for it."""
+    if ids.device.type == "cpu" and ids.numel():
+        for id in ids.aminmax():
+            if not 0 <= id < vocab_size:
+                raise InputError(f"token id {int(id)} is outside the model's vocabulary of {vocab_size}")

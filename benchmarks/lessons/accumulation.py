@@ -28,12 +28,12 @@ from benchmarks.lessons.chart import Chart
 from minift.checkpoint import load_model
 from minift.data.pairs import read_all_pairs
 from minift.errors import InputError
-from minift.loss import batch_loss
 from minift.model import Llama
 from minift.pack import Example, collate, encode_pairs
 from minift.prompts import template_named
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.load import load_tokenizer
+from minift.train import Objective
 from minift.values import check_number
 
 CHUNK = 512  # targets whose logits exist at the same time
@@ -145,7 +145,7 @@ def mean_of_means(model: Llama, parts: Sequence[Sequence[Example]]) -> Tensor:
 
 def _gradient(model: Llama, parts: Sequence[Sequence[Example]], divisors: Sequence[int]) -> Tensor:
     for part, divisor in zip(parts, divisors, strict=True):
-        nll_sum, _ = batch_loss(model, collate(part, model.config.eos_token_ids[0]), CHUNK)
+        nll_sum = Objective(model, CHUNK)(collate(part, model.config.eos_token_ids[0]))
         (nll_sum / divisor).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)

@@ -30,13 +30,13 @@ from data import generate as pages
 from minift.checkpoint import load_model
 from minift.config import FINETUNE
 from minift.evaluation.likelihood import target_scores
-from minift.loss import batch_hidden, batch_loss
 from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
-from minift.runs.machine import autocast, choose_device, choose_dtype
+from minift.runs.machine import choose_device, choose_dtype
 from minift.storage.names import model_path
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
+from minift.train import Objective
 from minift.values import check_number, size
 
 PLACES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))  # tokens of B, from the first on
@@ -191,7 +191,7 @@ def _row(model: Llama, B: Example, same: Example, stranger: Example) -> dict[str
 
 def _nll(model: Llama, batch: Batch) -> Tensor:
     with torch.no_grad():
-        hidden = batch_hidden(model, batch)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.documents)
     return target_scores(hidden, model.head_weight, batch.targets)[0]
 
 
@@ -199,7 +199,7 @@ def _gradient_change(model: Llama, batch: Batch, other: Batch) -> float:
     """How long the difference of the two gradients is, over the length of the first."""
     gradients = []
     for one in (batch, other):
-        batch_loss(model, one, CHUNK)[0].backward()
+        Objective(model, CHUNK)(one).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         model.zero_grad(set_to_none=True)
     return float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
@@ -231,8 +231,8 @@ def _cost(model: Llama, tokenizer: Tokenizer, length: int, options: argparse.Nam
     isolated = collate(documents, tokenizer.eos_id, length)
 
     def step(batch: Batch) -> None:
-        with autocast(model, config):
-            nll_sum, _ = batch_loss(model, batch, CHUNK)
+        with torch.autocast(model.device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32"):
+            nll_sum = Objective(model, CHUNK)(batch)
         nll_sum.backward()
         model.zero_grad(set_to_none=True)
 

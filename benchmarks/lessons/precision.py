@@ -30,17 +30,14 @@ from minift.checkpoint import load_model
 from minift.config import FINETUNE, LlamaConfig, TrainConfig
 from minift.data.batches import PairBatches
 from minift.data.pairs import read_all_pairs
-from minift.loss import batch_loss
-from minift.model import DecoderLayer, Llama
+from minift.model import DecoderLayer, Llama, rope_tables
 from minift.pack import Batch, encode_pairs
 from minift.prompts import template_named
-from minift.rope import rope_tables
-from minift.runs.machine import autocast
 from minift.runs.start import start_state
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
-from minift.train import train_step
+from minift.train import Objective, train_step
 from minift.values import check_number
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -164,8 +161,8 @@ def dtypes_of_parts(dtype: str) -> dict[str, str]:
     }
     hooks = [module.register_forward_hook(_note(found, name)) for name, module in watched.items()]
     batch = next(_patterns(0))
-    with autocast(model, TrainConfig(dtype=dtype)):
-        nll_sum, _ = batch_loss(model, batch, 512)
+    with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
+        nll_sum = Objective(model, 512)(batch)
     nll_sum.backward()
     for hook in hooks:
         hook.remove()
@@ -240,8 +237,8 @@ def _finetune(windows: Sequence[Batch], dtype: str, lr: float) -> dict[str, floa
 def _underflow(window: Batch, scale: float) -> dict[str, float]:
     """The share of the bundled base's gradient that float16 takes for 0, and the share that is too large for it."""
     model = load_model(model_path("bundled"))
-    nll_sum, n_tokens = batch_loss(model, window, 512)
-    (nll_sum / n_tokens * scale).backward()
+    nll_sum = Objective(model, 512)(window)
+    (nll_sum / window.n_targets * scale).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     gradient = gradient[gradient != 0]
     rounded = gradient.half()

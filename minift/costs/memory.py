@@ -12,8 +12,10 @@ document each (a mask between documents takes more). The allocator's rounding an
     minift info --model bundled --batch-size 16 --max-length 256
 """
 
-from minift.config import LONGEST_WRITTEN_OUT, LOSS_CHUNK, WIDE_HEAD, LlamaConfig
+from minift.config import LOSS_CHUNK, LlamaConfig
 from minift.costs.flops import BYTES, count_parameters, layer_parameters, root_parameters
+from minift.kernels.cross_entropy import WIDE_HEAD
+from minift.kernels.layer import LONGEST
 
 
 def training_memory(
@@ -48,7 +50,7 @@ def training_memory(
         head = 0 if transposed_head else config.vocab_size * config.hidden_size
         ledger["autocast's copies of matrices"] = BYTES[dtype] * (matrices + head)
     written_out = device == "cpu" and dtype == "bfloat16" and trained is None and ranks is None
-    kept_attention = length if written_out and length <= LONGEST_WRITTEN_OUT else None
+    kept_attention = length if written_out and length <= LONGEST else None
     tokens = batch_size * length
     activations = _activation_bytes(config, dtype, device, kept_attention)
     ledger["activations for the backward pass"] = tokens * activations

@@ -1,15 +1,14 @@
 """The state of a sharded run on disk: every rank writes its part, and any number of ranks reads what it needs.
 
 The files are those of `torch.distributed.checkpoint`: for each rank a `__N_0.distcp` with its pieces, and `.metadata`,
-which says what piece of which tensor lies where. A run that goes on with other ranks, or with one, asks for other
-pieces and gets them from whatever files they are in.
+which says where each piece of each tensor is. A run that goes on with another number of ranks, or with one, asks for
+other pieces and gets them from whatever files they are in.
 
-`.metadata` is a pickle, and a pickle may run code. So only the plain classes that it is made of are let through here:
+`.metadata` is a pickle, and a pickle may run code. So only the plain classes that it consists of are accepted here:
 a checkpoint is data.
 
-What it stands on takes half as long to import as all of torch: `checkpoint.py` imports this file when a run is sharded.
-
-Read next: `checkpoint.py`.
+`torch.distributed.checkpoint` takes half as long to import as all of torch, so this file is imported only when a run is
+sharded.
 """
 
 import pickle

@@ -12,20 +12,18 @@ divided by the targets of *all* ranks. There are two ways to keep the weights:
   the rest is still being computed. Then all ranks take the same step.
 * `fsdp` (Zhao et al., "PyTorch FSDP", arXiv 2304.11277; ZeRO, arXiv 1910.02054): every rank holds 1/N of each matrix,
   of its gradient and of its moments. A layer's weights are put together (an *all-gather*) just before it is computed,
-  and let go behind it; its gradient is added up and split again (a *reduce-scatter*). A model may so be larger than the
-  memory of one GPU: it is built without memory, and each rank keeps its own rows of the checkpoint.
+  and freed after it; its gradient is added up and split again (a *reduce-scatter*). So a model may be larger than the
+  memory of one GPU: it is built on the meta device, and each rank keeps its own rows of the checkpoint.
 
-What is not PyTorch's own here is how the ranks agree: on the number of targets, on stopping, on whose error is told.
-
-Read next: `costs/flops.py`, which says what it costs.
+What is not PyTorch's own here is how the ranks agree: on the number of targets, on stopping, on which error is printed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,8 +31,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from minift.errors import InputError, RunError, one_line
 
-# In which all processes must have come together: they have read nothing by then, so only a lost one takes longer.
+# Time for all processes to come together. They have read nothing by then, so only a lost one takes longer.
 GATHERING = timedelta(minutes=5)
+_Result = TypeVar("_Result")
 
 
 class OtherRankError(RunError):
@@ -59,11 +58,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes files and shows how far the run is."""
+        """True for the rank that writes files and shows how far the run is."""
         return self.rank == 0
 
     def total(self, *values: float) -> list[float]:
-        """The sums of some numbers over all ranks; exact for integers below 2⁵³. Every rank must ask."""
+        """Return the sums of some numbers over all ranks; exact for integers below 2⁵³. Call on all ranks."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -71,20 +70,36 @@ class World:
         return sums.tolist()
 
     def any(self, this: bool) -> bool:
-        """Whether it is so on at least one rank. Every rank must ask."""
+        """Return whether `this` is true on at least one rank. Call on all ranks."""
         return bool(self.total(this)[0])
 
     def agree(self, failure: Exception | None) -> None:
-        """Go on only if nobody failed. Every rank must ask.
+        """Go on only if no rank failed. Call on all ranks.
 
         Raises:
-            Exception: this rank's failure; OtherRankError where the failure is another's.
+            Exception: this rank's failure; OtherRankError where another rank failed.
         """
         if self.any(failure is not None):
             raise failure or OtherRankError("another process of this run cannot go on")
 
+    def agreed(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Call a function on all ranks, and return what it returns if it failed on none (InputError, RunError).
+
+        Raises:
+            InputError, RunError: this rank's failure.
+            OtherRankError: where another rank failed.
+        """
+        failure: Exception | None = None
+        result: _Result | None = None
+        try:
+            result = function(*arguments)
+        except (InputError, RunError) as error:
+            failure = error
+        self.agree(failure)
+        return cast(_Result, result)
+
     def gather(self, value: Any) -> list[Any]:
-        """A plain value of every rank, by rank. Every rank must ask."""
+        """Return a plain value of every rank, in the order of the ranks. Call on all ranks."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -92,32 +107,32 @@ class World:
         return values
 
     def wait(self) -> None:
-        """Until every rank has come here."""
+        """Wait until every rank has come here."""
         if self.size > 1:
             dist.barrier()
 
 
 def started_by_torchrun() -> bool:
-    """Whether this process is one of those that `torchrun` starts."""
+    """Return whether `torchrun` has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that prints: the main rank, or one that is alone."""
+    """Return whether this process is the one that prints: the main rank, or one that is alone."""
     return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
 def restarted() -> bool:
-    """Whether `torchrun --max-restarts` has started the run again."""
+    """Return whether `torchrun --max-restarts` has started the run again."""
     return started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 @contextmanager
 def join(parallel: str, device: torch.device) -> Iterator[World]:
-    """Be one of the processes that torchrun has started; without it, a world of one.
+    """Join the processes that torchrun has started; without it, give a world of one.
 
-    Only the main rank prints. When some fail, the first of them says why: an error that all have in common is shown
-    once, and that a process was lost is told only where nobody knows more.
+    Only the main rank prints. When some ranks fail, the first of them prints why: an error that all have in common is
+    shown once, and that a process was lost is told only where no rank knows more.
 
     Args:
         parallel: ddp, fsdp, or auto for ddp under torchrun.
@@ -126,7 +141,7 @@ def join(parallel: str, device: torch.device) -> Iterator[World]:
     Raises:
         InputError: for `parallel` without torchrun, or more ranks than GPUs.
         RunError: when the others do not come, or one of them is gone.
-        SystemExit: for an error that another rank has told.
+        SystemExit: for an error that another rank has printed.
     """
     if not started_by_torchrun():
         if parallel != "auto":
@@ -178,13 +193,13 @@ def _silent() -> Iterator[None]:
 
 
 def _lost_contact(error: RuntimeError) -> bool:
-    """Whether a rank that was to answer is gone: as NCCL and gloo say it."""
+    """Return whether an error of NCCL or gloo says that a rank is gone."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "connection", "socket"))
 
 
 def _first_to_say(store: dist.Store, mine: str) -> bool:
-    """Whether nobody has said yet why the run ends: the first writes it down where all ranks can read it."""
+    """Write down, where all ranks can read it, why the run ends; return whether this rank was the first to do so."""
     try:
         return store.compare_set("why the run ends", "", mine) == mine.encode()
     except RuntimeError:  # the store went with the rank that kept it: better twice than never

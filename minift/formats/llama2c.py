@@ -24,7 +24,7 @@ from minift.errors import InputError
 from minift.formats.files import Read, TensorFile, tensor_bytes
 from minift.formats.opened import Opened, Source, check_specs, rotary_heads, to_interleaved
 from minift.formats.shapes import parameter_shapes
-from minift.rope import rope_frequencies
+from minift.model import rope_frequencies
 
 MAGIC = 0x616B3432  # "ak42"
 HEADER_BYTES = {0: 28, 1: 256}  # by version; 0 is the legacy one

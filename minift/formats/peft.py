@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minift.config import LORA_TARGETS, LlamaConfig
-from minift.distributed.sharding import put
+from minift.distributed.sharding import copy_into
 from minift.errors import InputError
 from minift.formats.files import Spec, TensorFile
 from minift.formats.opened import Opened, Source, check_finite, check_floating, open_tensors
@@ -244,4 +244,4 @@ def read_adapter(folder: Path, model: Llama) -> None:
     for name, tensor in own.items():
         weight = file.read(name)
         check_finite(weight, file.path, name)
-        put(tensor, weight)
+        copy_into(tensor, weight)

@@ -1,34 +1,31 @@
-"""kernels."""
+"""The same numbers, sooner: what takes the place of the plain formulas, where, and what it buys.
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+    file               stands in for                  taken                                     worth (ladder)
+    norm.py            RMSNorm, RoPE                  eager training                            …
+    attention.py       ScaledDotProduct               a CPU                                     …
+    flex.py            ScaledDotProduct, Prepare      a GPU                                     …
+    cross_entropy.py   NextTokenLoss                  always                                    …
+    targets.py         the last layer, Objective      always, where few positions have targets  …
+    layer.py           DecoderLayer, Prepare          a CPU in bfloat16, rows of ≤ 256 tokens    …
+    adamw.py           torch.optim.AdamW              always                                    …
+    malloc.py          the C library's malloc         a CPU                                     …
+    compiling.py       torch.compile's memory budget  compiled runs                             …
+    decode.py          one more token of one text     a CPU                                     …
+    graph.py           one more token of each text    a GPU                                     …
 
-if TYPE_CHECKING:
-    from torch import Tensor
+    choice.py          which of them a run takes
+    decoding.py        which decoder generates the next token
+    swap.py            how they get into a model
 
-    from minift.cache import KVCache
-    from minift.model import Llama
+The way from text to a changed weight reads without this folder: nothing in the root of `minift/` imports it, but
+`generate.py`, which asks it for a decoder. `runs/start.py` calls `install(objective, choose(config, device))`, `--plain`
+leaves that out, and `python -m benchmarks ladder` installs one name more at each rung. Each file begins with the plain
+twin that it must equal; `tests/kernels/` holds the two together in value and in gradient.
+"""
 
-
-def fast_decoder(
-    model: "Llama", cache: "KVCache", positions: "Tensor", document_ids: "Tensor", most: int
-) -> "Callable[[Tensor], Tensor] | None":
-    """Return the fastest way to one more token of each text, or None where the model's own pass is the fastest.
-
-    Args:
-        cache: holds the texts so far.
-        positions, document_ids: int64 [B, 1], of each text's next token.
-        most: the largest number of tokens that will be asked for.
-
-    Returns:
-        A function from the texts' last ids, int64 [B, 1], to the logits of what follows them, [B, V].
-    """
-    from minift.kernels.decode import Decoder
-    from minift.kernels.graph import GraphDecoder
-
-    if model.device.type == "cuda":
-        return GraphDecoder(model, cache, positions, document_ids).logits
-    if model.device.type == "cpu" and len(positions) == 1:
-        decoder = Decoder(model, cache, most)
-        return lambda tokens: decoder.logits(int(tokens))[None]
-    return None
+from minift.kernels.choice import choose as choose
+from minift.kernels.choice import choose_for_reading as choose_for_reading
+from minift.kernels.decoding import fast_decoder as fast_decoder
+from minift.kernels.swap import ALL as ALL
+from minift.kernels.swap import install as install
+from minift.kernels.swap import with_kernels as with_kernels

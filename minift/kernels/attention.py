@@ -1,79 +1,76 @@
-"""Attention by PyTorch's fused kernels, and where they are slow, a better way: the one operation that is not a line.
+"""Attention of a CPU in bfloat16, and of a single new token.
 
-Its plain definition is `reference.attention`; the two are held together by
+Plain twin: `model.ScaledDotProduct`. Taken always: it falls back to its twin where that is as fast. Of one new token,
+the query heads that share a key are taken as its queries, so that each key is read once. In training in bfloat16 on a
+CPU, PyTorch's backward kernel is slow for short rows; there its float32 kernel is called (up to 7 times as fast), or, if
+a compiler makes the code, matrix products (1.2 times, rows of 640 tokens).
 
-    python -m pytest tests/way/test_slow_twins.py tests/way/test_no_leakage.py -k attention
+    python -m benchmarks attention       # every kernel against the formula
+    python -m benchmarks ladder          # the rung "attention"
 
-Legend: B batch, T tokens of the input, S tokens that can be attended to, H query heads, K key/value heads, C head
-width. `model.Attention` calls it. Read next: `kernels/layer.py`.
+Legend: B batch, T tokens of the input, S tokens that can be attended to, H query heads, K key/value heads, R = H / K,
+C head width.
 """
 
-import functools
 import math
 from collections.abc import Iterator
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-Mask: TypeAlias = Tensor | BlockMask | None  # where attention may go; None: to every earlier token
-# Training in bfloat16 on a CPU. `python -m benchmarks attention` measures it; these are two cores of an Intel Xeon.
-NARROW_ROW = 2**14  # T · C: beyond, the backward pass is faster in bfloat16 (C = 64: 0.9 x at T = 512, 0.7 x at 1,024)
-COMPILED_ROW = 640  # T: up to here a compiler needs no kernel (0.8 of its time at 640, 1.2 to 1.6 times it at 1,024)
+from minift.model import ScaledDotProduct
+
+# Training in bfloat16 on a CPU, on two cores of an Intel Xeon (`python -m benchmarks attention`).
+UPCAST_ROW = (
+    2**14
+)  # T · C: in longer rows the backward pass is faster in bfloat16 (C = 64: 0.9 x at T = 512, 0.7 at 1,024)
+COMPILED_ROW = (
+    640  # T: up to here compiled products beat a kernel (0.8 of its time at 640, 1.2 to 1.6 times it at 1,024)
+)
 ROWS = 128  # queries whose weights a compiled model computes at the same time
-_HAS_CPU_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-    """softmax(q·kᵀ / √C) v by PyTorch's fused kernels, which never hold the [T, S] weights.
+class FastScaledDotProduct(ScaledDotProduct):
+    """`ScaledDotProduct`, with other ways for one new token, and for training in bfloat16 on a CPU."""
 
-    Args:
-        query: [B, H, T, C]; key, value: [B, K, S, C].
-        mask: bool [B, 1, T, S]; or, where nothing is trained, what is added to the scores; or the same as blocks (see
-            `block_mask`); or None for plain causal attention.
-
-    Returns:
-        [B, H, T, C], in value's dtype.
-    """
-    shared = query.shape[1] // key.shape[1]
-    if isinstance(mask, BlockMask):
-        return _flex_attention(query.device.type)(query, key, value, block_mask=mask, enable_gqa=shared > 1)
-    if query.shape[2] == 1 and shared > 1:
-        # Of one new token, the heads that share a key go as its queries: it is read once, not once for each.
-        grouped = query.reshape(query.shape[0], key.shape[1], shared, -1)  # [B, K, H / K, C]
-        return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).reshape(query.shape)
-    if query.device.type == "cuda" and shared > 1 and (mask is not None or value.dtype == torch.float32):
-        # No fused CUDA kernel takes shared heads together with a mask, or in float32: give each query head its own.
-        key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
-    if value.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, H, T, C] and twice [B, K, S, C] → [B, H, T, C], in value's dtype. mask: as for the twin."""
         T, C = query.shape[2:]
-        if torch.compiler.is_compiling() and mask is None and T <= COMPILED_ROW:
-            return _WrittenOut.apply(query, key, value)
-        if T * C <= NARROW_ROW and _HAS_CPU_KERNELS:
-            return _Widened.apply(query, key, value, mask)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None and query.shape[2] > 1,  # a single new token may see everything there is
-        enable_gqa=shared > 1,
-    )
+        if T == 1:
+            return of_one_token(query, key, value, mask)
+        if value.dtype == torch.bfloat16 and value.device.type == "cpu" and torch.is_grad_enabled():
+            if torch.compiler.is_compiling() and mask is None and T <= COMPILED_ROW:
+                return cast(Tensor, _Products.apply(query, key, value))
+            if T * C <= UPCAST_ROW and has_cpu_kernels():
+                return cast(Tensor, _Upcast.apply(query, key, value, mask))
+        return super().forward(query, key, value, mask)
 
 
-class _Widened(torch.autograd.Function):
-    """Attention to short rows in bfloat16 on a CPU: by its kernels, the one of the backward pass in float32.
+def of_one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the attention of one token, [B, H, 1, C]: each key is read once, not once for each head that shares it."""
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])  # [B, K, R, C]
+    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).reshape(query.shape)
 
-    The bfloat16 one takes up to 7 times as long (rows of 64 tokens), that of the forward pass half as long as its twin.
-    So what is kept between the two is bfloat16, and widened when it is needed. The kernels are those that
-    `scaled_dot_product_attention` calls. They are not public: where a version of PyTorch lacks them, that is used.
+
+def has_cpu_kernels() -> bool:
+    """Return whether this version of PyTorch has the two kernels that `_Upcast` calls; they are not public."""
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    return hasattr(torch.ops.aten, name) and hasattr(torch.ops.aten, f"{name}_backward")
+
+
+class _Upcast(torch.autograd.Function):
+    """Attention of short rows in bfloat16 on a CPU, with the backward pass in float32.
+
+    PyTorch's backward kernel takes up to 7 times as long in bfloat16 as in float32 (rows of 64 tokens), its forward
+    kernel half as long. So what is kept between the two is bfloat16, and upcast when it is needed. The kernels are those
+    that `scaled_dot_product_attention` calls; they are not public.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:  # to what is added to q·kᵀ
+        if mask is not None:  # as numbers that are added to q·kᵀ
             mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
         mixed, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, mask is None, attn_mask=mask
@@ -92,8 +89,8 @@ class _Widened(torch.autograd.Function):
         return query, key, value, None
 
 
-class _WrittenOut(torch.autograd.Function):
-    """Causal attention without a kernel: of matrix products a compiler makes what is faster, one loop between them."""
+class _Products(torch.autograd.Function):
+    """Causal attention as matrix products, between which a compiler makes one loop: faster than a kernel for short rows."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -108,14 +105,14 @@ class _WrittenOut(torch.autograd.Function):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention, ROWS queries at a time: softmax(s) v, and the logarithm of the softmax's denominator.
+    """Return causal attention, ROWS queries at a time, and the logarithm of the softmax's denominator.
 
     Args:
         query: [B, H, T, C]; key, value: [B, K, T, C].
 
     Returns:
-        mixed: [B, H, T, C], in their dtype, laid out as [B, T, H, C], as the product behind it reads it.
-        log_total: float32 [B, H, T], of each query's sum of exponentials.
+        mixed: [B, H, T, C], in their dtype, laid out as [B, T, H, C], as the next product reads it.
+        log_total: float32 [B, H, T], the logarithm of each query's sum of exponentials.
     """
     (B, H, T, C), K = query.shape, key.shape[1]
     query = query.view(B, K, H // K, T, C)
@@ -135,25 +132,25 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 def _attention_gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, log_total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of causal attention: matrix products, and between them what a compiler makes one loop of.
+    """Return the gradients of causal attention: matrix products, and between them what a compiler makes one loop of.
 
     With the scores s = q·kᵀ / √C and the weights p = exp(s − log_total):
 
         ∂p = ∂mixed · vᵀ        ∂s = p ∘ (∂p − Σ ∂mixed ∘ mixed)        ∂v = pᵀ · ∂mixed
         ∂q = ∂s · k / √C        ∂k = ∂sᵀ · q / √C
 
-    ROWS queries at a time, so that weights of all T² pairs never exist. Source: Dao et al., "FlashAttention"
+    It takes ROWS queries at a time, so that the weights of all T² pairs never exist. Source: Dao et al., "FlashAttention"
     (arXiv 2205.14135), appendix B.
 
     Args:
         grad: [B, H, T, C], at `mixed`; the others as `_attention` takes and returns them.
 
     Returns:
-        Those at query, key and value, in their dtype.
+        The gradients at query, key and value, in their dtype.
     """
     (B, H, T, C), K, dtype = query.shape, key.shape[1], query.dtype
     R = H // K  # query heads that share a key/value head: their queries are taken together, [B, K, R * n, C]
-    expected = (grad.float() * mixed.float()).sum(-1).view(B, K, R, T, 1)  # of ∂p under p
+    expected = (grad.float() * mixed.float()).sum(-1).view(B, K, R, T, 1)  # the mean of ∂p under p
     log_total = log_total.view(B, K, R, T, 1)
     query, grad = query.view(B, K, R, T, C), grad.view(B, K, R, T, C)
     grad_query = []
@@ -174,17 +171,17 @@ def _attention_gradients(
 
 
 def _blocks(T: int) -> Iterator[slice]:
-    """ROWS queries at a time. They see no key behind the last of them."""
+    """Yield ROWS queries at a time. They look at no key after the last of them."""
     for start in range(0, T, ROWS):
         yield slice(start, min(start + ROWS, T))
 
 
 def _scores(query: Tensor, key: Tensor, here: slice) -> Tensor:
-    """q·kᵀ / √C, float32, −inf where attention may not go.
+    """Return q·kᵀ / √C, float32, −inf where attention may not look.
 
     Args:
-        query: [B, K, R, n, C], those at the places `here`.
-        key: [B, K, S, C], the first S.
+        query: [B, K, R, n, C], the queries at the places `here`.
+        key: [B, K, S, C], the first S keys.
 
     Returns:
         [B, K, R, n, S].
@@ -193,25 +190,3 @@ def _scores(query: Tensor, key: Tensor, here: slice) -> Tensor:
     scores = (query.reshape(B, K, R * n, C) @ key.mT).float().view(B, K, R, n, S) / math.sqrt(C)
     visible = torch.arange(S) <= torch.arange(here.start, here.stop)[:, None]
     return scores.masked_fill(~visible, -math.inf)
-
-
-def block_mask(document_ids: Tensor) -> BlockMask:
-    """Causal attention inside documents, for FlexAttention: blocks of the mask that are all False are never computed.
-
-    A row of many short documents then costs little more than the documents do, where a mask of T² booleans costs the
-    whole square. Source: Dong et al., "Flex Attention" (arXiv 2412.05496).
-
-    Args:
-        document_ids: int64 [B, T].
-    """
-
-    def visible(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (document_ids[b, query] == document_ids[b, key])
-
-    B, T = document_ids.shape
-    return create_block_mask(visible, B, None, T, T, device=document_ids.device)
-
-
-@functools.cache
-def _flex_attention(device: str) -> Any:
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # on a CPU: only its plain definition

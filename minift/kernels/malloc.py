@@ -1,19 +1,20 @@
-"""Memory that training has freed stays with the process, for its next step. On a CPU; a GPU's allocator does it anyway.
+"""Memory that a step has freed stays with the process, for the next one.
 
-The C library gives a large block back to the system as soon as it is freed, and the system hands it out again page by
-page, each page set to zero. A step frees and takes hundreds of megabytes, so that alone takes a tenth of its time.
+Plain twin: the C library as it is. Taken on a CPU (a GPU's allocator does the same anyway). The C library gives a large
+block back to the system as soon as it is freed, and the system hands it out again page by page, each set to zero. A step
+frees and takes hundreds of megabytes, so that alone takes a tenth of its time.
 
-`python -m benchmarks peers` shows the difference: `transformers` runs as the C library has it. Read next: `train.py`.
+    python -m benchmarks ladder          # the rung "malloc": 1.2 x on two Xeon cores
 """
 
 import ctypes
 
-# Of <malloc.h>, for mallopt(3). By these numbers they are known to the GNU C library, and to no other one.
+# Numbers of <malloc.h>, for mallopt(3): the GNU C library's, and no other one's.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """From now on, keep what is freed in this process for what it takes next.
+    """Keep what this process frees from now on for what it allocates next.
 
     Resident memory then stays at its highest for as long as the process lives, and blocks of many sizes leave holes:
     5 to 10 % more of it at the peak.
@@ -24,6 +25,6 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    no_blocks_of_their_own = library.mallopt(M_MMAP_MAX, 0)
+    no_separate_blocks = library.mallopt(M_MMAP_MAX, 0)
     no_trimming = library.mallopt(M_TRIM_THRESHOLD, -1)
-    return bool(no_blocks_of_their_own and no_trimming)
+    return bool(no_separate_blocks and no_trimming)

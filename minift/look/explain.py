@@ -21,20 +21,23 @@ Source of the closed form: Goodfellow et al., "Deep Learning" (2016), section 6.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minift import kernels
 from minift.config import TrainConfig
 from minift.errors import InputError
-from minift.loss import batch_hidden, batch_states, loss_in_detail
+from minift.kernels.cross_entropy import FusedNextTokenLoss
+from minift.kernels.targets import TargetsObjective
+from minift.loss import NextTokenLoss, nll_and_gradient
 from minift.model import Llama
 from minift.pack import IGNORE, PADDING, Batch, Example, collate
-from minift.runs.machine import autocast, choose_dtype, choose_written_out
+from minift.runs.machine import choose_dtype
 from minift.tokenizer.base import Tokenizer
+from minift.train import Objective
 
 LARGEST = 5  # entries shown of a distribution, and of a gradient
 
@@ -134,28 +137,23 @@ def explain(
     unmasked = collate([Example(ids[:1], ids[1:]) for ids in texts], pad_id, pack=pack).to(device)
     given_targets = torch.where(batch.targets == IGNORE, unmasked.targets, IGNORE)  # the prompts', of weight 0
 
-    with torch.no_grad(), autocast(model, config), nullcontext() if plain else _as_trained(model, config):
-        learned = _measure(*batch_states(model, batch), model.head_weight, config.loss_chunk)
-        given = _measure(batch_hidden(model, batch), given_targets, model.head_weight, config.loss_chunk)
+    dtype = choose_dtype(config, device)
+    names = () if plain else kernels.choose(config.replace(dtype=dtype), device)
+    objective = kernels.with_kernels(Objective(model, config.loss_chunk), names)
+    with torch.no_grad(), torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        hidden = objective.model.hidden(batch.tokens, batch.positions, batch.documents)
+        states = objective.states(batch) if isinstance(objective, TargetsObjective) else (hidden, batch.targets)
+        learned = _measure(objective.loss, *states, model.head_weight)
+        given = _measure(objective.loss, hidden, given_targets, model.head_weight)
     positions = list(_positions(batch, unmasked.targets, learned, given))
     nll_sum = learned.nll.sum()  # the step's own sum: in its dtype, of the same numbers in the same order
     return XRay(
         positions,
         float(nll_sum) / batch.n_targets,
         batch.n_targets,
-        choose_dtype(config, device),
+        dtype,
         _texts(tokenizer, positions),
     )
-
-
-@contextmanager
-def _as_trained(model: Llama, config: TrainConfig) -> Iterator[None]:
-    """Run the layers as a training run of this config does: other operations would give other last digits."""
-    before, model.written_out = model.written_out, choose_written_out(model, config, model.device)
-    try:
-        yield
-    finally:
-        model.written_out = before
 
 
 @dataclass(frozen=True)
@@ -172,14 +170,13 @@ class _Measured:
         return zip(self.nll.tolist(), self.ranks, self.likeliest, self.gradients, strict=True)
 
 
-def _measure(hidden: Tensor, targets: Tensor, weight: Tensor, chunk: int) -> _Measured:
+def _measure(loss: NextTokenLoss, hidden: Tensor, targets: Tensor, weight: Tensor) -> _Measured:
     """Measure the positions that have a target, by the loss's own logits and gradients.
 
     Args:
         hidden: [B, T, D].
         targets: int64 [B, T], IGNORE where nothing is measured.
         weight: [V, D], the head.
-        chunk: positions whose logits exist at the same time.
     """
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     target_ids = targets[targets != IGNORE]  # [N]
@@ -187,13 +184,27 @@ def _measure(hidden: Tensor, targets: Tensor, weight: Tensor, chunk: int) -> _Me
     ranks: list[int] = []
     likeliest: list[tuple[Entry, ...]] = []
     gradients: list[tuple[Entry, ...]] = []
-    for logits, chunk_nll, gradient in loss_in_detail(hidden, weight, targets, chunk):  # [n, V], [n], [n, V]
+    for logits, chunk_nll, gradient in _in_detail(loss, hidden, weight, targets):  # [n, V], [n], [n, V]
         here = slice(len(ranks), len(ranks) + len(chunk_nll))
         logits, nll[here] = logits.to(exact), chunk_nll
         ranks += (1 + (logits > logits.gather(1, target_ids[here, None])).sum(1)).tolist()
         likeliest += _entries(logits.softmax(-1), by_absolute_value=False)
         gradients += _entries(gradient.to(exact), by_absolute_value=True)
     return _Measured(nll, ranks, likeliest, gradients)
+
+
+def _in_detail(
+    loss: NextTokenLoss, hidden: Tensor, weight: Tensor, targets: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield logits [n, V], nll [n] and gradient [n, V] of some positions at a time, as the loss computes them."""
+    if isinstance(loss, FusedNextTokenLoss):
+        yield from loss.in_detail(hidden, weight, targets)
+        return
+    states, learned = hidden[targets != IGNORE], targets[targets != IGNORE]
+    for start in range(0, len(learned), loss.chunk):
+        here = slice(start, start + loss.chunk)
+        logits = (states[here] @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+        yield logits, *nll_and_gradient(logits, learned[here])
 
 
 def _entries(values: Tensor, by_absolute_value: bool) -> list[tuple[Entry, ...]]:

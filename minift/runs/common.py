@@ -15,7 +15,7 @@ from minift.lora import LoRAConfig, adapter_weights, merge
 from minift.model import Llama
 from minift.pack import Batch
 from minift.runs.folder import FinetuneJob, Job, check_free, cut_metrics, newest_whole_step, own_folder, start_folder
-from minift.runs.loop import train
+from minift.runs.loop import run_steps
 from minift.runs.machine import check_compiler, choose_device, choose_dtype
 from minift.runs.progress import Best
 from minift.runs.steps import load_step
@@ -112,7 +112,7 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
         steps, warmup = run.plan.steps, run.config.warmup
         if state.step == 0 and warmup >= steps:
             print(f"note: the run of {steps} steps ends within its warm-up of {warmup}, below --lr")
-        if not train(state, run.plan, run.config, run.tokenizer, run.validation, run.out):
+        if not run_steps(state, run.plan, run.config, run.tokenizer, run.validation, run.out):
             return False
         _save_final(run, state)
         return True

@@ -94,7 +94,7 @@ def _train(
     ranks = (world.rank, world.size)
     batches = PairBatches(encoded.examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack, *ranks)
     plan = Plan.make(config, len(batches))
-    state = start_state(model, batches, config, world)
+    state = start_state(model, batches, config, world, plain)
     if world.parallel == "fsdp":  # each rank has room for its part now
         _fill_shards(job.model, model, config, world)
     validation = _validation_batches(encoded.held_out, tokenizer, config)

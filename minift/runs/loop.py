@@ -1,26 +1,23 @@
-"""The loop of a run: steps, saving, patience, signals."""
+"""The loop of a run: `train.train`, with saving, patience, signals and memory that is full around it."""
 
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from minift.config import TrainConfig
 from minift.distributed.sharding import first_not_finite
-from minift.distributed.world import World
 from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
-from minift.optim import learning_rate
 from minift.pack import Batch
 from minift.runs.progress import Best, metrics_file, progress_bar, record_of, show
 from minift.runs.steps import save_best, save_step
 from minift.runs.stop import StopSignal
 from minift.tokenizer.base import Tokenizer
-from minift.train import Plan, StepResult, TrainState, train_step, validation_loss
+from minift.train import Plan, Step, TrainState, train, validation_loss
 
 
-def train(
+def run_steps(
     state: TrainState,
     plan: Plan,
     config: TrainConfig,
@@ -39,7 +36,7 @@ def train(
     Raises:
         RunError: when a gradient or weight is not finite any more, or memory is full.
         InputError: for a bad record in the data. In both cases the steps before it are saved, unless memory is full
-            while other ranks go on: nobody would answer it.
+            while other ranks go on: they would not take part in the saving.
     """
     saved, best = state.step, Best.of(out / "metrics.jsonl")
     state.world.wait()  # all have read the same
@@ -47,7 +44,7 @@ def train(
         return True
     try:
         with StopSignal() as stop, metrics_file(out, state.world) as metrics:
-            for record in _steps(state, plan, config, validation, stop):
+            for record in _records(state, plan, config, validation, stop):
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
                 if best.add(record) and config.patience:
@@ -78,62 +75,45 @@ def train(
     return done
 
 
-def _check_weights(state: TrainState) -> None:
-    """Raise RunError when a step has made weights that are no numbers: only the next one's loss would show it."""
-    culprit = first_not_finite(state.model, state.world)
-    if culprit is not None:
-        raise RunError(f"step {state.step} has made {culprit} infinite or NaN; lower --lr")
-
-
-def _steps(
+def _records(
     state: TrainState, plan: Plan, config: TrainConfig, validation: Sequence[Batch], stop: StopSignal
 ) -> Iterator[dict[str, Any]]:
     """Take the steps that are left, one at a time; yield what each has to report."""
-    micro_batches, world = iter(state.batches), state.world
+    steps = train(state, plan, config)
     with progress_bar(plan.steps, state) as bar:
-        while state.step < plan.steps and not world.any(stop.requested):
-            start = time.perf_counter()
+        while state.step < plan.steps and not state.world.any(stop.requested):
             place = state.batches.state_dict()
             try:
-                window = _next_window(micro_batches, plan.window(state.step), world)
-                lr = learning_rate(state.step, plan.steps, config)
-                result = train_step(state, window, lr, config)
-                seconds = time.perf_counter() - start
-                if not result.stepped:
-                    _check_skipped(state, result)
+                step = next(steps)
+                _check_skipped(state, step)
             except Exception:  # no step was made of this window: a resumed run draws it again
                 state.batches.load_state_dict(place)
                 raise
-            if not result.stepped:
+            if not step.result.stepped:
                 bar.write(f"step {state.step + 1}: float16 overflowed; again, at scale {state.scaler.get_scale():g}")
                 continue
-            state.step += 1
-            record = record_of(state, result.loss, result.grad_norm, lr, window, seconds, config.dtype)
+            record = record_of(state, step)
             if validation and _due(state.step, config.eval_every, plan.steps):
-                record["validation_loss"] = validation_loss(state, validation, config)
+                record["validation_loss"] = validation_loss(state, validation)
             show(bar, record)
             yield record
-
-
-def _next_window(micro_batches: Iterator[Batch], size: int, world: World) -> list[Batch]:
-    """The next micro-batches, if there are some for every rank."""
-    failure: Exception | None = None
-    window = []
-    try:
-        window = [next(micro_batches).to(world.device) for _ in range(size)]
-    except (InputError, RunError) as error:
-        failure = error
-    world.agree(failure)
-    return window
 
 
 def _due(step: int, every: int, last: int | None) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _check_skipped(state: TrainState, result: StepResult) -> None:
-    """float16 may skip steps until its scale fits; anything else that is not finite ends the run."""
-    if state.scaler.is_enabled() and state.scaler.get_scale() >= 1.0:
+def _check_weights(state: TrainState) -> None:
+    """Raise RunError when a step has made weights that are not finite: only the next step's loss would show it."""
+    culprit = first_not_finite(state.model, state.world)
+    if culprit is not None:
+        raise RunError(f"step {state.step} has made {culprit} infinite or NaN; lower --lr")
+
+
+def _check_skipped(state: TrainState, step: Step) -> None:
+    """Raise RunError for a skipped step, but where float16 still lowers its scale: anything else ends the run."""
+    result, scaler = step.result, state.scaler
+    if result.stepped or (scaler.is_enabled() and scaler.get_scale() >= 1.0):
         return
-    what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}, first in {result.culprit}"
-    raise RunError(f"step {state.step + 1} is not finite ({what}); lower --lr, or try another --dtype")
+    found = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}, first in {result.culprit}"
+    raise RunError(f"step {state.step + 1} is not finite ({found}); lower --lr, or try another --dtype")

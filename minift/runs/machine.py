@@ -1,21 +1,19 @@
-"""What a run computes on: its device, its dtype, and whether its model is compiled.
+"""Choose what a run computes on: its device, its dtype, and whether its model is compiled.
 
-Each is what was asked for, or else what is fastest and safe on this machine. Read next: `train.py`.
+Each is as asked for, or else what is fastest and safe on this machine.
 """
 
 import importlib.util
 import os
 import shutil
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
 from minift.config import TrainConfig
 from minift.errors import InputError
-from minift.model import Llama
+from minift.kernels.choice import bfloat16_in_hardware
 
-# Operations (flops.py) from which a run is compiled unasked. On two cores of an Intel Xeon compiling took 26 s and made
+# Operations (`costs/flops.py`) from which a run is compiled by default. On two cores of an Intel Xeon compiling took 26 s and made
 # a step of bundled pretraining 1.12 times as fast, which pays from 6e13 on; one of stories15m was hardly any faster
 # (0.99 to 1.03 times). On an AMD EPYC it saved more. On an H200 it took 10 s, and a step of TinyLlama's shape (4 x
 # 4,096 tokens) 0.27 s in place of 0.34 s, which pays from 2e16 on. `python -m benchmarks ladder` measures it anywhere.
@@ -23,7 +21,7 @@ COMPILING_PAYS = {"cpu": 1e14, "cuda": 5e16}
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The device that a run trains on.
+    """Return the device that a run trains on.
 
     Raises:
         InputError: for a GPU that is not there, and for float16 on a CPU.
@@ -41,23 +39,13 @@ def choose_device(config: TrainConfig) -> torch.device:
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> str:
-    """The dtype that a run computes in: the one asked for, or for "auto" the fastest that is safe.
+    """Return the dtype that a run computes in: the one asked for, or for "auto" the fastest that is safe.
 
-    That is bfloat16 where the machine multiplies it in hardware: GPUs from Ampere on, CPUs with AVX-512-BF16 or AMX.
-    Elsewhere it is emulated, several times slower than float32.
+    That is bfloat16 where the machine multiplies it in hardware, and float32 elsewhere.
     """
     if config.dtype != "auto":
         return config.dtype
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    in_hardware = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not public: guarded
-    return "bfloat16" if in_hardware is not None and in_hardware() else "float32"
-
-
-def autocast(model: Llama, config: TrainConfig) -> AbstractContextManager[Any]:
-    """The context in which matrix products run in the run's dtype; for float32 it does nothing."""
-    dtype = getattr(torch, choose_dtype(config, model.device))
-    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return "bfloat16" if bfloat16_in_hardware(device) else "float32"
 
 
 def check_compiler(config: TrainConfig, device: torch.device) -> None:
@@ -69,23 +57,13 @@ def check_compiler(config: TrainConfig, device: torch.device) -> None:
 
 
 def choose_compile(config: TrainConfig, device: torch.device, flops: float) -> bool:
-    """Whether a run of so many operations compiles its model: as asked for, or else where it is sure to pay.
+    """Return whether a run of so many operations compiles its model: as asked for, or else where that saves time.
 
     That is known for rows of one length: for others the compiler would start again.
     """
     if config.compile is not None:
         return config.compile
     return flops >= COMPILING_PAYS[device.type] and _can_compile(device)
-
-
-def choose_written_out(model: Llama, config: TrainConfig, device: torch.device) -> bool:
-    """Whether a run takes the layers of short rows by `kernels/layer.py`: in bfloat16 on a CPU, where no compiler does better.
-
-    Beside adapters the weights are frozen, and what is not trained is not written out.
-    """
-    if device.type != "cpu" or config.compile or choose_dtype(config, device) != "bfloat16":
-        return False
-    return all(parameter.requires_grad for parameter in model.parameters())
 
 
 def _can_compile(device: torch.device) -> bool:

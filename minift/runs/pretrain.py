@@ -78,7 +78,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         model = random_model(shape, config, world)
         print(describe(model, job.config, "from random weights", config, world))
         print(f"{plan.steps:,} steps, {flops:.2g} FLOPs" + (", compiled" if config.compile else ""))
-        state = start_state(model, batches, config, world)
+        state = start_state(model, batches, config, world, plain)
         if world.parallel == "fsdp":  # each rank has room for its part now
             fill(model, world, model.random_weights(torch.Generator().manual_seed(config.seed)))
         done = complete(Run(job, config, plan, tokenizer, validation, out), state, resume)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from minift.checkpoint import load_weights, save_model, write_model
-from minift.distributed.sharding import METADATA, is_sharded, like
+from minift.distributed.sharding import METADATA, is_sharded, shard_like
 from minift.errors import InputError, RunError, one_line
 from minift.formats.peft import write_adapter
 from minift.formats.pt_file import load_pt
 from minift.lora import adapter_weights, base_checksum, has_adapter, merged_weights
+from minift.optim import moments_of
 from minift.storage.atomic import partial_name, write_folder
 from minift.storage.checksums import CHECKSUMS, check_files, read_checksums, readable_checksums, write_checksums
 from minift.storage.links import check_links
@@ -109,7 +110,7 @@ def _shards(state: TrainState) -> dict[str, Tensor]:
     for name, parameter in state.model.named_parameters():
         if parameter.requires_grad:
             shards[name] = parameter.detach()
-            shards |= {f"{name} {key}": moment for key, moment in state.optimizer.state_of(parameter).items()}
+            shards |= {f"{name} {key}": moment for key, moment in moments_of(state.optimizer, parameter).items()}
     return shards
 
 
@@ -214,7 +215,7 @@ def _load_moments(state: TrainState, saved: dict[str, Any]) -> None:
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     for i, moments in saved["state"].items():
         for key, moment in moments.items():
-            moments[key] = like(parameters[i], moment.to(parameters[i].device)) if moment.ndim else moment
+            moments[key] = shard_like(parameters[i], moment.to(parameters[i].device)) if moment.ndim else moment
     state.optimizer.load_state_dict(saved)
 
 

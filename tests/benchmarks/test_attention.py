@@ -71,7 +71,7 @@ def wrong_gradient(query: Tensor, key: Tensor, value: Tensor, mask: object) -> T
 def test_a_kernel_that_is_wrong_is_no_result(
     wrong: Callable[..., Tensor], part: str, shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "attend", wrong)
+    monkeypatch.setattr(attention, "FastScaledDotProduct", lambda: wrong)
     with pytest.raises(InputError, match=rf"used: its ({part}) is .* off the formula"):
         run_here("attention", tmp_path, "--config", shape, *WORDS)
 

@@ -73,7 +73,7 @@ def test_the_bytes_of_a_token(tied: bool) -> None:
     weights = sum(p.nbytes for name, p in model.named_parameters() if name != "embed_tokens.weight")
     weights += model.head_weight.nbytes if tied else 0
     cache = KVCache(config, 1, 9, model.device, torch.bfloat16)
-    seen = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    seen = sum(tensor.nbytes for tensor in cache.stored.unbind())
     assert generate.decode_bytes(config, "bfloat16", 9) == weights + 2 * config.hidden_size + seen
 
 

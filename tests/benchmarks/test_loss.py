@@ -31,7 +31,7 @@ def shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_way_that_there_is(shape: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run_here("loss", tmp_path, "--config", shape, *WORDS)
     printed = capsys.readouterr().out
-    there = {"used", "all logits", "all logits, compiled"}
+    there = {"used", "plain", "all logits", "all logits, compiled"}
     there |= PYTORCHS_OWN if hasattr(F, "linear_cross_entropy") else set()
     assert set(result["ways"]) == there
     assert set(result["skipped"]) == {*there, *PYTORCHS_OWN} - there
@@ -53,19 +53,19 @@ def test_a_way_that_is_not_there_is_named(
     assert f"F.linear_cross_entropy: skipped, PyTorch {torch.__version__} has none" in capsys.readouterr().out
 
 
-def scaled_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, int]:
-    return 1.001 * loss.textbook.loss(hidden, weight, targets), targets.numel()
+def scaled_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return 1.001 * loss.textbook.loss(hidden, weight, targets)
 
 
-def loss_of_other_weights(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, int]:
-    return loss.textbook.loss(hidden, weight.detach(), targets), targets.numel()
+def loss_of_other_weights(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return loss.textbook.loss(hidden, weight.detach(), targets)
 
 
 @pytest.mark.parametrize("wrong", [scaled_loss, loss_of_other_weights])
 def test_a_loss_that_is_wrong_is_no_result(
     wrong: object, shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "next_token_loss", wrong)
+    monkeypatch.setattr(loss, "FusedNextTokenLoss", lambda chunk: wrong)
     with pytest.raises(InputError, match=r"used: .* off the formula"):
         run_here("loss", tmp_path, "--config", shape, *WORDS)
 

@@ -1,7 +1,7 @@
 """The promise of `python -m benchmarks ops`: its variants compute the same, and its costs are those of the formulas.
 
-FLOPs are held against PyTorch's own counter and against `minift/costs/flops.py`, bytes against formulas written out here, and
-the textbook twins against what trains, in value and in gradient.
+FLOPs are held against PyTorch's own counter and against `minift/costs/flops.py`, bytes against formulas written out
+here, and the textbook twins against what trains, in value and in gradient.
 """
 
 import argparse
@@ -21,10 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import arguments, ops, record, roof, roofline, timing
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
-from minift.config import LONGEST_WRITTEN_OUT, LlamaConfig, TrainConfig
+from minift.config import LlamaConfig, TrainConfig
 from minift.costs.flops import forward_flops_per_token
 from minift.data.batches import PairBatches
 from minift.errors import InputError
+from minift.kernels.layer import LONGEST, WrittenShared
+from minift.model import Llama, Shared
 from minift.pack import Example
 from minift.runs.start import start_state
 from tests.helpers import SMALL, run_here
@@ -135,27 +137,31 @@ def test_a_whole_layer_is_its_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "written_out"),
-    [(torch.bfloat16, T, True), (torch.float32, T, False), (torch.bfloat16, LONGEST_WRITTEN_OUT + 1, False)],
+    ("dtype", "length", "expected"),
+    [
+        (torch.bfloat16, T, WrittenShared),
+        (torch.float32, T, Shared),
+        (torch.bfloat16, LONGEST + 1, Shared),
+    ],
     ids=str,
 )
-def test_the_layer_that_is_timed_is_the_one_that_trains(
-    dtype: torch.dtype, length: int, written_out: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which way `start_state` and `Llama.hidden` take it, `ops` does."""
+def test_the_layer_that_is_timed_is_the_one_that_trains(dtype: torch.dtype, length: int, expected: type) -> None:
+    """The same class of layer, reading the same kind of what layers share, as `start_state` and `Llama.hidden` have."""
     config = TrainConfig(dtype=str(dtype).removeprefix("torch."), device="cpu", compile=False)
     shape = dataclasses.replace(SHAPE, max_position_embeddings=length)
     step = make_step(Setting(shape, B, length, dtype, "cpu"))
     example = Example(step.tokens[0].tolist(), [1])
-    model = start_state(step.model, PairBatches([example], 1, 0, 0), config).model
-    ways: list[str] = []
-    for name in ("written_out", "forward"):
-        way = getattr(step.layer, name)
-        monkeypatch.setattr(step.layer, name, lambda *words, name=name, way=way: (ways.append(name), way(*words))[1])
+    model = start_state(Llama(shape), PairBatches([example], 1, 0, 0), config).model
+    read: list[type] = []
+    layers = [step.trained, *model.layers]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, inputs: read.append(type(inputs[1])))
     with step.setting.autocast():
         model.hidden(step.tokens)
     OPERATIONS["layer"](step).variants["used"]()
-    assert set(ways) == {"written_out" if written_out else "forward"}
+    assert type(step.trained) is type(model.layers[-1])
+    assert set(read) == {expected}
+    assert len(read) >= 1 + len(model.layers)
 
 
 def test_flops_element_by_element() -> None:
@@ -282,7 +288,7 @@ def test_the_backward_pass_is_what_a_turn_has_left(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_step_is_counted_by_operations_or_by_layers() -> None:
-    """Three layers with two norms each, and one norm behind them."""
+    """Three layers with two norms each, and one norm after them."""
 
     def operation(calls: int, inside: int, seconds: float) -> dict[str, object]:
         both = {"roof_seconds": seconds, "variants": {name: {"seconds": {"median": seconds}} for name in ops.VARIANTS}}

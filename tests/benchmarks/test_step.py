@@ -269,7 +269,7 @@ def test_memory(
     """The ledger of a tiny shape: the lines that must be equal are, and all of them together are within 10 %."""
     monkeypatch.setattr(process, "fresh", lambda name, *words: memory.measure(*map(str, words)))
     monkeypatch.setattr(process, "give_back_freed", lambda: None)  # that is for a process of its own
-    monkeypatch.setattr("minift.loss.CACHED", 2**16)  # few of the rows, as with a real vocabulary
+    monkeypatch.setattr("minift.kernels.cross_entropy.CACHED", 2**16)  # few of the rows, as with a real vocabulary
     # Logits are most of it, as with a real vocabulary: the ledger is of that moment, not of a layer's backward pass.
     shape.write_text(json.dumps({**TINY, "vocab_size": 8_208}))
     result = run_here("memory", tmp_path, "--shapes", f"{shape}:64x64", "--device", device)
@@ -295,7 +295,7 @@ def test_memory(
 
 def test_the_ledger_of_a_small_vocabulary(shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the backward pass of a layer, written out in bfloat16, is the fullest moment: within 10 %, too."""
-    monkeypatch.setattr("minift.loss.CACHED", 2**16)
+    monkeypatch.setattr("minift.kernels.cross_entropy.CACHED", 2**16)
     for dtype in ("float32", "bfloat16"):
         run = memory.measure(memory.KEEP, f"{shape}:16x256", dtype, "cpu", "bundled")
         assert run["ledger_of_measured"] == pytest.approx(1, abs=memory.TOLERANCE), dtype

@@ -8,90 +8,82 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import minift.loss
-import minift.model
-import minift.train
 from benchmarks import ladder, peers, process, roof, soak
 from benchmarks.timing import in_turn_order
+from minift import kernels
 from minift.config import PRETRAIN, LlamaConfig
 from minift.costs.flops import training_flops_per_token
 from minift.errors import InputError
+from minift.pack import Batch
+from minift.train import TrainState
 from tests.helpers import run_here
 
 TINY = LlamaConfig.preset("stories260k")
 CONFIG = PRETRAIN.replace(device="cpu", dtype="bfloat16", batch_size=6, max_length=32, compile=False)
 
 
-def climb(name: str) -> tuple[list[float], Any]:
-    """Three losses of a rung, and its batch; what the rung replaces is whole again behind them."""
-    with pytest.MonkeyPatch.context() as replaced:
-        replaced.setattr(minift.model, "attend", minift.model.attend)
-        replaced.setattr(minift.loss, "next_token_loss", minift.loss.next_token_loss)
-        for attribute in ("keep_freed_memory", "choose_written_out"):
-            replaced.setattr(minift.train, attribute, getattr(minift.train, attribute))
-        step, batch = ladder.make_rung(name, TINY, CONFIG)
-        return [step() for _ in range(3)], batch
+def climb(name: str) -> tuple[list[float], Batch, TrainState]:
+    """Three losses of a rung, its batch, and its state."""
+    step, batch, state = ladder.make_rung(name, TINY, CONFIG)
+    return [step() for _ in range(3)], batch, state
 
 
 def test_all_rungs_train_the_same() -> None:
     """The same loss at each step, to rounding, over the same targets; only packing computes fewer positions."""
-    first, padded = climb("naive")
+    first, padded, _ = climb("textbook")
     assert first[2] < first[0]
     for name in ladder.RUNGS[1:-1]:
-        losses, batch = climb(name)
-        assert losses == pytest.approx(first, rel=1e-5 if name == "+ SDPA" else 5e-3), name
+        losses, batch, _ = climb(name)
+        assert losses == pytest.approx(first, rel=1e-5 if name == "plain" else 5e-3), name
         assert batch.n_targets == padded.n_targets
-        assert (batch.tokens.numel() < padded.tokens.numel()) == (name == "+ packing")
-        assert batch.isolated == (name == "+ packing")
+        packed = ladder.RUNGS.index(name) >= ladder.RUNGS.index("+ packing")
+        assert (batch.tokens.numel() < padded.tokens.numel()) == packed
+        assert batch.isolated == packed
 
 
 def test_a_rung_has_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    used: set[str] = set()
-
-    def spy(module: Any, name: str) -> None:
-        called = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, **more: (used.add(name), called(*args, **more))[1])
-
-    spy(ladder.textbook, "attention")
-    spy(ladder.textbook, "loss")
-    spy(torch, "_fused_adamw_")
-    spy(F, "scaled_dot_product_attention")
-    spy(minift.train, "keep_freed_memory")
-    spy(minift.model, "written_layer")
-    climb("naive")
-    assert used == {"attention", "loss"}
-    used.clear()
-    climb("+ SDPA")
-    assert used == {"scaled_dot_product_attention", "loss"}
-    used.clear()
-    climb("+ loss")
-    assert "loss" not in used
-    assert "_fused_adamw_" not in used
-    climb("+ AdamW")
-    assert "_fused_adamw_" in used
-    assert "keep_freed_memory" not in used
-    climb("+ heap")
-    assert "keep_freed_memory" in used
-    assert "written_layer" not in used
-    climb("+ layer")
-    assert "written_layer" in used
+    """Each one kernel more than the rung below, as `kernels.install` is told, and its modules are there."""
+    asked: list[set[str]] = []
+    install = kernels.install
+    monkeypatch.setattr(kernels, "install", lambda module, names: (asked.append(set(names)), install(module, names))[1])
+    taken = kernels.choose(CONFIG, torch.device("cpu"))
+    rungs = [name for name in ladder.RUNGS[:-1] if not name.startswith("+ ") or name[2:] in (*taken, "AMP", "packing")]
+    kinds: list[set[str]] = []
+    for name in rungs:
+        *_, state = climb(name)
+        kinds.append(
+            {type(module).__name__ for module in state.objective.modules()} | {type(state.optimizer).__module__}
+        )
+    assert asked[:4] == [set()] * 4
+    assert [asked[i] - asked[i - 1] for i in range(4, len(asked))] == [{name[2:]} for name in rungs[4:]]
+    assert {"TextbookAttention", "TextbookLoss"} <= kinds[0]
+    assert not {"TextbookAttention", "TextbookLoss"} & kinds[1]
+    new = {name[2:]: kinds[i] - kinds[i - 1] for i, name in enumerate(rungs) if i >= 4}
+    assert new == {
+        "malloc": set(),
+        "adamw": {"minift.kernels.adamw"},
+        "norm": {"FusedRMSNorm", "FusedInputNorm", "FusedRoPE"},
+        "attention": {"FastScaledDotProduct"},
+        "cross_entropy": {"FusedNextTokenLoss"},
+        "targets": {"TargetsLayer", "TargetsObjective"},
+        "layer": {"WrittenLayer", "WrittenPrepare"},
+    }
 
 
 def test_break_even() -> None:
-    ready = {"+ AdamW": {"first_step_seconds": 2.0}, "+ compile": {"first_step_seconds": 32.0}}
-    pays = ladder.break_even(ready, {"+ AdamW": [2.0, 2.0, 3.0], "+ compile": [1.0, 1.0, 1.5]}, "+ AdamW")
+    ready = {"+ adamw": {"first_step_seconds": 2.0}, "+ compile": {"first_step_seconds": 32.0}}
+    pays = ladder.break_even(ready, {"+ adamw": [2.0, 2.0, 3.0], "+ compile": [1.0, 1.0, 1.5]}, "+ adamw")
     assert pays == {"cost_seconds": 30.0, "saved_seconds_a_step": 1.0, "steps": 30.0}
-    pays = ladder.break_even(ready, {"+ AdamW": [1.0], "+ compile": [1.0]}, "+ AdamW")
+    pays = ladder.break_even(ready, {"+ adamw": [1.0], "+ compile": [1.0]}, "+ adamw")
     assert pays["steps"] is None  # never
 
 
 @pytest.mark.slow
 def test_the_ladder_from_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", "stories260k", "--batch-size", 4, "--length", 32, "--repeats", 2]
-    result = run_here("ladder", tmp_path, *words, "--rungs", "naive", "+ packing")
-    assert list(result["rungs"]) == ["naive", "+ packing"]
+    result = run_here("ladder", tmp_path, *words, "--rungs", "plain", "+ packing")
+    assert list(result["rungs"]) == ["plain", "+ packing"]
     for rung in result["rungs"].values():
         speed = rung["targets_per_second"]
         assert speed["n"] == 2

@@ -27,6 +27,7 @@ from minift.model import Llama
 from minift.pack import Batch
 from minift.runs.progress import record_of
 from minift.runs.start import start_state
+from minift.train import Step, StepResult
 from tests.costs.shapes import shapes, tokens_of
 from tests.helpers import small_model
 
@@ -110,8 +111,7 @@ def test_flops_of_a_training_step(shape: dict[str, Any], length: int) -> None:
     tokens = tokens_of(model.config, 3, length)
 
     def step() -> None:
-        nll_sum, _ = next_token_loss(model.hidden(tokens), model.head_weight, tokens, chunk=20)
-        nll_sum.backward()
+        next_token_loss(model.hidden(tokens), model.head_weight, tokens, chunk=20).backward()
 
     expected = 3 * (length * training_flops_per_token(model.config, length) + 3 * masked_flops(model.config, length))
     assert counted_flops(step) == expected
@@ -139,8 +139,10 @@ def test_mfu_is_recorded_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch
     batch = Batch(*(torch.zeros(2, 8, dtype=torch.int64) for _ in range(4)), isolated=False, n_targets=16)
     config = PRETRAIN.replace(dtype="float32", device="cpu")
     state = start_state(model, None, config)  # type: ignore[arg-type]
-    assert "mfu" not in record_of(state, 1.0, 1.0, 0.1, [batch], 0.5, "bfloat16")
+    state.dtype = "bfloat16"
+    step = Step([batch], 0.1, StepResult(1.0, 1.0, True), 0.5)
+    assert "mfu" not in record_of(state, step)
     monkeypatch.setattr(Llama, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    record = record_of(state, 1.0, 1.0, 0.1, [batch], 0.5, "bfloat16")
+    record = record_of(state, step)
     assert record["mfu"] == pytest.approx(training_flops_per_token(model.config, 8) * 16 / 0.5 / 989e12)

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.alive import Alive
+from minift import kernels
 from minift.cache import KVCache
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.costs.memory import inference_memory, training_memory
 from minift.data.batches import PairBatches
-from minift.loss import _all_rows_at_once_, next_token_loss
+from minift.kernels.cross_entropy import FusedNextTokenLoss, _all_rows_at_once_
+from minift.kernels.layer import WrittenLayer
 from minift.model import Llama
 from minift.pack import Example
-from minift.runs.machine import choose_written_out
 from minift.runs.start import start_state
 from minift.train import train_step
 from tests.costs.shapes import WIDER, shapes, tokens_of
@@ -77,14 +77,6 @@ def is_copy_of_a_matrix(tensor: Tensor, model: Llama) -> bool:
     return tensor.dtype != torch.float32 and tensor.ndim == 2 and tuple(sorted(tensor.shape)) in sizes
 
 
-def attend_in_its_own_dtype(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention as a GPU trains it: without the CPU's detour through float32, and in that with no shared heads."""
-    dtype, shared = value.dtype, query.shape[1] // key.shape[1]
-    if dtype == torch.float32:
-        key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
-    return F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value, is_causal=True, enable_gqa=True)
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -92,14 +84,13 @@ def attend_in_its_own_dtype(query: Tensor, key: Tensor, value: Tensor, mask: Ten
     [{}, {"num_key_value_heads": 6}, {"num_key_value_heads": 3, "head_dim": 24}, {"tie_word_embeddings": False}],
     ids=["gqa", "mha", "wide heads", "untied"],
 )
-def test_activations_are_what_autograd_saves(
-    shape: dict[str, Any], dtype: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if device == "cuda":  # its arithmetic, on the machine that is here
-        monkeypatch.setattr("minift.model.attend", attend_in_its_own_dtype)
+def test_activations_are_what_autograd_saves(shape: dict[str, Any], dtype: str, device: str) -> None:
+    """With what a run installs for the device: a GPU's kernels, too, on the machine that is here."""
     B, T = 3, 41
-    model = small_model(**{**WIDER, **shape})
-    model.written_out = choose_written_out(model, TrainConfig(dtype=dtype), torch.device(device))
+    names = kernels.choose(TrainConfig(dtype=dtype), torch.device(device))
+    model = kernels.with_kernels(small_model(**{**WIDER, **shape}), names)
+    written = isinstance(model.layers[0], WrittenLayer)
+    assert written == (device == "cpu" and dtype == "bfloat16")
     tokens = tokens_of(model.config, B, T)
     positions = torch.arange(T).expand(B, T)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32"):
@@ -109,7 +100,7 @@ def test_activations_are_what_autograd_saves(
     ledger = training_memory(model.config, dtype, B, T, device=device)
     assert rest == pytest.approx(ledger["activations for the backward pass"], rel=0.02)
     # All that is left out is RoPE's tables of cosines and sines, and the tokens.
-    tables = 4 * (1 if model.written_out else 2) * B * T * model.config.head_dim + 8 * B * T
+    tables = 4 * (1 if written else 2) * B * T * model.config.head_dim + 8 * B * T
     assert rest == ledger["activations for the backward pass"] + tables
     if dtype == "float32":
         assert not copies
@@ -129,7 +120,8 @@ def test_the_losss_own_gradients_are_what_it_saves(dtype: str) -> None:
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32"):
-            return next_token_loss(hidden.requires_grad_(), model.head_weight, targets)[0]
+            loss: Tensor = FusedNextTokenLoss()(hidden.requires_grad_(), model.head_weight, targets)
+            return loss
 
     saved = [tensor for tensor in saved_storages(loss, model) if tensor.is_floating_point()]
     assert nbytes(saved) == training_memory(model.config, dtype, B, T)["the loss's own gradients"]
@@ -163,7 +155,7 @@ def test_keys_and_values_are_those_of_the_cache(shape: dict[str, Any], dtype: st
     model = small_model(dtype=getattr(torch, dtype), **shape)
     cache = KVCache(model.config, 5, 33, model.device, getattr(torch, dtype))
     ledger = inference_memory(model.config, dtype, 5, 33)
-    assert ledger["keys and values"] == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    assert ledger["keys and values"] == cache.stored.nbytes
     assert ledger["weights"] == sum(parameter.nbytes for parameter in model.parameters())
 
 

@@ -38,12 +38,13 @@ from minift.evaluation.likelihood import (
     page_likelihoods,
     target_scores,
 )
-from minift.loss import batch_loss, next_token_loss
+from minift.loss import next_token_loss
 from minift.model import Llama
 from minift.pack import IGNORE, Example, collate
 from minift.prompts import TEMPLATES, Pair, template_named
 from minift.reference import greedy
 from minift.tokenizer.base import Tokenizer
+from minift.train import Objective
 from tests.helpers import plain_nll, small_model, to_transformers, write_jsonl
 
 PAIRS = [
@@ -148,7 +149,7 @@ def test_the_score_of_each_target(dtype: torch.dtype, chunk: int) -> None:
     )
     assert top1.tolist() == (logits[keep].argmax(-1) == targets[keep]).tolist()
     assert 0 < int(top1.sum()) < len(top1)
-    assert float(nll.sum()) == pytest.approx(float(next_token_loss(hidden, weight, targets)[0]), rel=0.02)
+    assert float(nll.sum()) == pytest.approx(float(next_token_loss(hidden, weight, targets)), rel=0.02)
 
 
 @torch.no_grad()
@@ -223,7 +224,7 @@ def test_perplexity_is_that_of_transformers_however_it_is_batched(tokenizer: Tok
     for length in (T, T + 13, 200):
         batch = collate(examples, 0, length, pack=packed)
         assert batch.isolated == packed
-        nll, n = batch_loss(model, batch, chunk=7)
+        nll, n = Objective(model, 7)(batch), batch.n_targets
         assert math.exp(float(nll) / int(n)) == pytest.approx(math.exp(mean), rel=1e-4)
     for batch_size in (1, 2, 5):
         scores = likelihood_scores(answer_likelihoods(model, questions, batch_size))

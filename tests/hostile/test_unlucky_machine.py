@@ -21,11 +21,11 @@ import pytest
 import torch
 import tqdm.std
 
+from minift import train
 from minift.cli import main
 from minift.config import LlamaConfig
 from minift.errors import InputError, is_out_of_memory, out_of_memory
 from minift.formats.llama2c import HEADER_BYTES, order
-from minift.runs import loop
 from minift.storage.lock import LOCK, locked
 from tests.helpers import ROOT, write_jsonl
 
@@ -156,7 +156,7 @@ def test_a_real_failure_to_allocate_is_known() -> None:
 def test_the_steps_before_memory_ran_out_are_saved(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    whole, out, taken = tmp_path / "whole", tmp_path / "run", loop.train_step
+    whole, out, taken = tmp_path / "whole", tmp_path / "run", train.train_step
 
     def third_is_too_large(state: Any, *arguments: Any) -> Any:
         if state.step == 2:
@@ -165,7 +165,7 @@ def test_the_steps_before_memory_ran_out_are_saved(
 
     assert main([*words, "--steps", "4", "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", third_is_too_large)
+        patch.setattr(train, "train_step", third_is_too_large)
         assert main([*words, "--steps", "4", "--out", str(out)]) == 1
     line = last_line(capfd.readouterr().err)
     failed = "step 3: out of memory: 18,014,398,509,481,984 bytes more could not be allocated"

@@ -1,4 +1,4 @@
-"""The promise of `kernels/malloc.py`: freed memory is not asked of the system again. Told by the system's page faults."""
+"""The promise of `kernels/malloc.py`: freed memory is not asked of the system again. The system's page faults tell."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minift.config import TrainConfig
-from minift.kernels import malloc as heap
+from minift.kernels import choose, malloc, with_kernels
 from minift.runs.start import start_state
 from tests.helpers import ROOT, small_model
 
@@ -43,23 +43,28 @@ def faults(first: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(not hasattr(heap.ctypes.CDLL(None), "gnu_get_libc_version"), reason="not the GNU C library")
+@pytest.mark.skipif(not hasattr(malloc.ctypes.CDLL(None), "gnu_get_libc_version"), reason="not the GNU C library")
 def test_freed_memory_is_taken_again_without_the_system() -> None:
     assert faults("assert keep_freed_memory()") < PAGES / 10
     assert faults("") >= 5 * PAGES / 512  # even in pages of 2 MB
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: SimpleNamespace())  # has no mallopt either
-    assert not heap.keep_freed_memory()
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: SimpleNamespace())  # has no mallopt either
+    assert not malloc.keep_freed_memory()
 
 
 def test_training_on_a_cpu_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And neither training elsewhere, nor plain training, nor a model with kernels that is not trained."""
     called: list[bool] = []
-    monkeypatch.setattr("minift.train.keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr("minift.kernels.swap.keep_freed_memory", lambda: called.append(True))
     model = small_model()
     config = TrainConfig(steps=1, device="cpu", dtype="float32")
-    start_state(model, None, config)  # type: ignore[arg-type]  # no data to keep the place of
+    with_kernels(model, ["malloc"])
+    start_state(model, None, config, plain=True)  # type: ignore[arg-type]  # no data to keep the place of
+    assert called == []
+    start_state(model, None, config)  # type: ignore[arg-type]
     assert called == [True]
     start_state(model.to(torch.device("meta")), None, config)  # type: ignore[arg-type]
     assert called == [True]
+    assert "malloc" not in choose(config, torch.device("cuda"))

@@ -23,7 +23,7 @@ from minift.costs.communication import communication
 from minift.costs.flops import count_parameters
 from minift.costs.memory import training_memory
 from minift.data.batches import PairBatches
-from minift.distributed.sharding import fill, own_part, put, whole
+from minift.distributed.sharding import copy_into, fill, gathered, local_shard, unwrapped
 from minift.distributed.shards import _Unpickler
 from minift.distributed.world import World
 from minift.errors import InputError
@@ -84,7 +84,7 @@ def take_steps(state: TrainState, steps: int, config: TrainConfig = CONFIG) -> l
 def trained(world: World, tied: bool, lora: bool) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
     state = make_state(world, tied, lora)
     results = take_steps(state, STEPS)
-    return {name: whole(tensor).clone() for name, tensor in state.model.state_dict().items()}, results
+    return {name: gathered(tensor).clone() for name, tensor in state.model.state_dict().items()}, results
 
 
 @functools.cache
@@ -140,7 +140,7 @@ def mean_of_means(world: World) -> dict[str, Tensor]:
 def clipped_too_early(world: World) -> dict[str, Tensor]:
     """Make a fault: every rank clips its own gradient, and then the gradients are added up."""
     state = make_state(world)
-    state.objective = type(make_state(World()).objective)(state.model)  # so DDP does not synchronise
+    state.objective = unwrapped(state.objective)  # so DDP does not synchronise
     norm_of = torch.nn.utils.get_total_norm
 
     def clip_first(gradients: list[Tensor]) -> Tensor:
@@ -174,9 +174,9 @@ def gradients_sent(world: World) -> list[int]:
     dist.all_reduce = counted
     forward = type(state.objective.module).forward
 
-    def begun(self: Any, batch: Batch, chunk: int) -> Any:
+    def begun(self: Any, batch: Batch) -> Any:
         counts.append(0)
-        return forward(self, batch, chunk)
+        return forward(self, batch)
 
     type(state.objective.module).forward = begun
     train_step(state, [next(batches) for _ in range(4)], 0.1, CONFIG)
@@ -193,7 +193,7 @@ def validated(world: World) -> float:
     state = make_state(world)
     take_steps(state, 2)
     batches = iter(PairBatches(examples(), 3, 2, seed=1))
-    return validation_loss(state, [next(batches) for _ in range(7)], CONFIG)  # 7: not a multiple of 2 or 4
+    return validation_loss(state, [next(batches) for _ in range(7)])  # 7: not a multiple of 2 or 4
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -277,14 +277,14 @@ def kept(world: World) -> dict[str, int]:
 
     def look(*_: Any) -> None:
         parameters = list(state.model.parameters())
-        found["gradients"] = sum(own_part(p.grad).nbytes for p in parameters)
+        found["gradients"] = sum(local_shard(p.grad).nbytes for p in parameters)
 
     state.optimizer.register_step_pre_hook(look)
     take_steps(state, 2)
     parameters = list(state.model.parameters())
-    found["weights"] = sum(own_part(p.detach()).nbytes for p in parameters)
+    found["weights"] = sum(local_shard(p.detach()).nbytes for p in parameters)
     moments = [state.optimizer.state[p][key] for p in parameters for key in ("exp_avg", "exp_avg_sq")]
-    found["AdamW's two moments"] = sum(own_part(moment).nbytes for moment in moments)
+    found["AdamW's two moments"] = sum(local_shard(moment).nbytes for moment in moments)
     return found
 
 
@@ -311,7 +311,7 @@ def loaded(world: World, folder: str) -> tuple[int, int]:
 def fill_one(model: Llama, world: World, name: str, tensor: Tensor, first: bool) -> None:
     if first:
         fill(model, world, [])
-    put(dict(model.named_parameters())[name], tensor)
+    copy_into(dict(model.named_parameters())[name], tensor)
 
 
 def _own_memory() -> int:
@@ -338,7 +338,7 @@ def loaded_from(world: World, folder: str) -> dict[str, Tensor]:
     model = model_without_memory(folder)
     state = start_state(model, PairBatches(examples(), 8, 2, 0), CONFIG, world)
     fill(state.model, world, weights_of(folder))
-    return {name: whole(tensor).clone() for name, tensor in state.model.state_dict().items()}
+    return {name: gathered(tensor).clone() for name, tensor in state.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("format", ["native", "hf", "meta", "llama2c"])
@@ -371,7 +371,7 @@ def continued(
         assert train_step(state, window, learning_rate(state.step, plan.steps, CONFIG), CONFIG).stepped
         state.step += 1
     save_step(Path(run), state, None)
-    return {name: whole(tensor).clone() for name, tensor in state.model.state_dict().items()}, places
+    return {name: gathered(tensor).clone() for name, tensor in state.model.state_dict().items()}, places
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
@@ -417,7 +417,7 @@ def poisoned(world: World, what: str) -> tuple[bool, str | None]:
     state = make_state(world)
     parameter = state.model.layers[1].mlp.up_proj.weight
     if what == "the weight":
-        own = own_part(parameter.detach())
+        own = local_shard(parameter.detach())
         if world.rank == world.size - 1:
             own[-1, 0] = float("nan")
     elif world.rank == world.size - 1:

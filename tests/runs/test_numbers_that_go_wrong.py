@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from minift import train
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.config import TrainConfig
@@ -22,7 +23,6 @@ from minift.generate import Sampling, generate, stream
 from minift.loss import next_token_loss
 from minift.pack import IGNORE, Batch
 from minift.prompts import Pair, template_named
-from minift.runs import loop
 from minift.tokenizer.base import Tokenizer
 from minift.train import TrainState, train_step, validation_loss
 from tests.helpers import bits, new_state, same, small_model, write_jsonl
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_a_number_ends_a_run_at_its_step(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One batch in the middle is at fault. The steps before it are saved, and the run continues once it is repaired."""
-    whole, out, taken = tmp_path / "whole", tmp_path / "run", loop.train_step
+    whole, out, taken = tmp_path / "whole", tmp_path / "run", train.train_step
 
     def spoiled(state: Any, window: Any, *rest: Any) -> Any:
         if state.step == 7:
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_a_number_ends_a_run_at_its_step(
 
     assert main([*words, "--dtype", "float32", "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", spoiled)
+        patch.setattr(train, "train_step", spoiled)
         assert main([*words, "--dtype", "float32", "--out", str(out)]) == 1
     assert "step 8 is not finite (" in last_line(capfd.readouterr().err)
     assert [folder.name for folder in out.glob("step_*")] == ["step_000007"]
@@ -178,8 +178,8 @@ def test_a_micro_batch_without_a_target_changes_nothing_in_its_window(batch: Bat
 
 def test_an_evaluation_without_a_target_is_refused(state: TrainState, batch: Batch) -> None:
     with pytest.raises(InputError, match="no target"):
-        validation_loss(state, [without_targets(batch)], CONFIG)
-    assert validation_loss(state, [batch, without_targets(batch)], CONFIG) == validation_loss(state, [batch], CONFIG)
+        validation_loss(state, [without_targets(batch)])
+    assert validation_loss(state, [batch, without_targets(batch)]) == validation_loss(state, [batch])
 
 
 # Ids and lengths ------------------------------------------------------------------------------------------------------

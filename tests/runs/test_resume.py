@@ -181,7 +181,7 @@ def test_a_second_signal_interrupts_at_once(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A user who presses Ctrl-C twice does not want to wait for the step. The old handlers are restored."""
-    from minift.runs import loop
+    from minift import train
 
     data = write_jsonl(tmp_path / "x.jsonl", [{"question": f"What is {i}?", "answer": "A number."} for i in range(9)])
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -191,7 +191,7 @@ def test_a_second_signal_interrupts_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the step went on")
 
-    monkeypatch.setattr(loop, "train_step", impatient)
+    monkeypatch.setattr(train, "train_step", impatient)
     words = ["finetune", "--model", small_checkpoint, "--data", data, "--out", tmp_path / "out", "--device", "cpu"]
     assert main([str(word) for word in words]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "minift: interrupted"

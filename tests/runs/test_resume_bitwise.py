@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 import torch
 
+from minift import train
 from minift.cli import main
 from minift.data import encode
 from minift.data.batches import PageBatches
@@ -80,7 +81,7 @@ def child(words: list[str], log: Path, hooks: Hooks) -> None:
     torch.set_num_threads(1)  # so that every sum is taken in the same order
     if hooks.chunk:
         encode.CHUNK_CHARACTERS = hooks.chunk
-    step = loop.train_step
+    step = train.train_step
 
     def watched_step(state: Any, *arguments: Any) -> Any:
         if hooks.draw:
@@ -89,15 +90,15 @@ def child(words: list[str], log: Path, hooks: Hooks) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(state, *arguments)
 
-    loop.train_step = watched_step
-    train_all = common.train
+    train.train_step = watched_step
+    train_all = common.run_steps
 
     def watched_train(*arguments: Any) -> bool:
         done = train_all(*arguments)
         write_random(random_of(arguments[-1]))  # a run that is killed after this is not trained again
         return done
 
-    common.train = watched_train
+    common.run_steps = watched_train
     if hooks.cut:
         cut(*hooks.cut)
     if hooks.watch:

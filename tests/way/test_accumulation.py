@@ -25,9 +25,9 @@ from minift.data.batches import PairBatches
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import IGNORE, Batch, Example, collate
-from minift.runs.loop import train
+from minift.runs.loop import run_steps
 from minift.tokenizer.base import Tokenizer
-from minift.train import Plan, TrainState, train_step
+from minift.train import Objective, Plan, TrainState, train_step
 from tests.helpers import make_examples, small_model
 
 CONFIG = TrainConfig(steps=1, dtype="float32", device="cpu", clip=0.0, loss_chunk=7)
@@ -65,7 +65,8 @@ class RecordedBatches(PairBatches):
 
 def recorded_state(model: Llama, batches: PairBatches | None = None) -> tuple[TrainState, Recorder]:
     recorder = Recorder(model)
-    return TrainState(model, recorder, torch.amp.GradScaler("cpu", enabled=False), batches), recorder
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(model, recorder, scaler, batches, Objective(model, CONFIG.loss_chunk)), recorder
 
 
 def summed_loss(model: Llama, examples: Sequence[Example]) -> Tensor:
@@ -178,7 +179,7 @@ def test_every_example_is_used_once_an_epoch(
     config = TrainConfig(epochs=epochs, grad_accum=grad_accum, dtype="float32", device="cpu", clip=0.0, warmup=1)
     plan = Plan.make(config, len(batches))
     state, recorder = recorded_state(model, batches)
-    assert train(state, plan, config, tokenizer, [], tmp_path)
+    assert run_steps(state, plan, config, tokenizer, [], tmp_path)
 
     used = Counter(
         int(first)

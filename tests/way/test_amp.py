@@ -29,8 +29,8 @@ from minift.errors import InputError, RunError
 from minift.model import Llama
 from minift.optim import learning_rate
 from minift.pack import Batch, Example
-from minift.runs.loop import train
-from minift.runs.machine import COMPILING_PAYS, autocast, check_compiler, choose_compile, choose_device, choose_dtype
+from minift.runs.loop import run_steps
+from minift.runs.machine import COMPILING_PAYS, check_compiler, choose_compile, choose_device, choose_dtype
 from minift.runs.start import start_state
 from minift.tokenizer.base import Tokenizer
 from minift.train import Plan, StepResult, TrainState, train_step
@@ -147,7 +147,7 @@ def test_autocast_multiplies_in_the_runs_dtype(dtype: str, expected: torch.dtype
         for product in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
             product.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     batch = next(iter(pairs()))
-    with autocast(model, TrainConfig(dtype=dtype)):
+    with start_state(model, pairs(), FLOAT32.replace(dtype=dtype), plain=True).autocast():
         hidden = model.hidden(batch.tokens, batch.positions, batch.document_ids)
     assert seen == [expected] * 6
     assert hidden.dtype == torch.float32  # the stream, and with it the norms and the loss, stays wide
@@ -233,7 +233,7 @@ def check_recovery(
     monkeypatch.setattr(minift.train, "train_step", recording)
     first_scale, before = state.scaler.get_scale(), weights(state.model)
     plan = Plan.make(config, len(state.batches))
-    assert train(state, plan, config, tokenizer, [], out)
+    assert run_steps(state, plan, config, tokenizer, [], out)
 
     taken = [result.stepped for result in results]
     assert not taken[0]
@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
         state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
     before = weights(model)
     with pytest.raises(RunError, match=r"step 1 is not finite .*--lr"):
-        train(state, Plan.make(FLOAT32, 3), FLOAT32, tokenizer, [], tmp_path)
+        run_steps(state, Plan.make(FLOAT32, 3), FLOAT32, tokenizer, [], tmp_path)
     assert state.step == 0
     assert same_bits(before, weights(model))
     assert (tmp_path / "metrics.jsonl").read_text() == ""
@@ -322,7 +322,7 @@ def test_a_run_that_blows_up_midway_ends_at_that_step(tmp_path: Path, tokenizer:
 
     state.optimizer.step = poisoned
     with pytest.raises(RunError, match="step 4 is not finite"):
-        train(state, Plan.make(config, 3), config, tokenizer, [], tmp_path)
+        run_steps(state, Plan.make(config, 3), config, tokenizer, [], tmp_path)
     assert state.step == 3
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -351,7 +351,7 @@ def test_activations_are_recomputed_only_on_request_and_only_for_a_gradient(reco
     train_step(state, [batch], 0.1, config)
     assert [calls.count(layer.mlp) for layer in model.layers] == [runs, runs]
     calls.clear()
-    minift.train.validation_loss(state, [batch], config)
+    minift.train.validation_loss(state, [batch])
     assert len(calls) == len(model.layers)
 
 

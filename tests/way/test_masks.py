@@ -53,7 +53,7 @@ def model() -> Llama:
 @torch.no_grad()
 def loss_of(model: Llama, batch: Batch) -> float:
     hidden = model.hidden(batch.tokens, batch.positions, batch.document_ids if batch.isolated else None)
-    return float(next_token_loss(hidden, model.head_weight, batch.targets)[0])
+    return float(next_token_loss(hidden, model.head_weight, batch.targets))
 
 
 def rows_of(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
@@ -132,7 +132,7 @@ def test_the_gradient_of_a_prompt_target_is_exactly_zero(pack: bool, dtype: torc
     batch = collate(made_up(seed=0), pad_id=2, pack=pack)
     hidden = model.hidden(batch.tokens, batch.positions, batch.document_ids if batch.isolated else None)
     hidden = hidden.detach().requires_grad_()
-    next_token_loss(hidden, model.head_weight.detach(), batch.targets)[0].backward()
+    next_token_loss(hidden, model.head_weight.detach(), batch.targets).backward()
     assert hidden.grad is not None
     masked = batch.targets == IGNORE
     assert (hidden.grad[masked] == 0).all()

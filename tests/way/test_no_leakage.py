@@ -1,4 +1,4 @@
-"""Pairs that share a row do not see each other, nor do pages where they are isolated, and padding is nobody.
+"""Pairs that share a row do not see each other, nor do pages where they are isolated, and padding is in no document.
 
 Several pairs are packed into a row, each with its own positions and its own attention. Held here in float64: packed
 rows have the loss and the gradients of the same pairs one a row, and of each pair all alone, without a batch or
@@ -7,34 +7,39 @@ length nor the id that fills it changes a loss. Where documents share a row, the
 is not kept apart would fail it.
 
 For rows of pages there is more: a changed page leaves every bit of its neighbours' gradients the same, in float32 and
-bfloat16. And the masks that FlexAttention takes on a GPU are the boolean ones.
+bfloat16. All of it holds for the plain modules and for those that a run installs on a CPU, and what is exact in float64
+is so for both.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
-from minift import reference
-from minift.cache import KVCache
+from minift.config import FINETUNE
 from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
-from minift.kernels.attention import attend, block_mask
-from minift.loss import batch_loss, next_token_loss
-from minift.model import FLEX_LENGTH, Llama
+from minift.kernels import choose, with_kernels
+from minift.model import Llama
 from minift.pack import IGNORE, PADDING, Batch, Example, collate
 from minift.tokenizer.base import Tokenizer
+from minift.train import Objective
 from tests.helpers import small_model, write_jsonl
 
 FIELDS = ("tokens", "targets", "positions", "document_ids")
 LENGTHS = [(1, 1), (5, 3), (2, 9), (7, 1), (3, 4), (1, 12), (4, 2)]  # of prompts and answers
+Names = tuple[str, ...]
+CPU = {
+    dtype: choose(FINETUNE.replace(dtype=dtype, compile=False), torch.device("cpu"))
+    for dtype in ("float32", "bfloat16")
+}
+exact = pytest.mark.parametrize("names", [(), CPU["float32"]], ids=["plain", "kernels"])
+every = pytest.mark.parametrize("names", [(), *CPU.values()], ids=["plain", "kernels", "kernels of bfloat16"])
 
 
 def make_examples(lengths: Sequence[tuple[int, int]] = LENGTHS, seed: int = 0) -> list[Example]:
@@ -46,9 +51,9 @@ def make_examples(lengths: Sequence[tuple[int, int]] = LENGTHS, seed: int = 0) -
     return [Example([1, *ids(prompt - 1)], [*ids(answer - 1), 2]) for prompt, answer in lengths]
 
 
-def loss_and_gradients(model: Llama, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    nll_sum, n_tokens = batch_loss(model, batch, chunk=5)
-    assert int(n_tokens) == batch.n_targets == int((batch.targets != IGNORE).sum())
+def loss_and_gradients(model: Llama, batch: Batch, names: Names = ()) -> tuple[Tensor, list[Tensor]]:
+    nll_sum = with_kernels(Objective(model, 5), names)(batch)
+    assert batch.n_targets == int((batch.targets != IGNORE).sum())
     return nll_sum.detach(), list(torch.autograd.grad(nll_sum, list(model.parameters())))
 
 
@@ -79,9 +84,10 @@ def spans(batch: Batch) -> list[tuple[int, slice]]:
     return found
 
 
+@exact
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("length", [13, 16, 24, 64])
-def test_packed_pairs_equal_one_a_row_and_each_alone(length: int, kv_heads: int) -> None:
+def test_packed_pairs_equal_one_a_row_and_each_alone(length: int, kv_heads: int, names: Names) -> None:
     model = small_model(dtype=torch.float64, num_key_value_heads=kv_heads)
     examples = make_examples()
     packed = collate(examples, pad_id=2, length=length)
@@ -90,26 +96,28 @@ def test_packed_pairs_equal_one_a_row_and_each_alone(length: int, kv_heads: int)
     assert not rows.isolated
     assert len(packed.tokens) < len(rows.tokens) == len(examples)
 
-    expected = alone(model, examples)
-    assert difference(loss_and_gradients(model, packed), expected) < 1e-10
-    assert difference(loss_and_gradients(model, rows), expected) < 1e-10
+    expected = alone(with_kernels(model, names), examples)
+    assert difference(loss_and_gradients(model, packed, names), expected) < 1e-10
+    assert difference(loss_and_gradients(model, rows, names), expected) < 1e-10
     leaking = dataclasses.replace(packed, isolated=False)  # plain causal attention in the same rows
-    assert difference(loss_and_gradients(model, leaking), expected) > 1e-3
+    assert difference(loss_and_gradients(model, leaking, names), expected) > 1e-3
 
 
-def test_a_row_of_one_pair_may_say_so_or_not() -> None:
+@exact
+def test_a_row_of_one_pair_may_say_so_or_not(names: Names) -> None:
     """Where no row is shared, attention inside documents and plain causal attention are the same computation."""
     model = small_model(dtype=torch.float64)
     rows = collate(make_examples(), pad_id=2, pack=False)
     said = dataclasses.replace(rows, isolated=True)
-    assert difference(loss_and_gradients(model, said), loss_and_gradients(model, rows)) < 1e-12
+    assert difference(loss_and_gradients(model, said, names), loss_and_gradients(model, rows, names)) < 1e-12
 
 
+@every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
-def test_a_changed_document_changes_no_other(dtype: torch.dtype, kv_heads: int) -> None:
-    model = small_model(dtype=dtype, num_key_value_heads=kv_heads)
+def test_a_changed_document_changes_no_other(dtype: torch.dtype, kv_heads: int, names: Names) -> None:
+    model = with_kernels(small_model(dtype=dtype, num_key_value_heads=kv_heads), names)
     batch = collate(make_examples(), pad_id=2, length=40)
     documents = spans(batch)
     assert len(batch.tokens) < len(documents) == len(LENGTHS)
@@ -123,17 +131,18 @@ def test_a_changed_document_changes_no_other(dtype: torch.dtype, kv_heads: int) 
         for row, columns in documents:
             same = torch.equal(after[row, columns], before[row, columns])
             assert same == ((row, columns) != (changed_row, changed))
-            behind = row == changed_row and columns.start > changed.start
-            leaked += behind and not torch.equal(
+            after_it = row == changed_row and columns.start > changed.start
+            leaked += after_it and not torch.equal(
                 without[row, columns], model.hidden(batch.tokens, batch.positions)[row, columns]
             )
-    assert leaked > 0  # without document ids, what stands behind the changed document does change
+    assert leaked > 0  # without document ids, what comes after the changed document does change
 
 
+@exact
 @torch.no_grad()
-def test_where_a_document_stands_changes_nothing() -> None:
+def test_where_a_document_is_changes_nothing(names: Names) -> None:
     """The same pair first in its row, last, or alone has the same hidden states: its positions count from 0."""
-    model = small_model(dtype=torch.float64)
+    model = with_kernels(small_model(dtype=torch.float64), names)
     text = make_examples([(4, 8)])[0]
     tokens = torch.tensor(text.prompt + text.answer)[:-1]
     n, T = len(tokens), 40
@@ -149,10 +158,11 @@ def test_where_a_document_stands_changes_nothing() -> None:
         assert float((hidden - expected).abs().max()) < 1e-12
 
 
+@exact
 @pytest.mark.parametrize("pack", [True, False], ids=["packed", "one a row"])
 @pytest.mark.parametrize("length", [None, 12, 13, 29, 64])
 @pytest.mark.parametrize("pad_id", [0, 2, 96])
-def test_padding_changes_no_loss(pad_id: int, length: int | None, pack: bool) -> None:
+def test_padding_changes_no_loss(pad_id: int, length: int | None, pack: bool, names: Names) -> None:
     """Nor a gradient; not even where the padding is EOS, which is a target elsewhere in the batch."""
     model = small_model(dtype=torch.float64)
     examples = make_examples()
@@ -161,13 +171,14 @@ def test_padding_changes_no_loss(pad_id: int, length: int | None, pack: bool) ->
     assert bool((batch.tokens[padding] == pad_id).all())
     assert bool((batch.targets[padding] == IGNORE).all())
     assert int((~padding).sum()) == sum(len(example) for example in examples)
-    assert difference(loss_and_gradients(model, batch), alone(model, examples)) < 1e-10
+    assert difference(loss_and_gradients(model, batch, names), alone(with_kernels(model, names), examples)) < 1e-10
 
 
+@every
 @pytest.mark.parametrize("pack", [True, False], ids=["packed", "one a row"])
-def test_the_padding_id_changes_no_bit(pack: bool) -> None:
+def test_the_padding_id_changes_no_bit(pack: bool, names: Names) -> None:
     model = small_model()
-    results = [loss_and_gradients(model, collate(make_examples(), pad_id, 40, pack)) for pad_id in (0, 2, 96)]
+    results = [loss_and_gradients(model, collate(make_examples(), pad_id, 40, pack), names) for pad_id in (0, 2, 96)]
     for nll_sum, gradients in results[1:]:
         assert torch.equal(nll_sum, results[0][0])
         assert all(torch.equal(ours, first) for ours, first in zip(gradients, results[0][1], strict=True))
@@ -180,7 +191,7 @@ PAGE_LENGTHS = [9, 3, 30, 2, 14, 1, 6, 41, 5, 8, 12, 1, 1, 20, 7]  # ids of docu
 
 
 class Letters(Tokenizer):
-    """Each letter is an id: a text stands for its ids."""
+    """Each letter is an id."""
 
     vocab_size, bos_id, eos_id = 97, 1, 2
     files: Mapping[str, bytes] = {"tokenizer.model": b"letters"}
@@ -207,7 +218,7 @@ def page_batches(
 
 
 def parts_of(pages: list[list[int]], length: int, rows: int) -> list[list[tuple[list[int], list[int]]]]:
-    """What stands in each row: the parts of documents, as (tokens, targets). A part has no target beyond its page."""
+    """What each row holds: the parts of documents, as (tokens, targets). A part has no target beyond its page."""
     found: list[list[tuple[list[int], list[int]]]] = [[] for _ in range(rows)]
     place = 0
     for page in pages:
@@ -223,31 +234,33 @@ def parts_of(pages: list[list[int]], length: int, rows: int) -> list[list[tuple[
     return found
 
 
+@exact
 @pytest.mark.parametrize("length", [7, 16, 33])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_isolated_pages_have_the_loss_and_gradients_of_each_part_alone(
-    tmp_path: Path, length: int, kv_heads: int
+    tmp_path: Path, length: int, kv_heads: int, names: Names
 ) -> None:
     model = small_model(dtype=torch.float64, num_key_value_heads=kv_heads)
+    by_itself = with_kernels(model, names)
     batches, pages = page_batches(tmp_path, length, batch_size=2)
     parts = parts_of(pages, length, 2 * len(batches))
     assert len(batches) >= 2
     for k, batch in enumerate(batches):
         nll_sum = torch.zeros((), dtype=torch.float64)
         for tokens, targets in chain(*parts[2 * k : 2 * k + 2]):
-            logits = model(torch.tensor([tokens]))[0]
+            logits = by_itself(torch.tensor([tokens]))[0]
             nll_sum = nll_sum + F.cross_entropy(logits, torch.tensor(targets), reduction="sum", ignore_index=IGNORE)
         expected = nll_sum.detach(), list(torch.autograd.grad(nll_sum, list(model.parameters())))
-        assert difference(loss_and_gradients(model, batch), expected) < 1e-10
+        assert difference(loss_and_gradients(model, batch, names), expected) < 1e-10
         if batch.isolated:
             leaking = dataclasses.replace(batch, isolated=False)
-            assert difference(loss_and_gradients(model, leaking), expected) > 1e-3
+            assert difference(loss_and_gradients(model, leaking, names), expected) > 1e-3
     assert any(batch.isolated for batch in batches)
 
 
 @pytest.mark.parametrize("length", [2, 7, 16, 33])
 def test_isolated_rows_are_built_of_the_parts(tmp_path: Path, length: int) -> None:
-    """Positions count from 0 in each part, and the first token of a document is nobody's target."""
+    """Positions count from 0 in each part, and the first token of a document is no target."""
     batches, pages = page_batches(tmp_path, length)
     rows = [row for batch in batches for row in zip(*(getattr(batch, name) for name in FIELDS), strict=True)]
     parts = parts_of(pages, length, len(rows))
@@ -265,7 +278,7 @@ def test_isolated_rows_are_built_of_the_parts(tmp_path: Path, length: int) -> No
 
 
 def test_rows_that_are_not_isolated_do_leak(tmp_path: Path) -> None:
-    """And every id but the first is a target: what stands before it is its context, whoever wrote that."""
+    """And every id but the first is a target: what comes before it is its context, whatever document that is of."""
     model = small_model(dtype=torch.float64)
     batches, pages = page_batches(tmp_path, isolate=False)
     assert not any(batch.isolated for batch in batches)
@@ -278,13 +291,18 @@ def test_rows_that_are_not_isolated_do_leak(tmp_path: Path) -> None:
     assert torch.equal(before[1:], after[1:])
 
 
+@every
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_changed_document_changes_no_bit_of_its_neighbour(tmp_path: Path, precision: str, kv_heads: int) -> None:
+def test_a_changed_document_changes_no_bit_of_its_neighbour(
+    tmp_path: Path, precision: str, kv_heads: int, names: Names
+) -> None:
     """B's logits, and the gradients of B's loss: of every weight, of its embeddings, and of A's, which are zero."""
     model = small_model(num_key_value_heads=kv_heads)
     if precision == "bfloat16":
         model = model.bfloat16()
+    objective = with_kernels(Objective(model), names)
+    model = objective.model
     batch = page_batches(tmp_path, length=60, batch_size=2)[0][0]
     ids = batch.document_ids[0].tolist()
     assert len(set(ids)) >= 4
@@ -302,7 +320,7 @@ def test_a_changed_document_changes_no_bit_of_its_neighbour(tmp_path: Path, prec
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             hidden = model.hidden(tokens, batch.positions[:1], document_ids)
             logits = F.linear(hidden, model.head_weight)[0, mine]
-            nll_sum, _ = next_token_loss(hidden, model.head_weight, targets)
+            nll_sum = objective.loss(hidden, model.head_weight, targets)
         handle.remove()
         parameters = list(model.parameters())
         *gradients, embedded = torch.autograd.grad(nll_sum, [*parameters, captured[0]])
@@ -328,149 +346,3 @@ def test_a_changed_document_changes_no_bit_of_its_neighbour(tmp_path: Path, prec
                 open_rows = [run(rows, document, None) for rows in (batch.tokens[:1], tokens)]
                 leaked += not torch.equal(open_rows[0][0], open_rows[1][0]) and (open_rows[0][2][changed] != 0).any()
     assert leaked >= 3
-
-
-# FlexAttention --------------------------------------------------------------------------------------------------------
-
-
-def ragged(batch: int, length: int, seed: int) -> Tensor:
-    """Document ids of rows whose documents have all sorts of lengths; one row ends in padding."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.rand(batch, length, generator=generator) < torch.tensor([0.02, 0.3, 0.1])[:batch, None]
-    document_ids = starts.cumsum(1)
-    document_ids[-1, length - length // 5 :] = PADDING
-    return document_ids
-
-
-def attention_inputs(
-    batch: int, length: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: str = "cpu"
-) -> list[Tensor]:
-    """Query, key, value, and a gradient of what comes out, the same for each dtype and device."""
-    generator = torch.Generator().manual_seed(length)
-    shapes = [(batch, n, length, width) for n in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-
-
-def boolean_mask(document_ids: Tensor) -> Tensor:
-    return Llama._mask(document_ids.shape[1], 0, document_ids, None, document_ids.device)
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("length", [1, 17, 200])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@torch.no_grad()
-def test_block_masks_are_the_boolean_masks(length: int, kv_heads: int) -> None:
-    """On a CPU FlexAttention is its own plain definition. In float64, to see that no query looks anywhere else."""
-    document_ids = ragged(3, length, seed=length)
-    query, key, value, _ = attention_inputs(3, length, 4, kv_heads, 8, torch.float64)
-    blocks = attend(query, key, value, block_mask(document_ids))
-    assert float((blocks - attend(query, key, value, boolean_mask(document_ids))).abs().max()) < 1e-12
-    if length < 100:
-        assert float((blocks - reference.attention(query, key, value, document_ids)).abs().max()) < 1e-12
-    plain = attend(query, key, value, None)
-    assert length == 1 or float((blocks - plain).abs().max()) > 0.1
-    one = torch.zeros_like(document_ids)
-    assert float((attend(query, key, value, block_mask(one)) - plain).abs().max()) < 1e-12
-
-
-@pytest.mark.parametrize("length", [140])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@torch.no_grad()
-def test_a_model_with_block_masks_has_the_same_hidden_states(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model(dtype=torch.float64, max_position_embeddings=256)
-    document_ids = ragged(2, length, seed=3)
-    tokens = torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(0))
-    expected = model.hidden(tokens, None, document_ids)
-    made = counted(monkeypatch)
-    monkeypatch.setattr(Llama, "_flex_pays", lambda self, tokens: True)
-    blocks = model.hidden(tokens, None, document_ids)
-    assert made == [(2, length)]  # one for all layers
-    assert float((blocks - expected).abs().max()) < 1e-10
-    model.hidden(tokens)
-    assert len(made) == 1  # without documents none is made
-    cache = KVCache(model.config, 2, length, model.device, torch.float64)
-    cached = model.hidden(tokens, None, document_ids, cache)
-    assert len(made) == 1  # nor for a cache
-    assert float((cached - expected).abs().max()) < 1e-10
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes for which block masks are made from now on."""
-    made: list[tuple[int, ...]] = []
-
-    def count(document_ids: Tensor) -> BlockMask:
-        made.append(tuple(document_ids.shape))
-        return block_mask(document_ids)
-
-    monkeypatch.setattr("minift.model.block_mask", count)
-    return made
-
-
-def test_flex_attention_is_for_long_rows_on_a_gpu_alone() -> None:
-    def pays(device: str, length: int, model: Llama) -> bool:
-        tokens = SimpleNamespace(device=torch.device(device), shape=(2, length))
-        return model._flex_pays(tokens)  # type: ignore[arg-type]
-
-    wide = small_model(hidden_size=64)  # heads of 16
-    narrow = small_model(hidden_size=32)  # … of 8
-    assert pays("cuda", FLEX_LENGTH, wide)
-    assert pays("cuda", 4 * FLEX_LENGTH, wide.bfloat16())
-    assert not pays("cuda", FLEX_LENGTH - 1, wide)
-    assert not pays("cpu", 4 * FLEX_LENGTH, wide)
-    assert not pays("cuda", FLEX_LENGTH, narrow)
-    assert not pays("cuda", FLEX_LENGTH, small_model(hidden_size=64, dtype=torch.float64))
-
-
-@pytest.mark.cuda
-@pytest.mark.slow
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("length", [FLEX_LENGTH, 3 * FLEX_LENGTH // 2 + 40])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)], ids=str)
-def test_flex_attention_on_a_gpu_has_the_values_and_gradients_of_the_boolean_mask(
-    dtype: torch.dtype, tolerance: float, length: int, kv_heads: int
-) -> None:
-    """By norm, against float64; float32 products may run in TF32 there."""
-    document_ids = ragged(3, length, seed=1).cuda()
-    *inputs, grad = attention_inputs(3, length, 4, kv_heads, 32, dtype, "cuda")
-
-    def run(inputs: list[Tensor], grad: Tensor, mask: Tensor | BlockMask) -> list[Tensor]:
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-        mixed = attend(*leaves, mask)
-        return [mixed.detach(), *torch.autograd.grad(mixed, leaves, grad)]
-
-    blocks = run(inputs, grad, block_mask(document_ids))
-    wide = [tensor.double() for tensor in inputs]
-    expected = run(wide, grad.double(), boolean_mask(document_ids))
-    boolean = run(inputs, grad, boolean_mask(document_ids))
-    for ours, theirs, right in zip(blocks, boolean, expected, strict=True):
-        assert ours.dtype == dtype
-        assert float((ours.double() - right).norm() / right.norm()) < tolerance
-        assert float((ours.double() - theirs.double()).norm() / right.norm()) < 2 * tolerance
-
-
-@pytest.mark.cuda
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "autocast"])
-def test_a_model_on_a_gpu_takes_flex_attention_from_flex_length_on(
-    precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = small_model(hidden_size=64, max_position_embeddings=2 * FLEX_LENGTH).cuda()
-    exact = small_model(hidden_size=64, max_position_embeddings=2 * FLEX_LENGTH, dtype=torch.float64)
-    made = counted(monkeypatch)
-    for length, blocks in [(FLEX_LENGTH - 8, 0), (FLEX_LENGTH, 1), (FLEX_LENGTH + 72, 2)]:
-        tokens = torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(0))
-        document_ids = ragged(2, length, seed=2)
-        tokens[:, 5] = tokens[:, 6]
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
-            hidden = model.hidden(tokens.cuda(), None, document_ids.cuda())
-        assert len(made) == blocks
-        loss = hidden.double().square()[:, :, :7].sum()
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        right = exact.hidden(tokens, None, document_ids)
-        expected = torch.autograd.grad(right.square()[:, :, :7].sum(), list(exact.parameters()))
-        tolerance = 0.1 if precision == "autocast" else 2e-2
-        assert float((hidden.double().cpu() - right).norm() / right.norm()) < tolerance
-        for ours, gradient in zip(gradients, expected, strict=True):
-            assert float((ours.double().cpu() - gradient).norm() / gradient.norm()) < 2 * tolerance
-    model.hidden(tokens.cuda())
-    assert len(made) == 2
