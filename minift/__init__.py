@@ -1,14 +1,13 @@
 """minift: how a Llama is finetuned on next-token prediction, every step explicit.
 
-Read the modules in the order in which data flows through them:
+The files of this folder are the way from text to a changed weight and back to text, in plain PyTorch:
 
-    config → tokenizer → stream → prompts → pack → model → loss → optim → train → checkpoint → generate → evaluate
+    prompts → tokenizer/ → pack → model → cache → loss → optim → train → generate → lora → checkpoint → runner
 
-and then `runs/finetune.py`, which puts them together into the two main jobs, and `runner.py`,
-which puts a course's API around them. What other programs write is in `formats/`. Try it:
+`README.md` next to this file gives the order to read them in, and says what the other folders are for. Try it:
 
     minift finetune                # the bundled base on the bundled pairs
-    python -c "import minift; print(minift.load_model(minift.bundled('base')).config)"
+    python -c "import minift; print(minift.load_model('bundled').config)"
 
 The names below are imported when they are first used, so that `minift --help` need not wait for torch.
 """

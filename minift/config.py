@@ -34,11 +34,10 @@ MOST_WORKERS = 256  # processes for encoding; a typing error must not start a mi
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 stretches RoPE to texts longer than those it was pretrained on: `rope_scaling` of rope_type llama3.
+    """Llama 3.1's scaling of RoPE, for texts longer than those it was pretrained on: `rope_scaling` of type llama3.
 
-    Channels that turn slowly are slowed down by `factor`, fast ones stay as they are, and the ones between are blended;
-    the formula is in `rope.rope_frequencies`. Source: "The Llama 3 Herd of Models" (arXiv 2407.21783), section 3.4.
-    Raises InputError when the numbers do not fit together.
+    Raises InputError when the numbers do not fit together. Source: "The Llama 3 Herd of Models" (arXiv 2407.21783),
+    section 3.4.
     """
 
     factor: float

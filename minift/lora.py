@@ -1,18 +1,18 @@
-"""LoRA: finetune a few numbers beside the weights, in place of the weights themselves.
+"""LoRA: finetune a few additional numbers instead of the weights themselves.
 
-A matrix W [M, N] is left as it is, and what finetuning would add to it is written as a product of two thin matrices:
+A matrix W [M, N] stays as it is, and what finetuning would add to it is a product of two thin matrices:
 
     y = W x + (alpha / r) · B (A x)        A: [r, N], B: [M, r], r far below M and N
 
-Only A and B are trained, so gradients and AdamW's moments are of them alone: that, not the arithmetic, is what is
-saved. A starts random and B at zero, so that training starts with the very model that was loaded. Afterwards
+Only A and B are trained, so only they have gradients and moments of AdamW: that, not the arithmetic, is what is saved.
+A starts random and B at zero, so that training starts with exactly the model that was loaded. Afterwards
 W + (alpha / r) B A is one matrix again (`merge`), and the model as fast as before. Dividing alpha by r keeps the size
-of the change about the same when r is changed; a larger r allows a change of higher rank.
+of the change about the same when r changes; a larger r allows a change of higher rank.
 
     minift finetune --lora-rank 8 --lr 5e-3
 
-Full finetuning is what the rest of this project is about; this is what it can be compared with. The layout of an
-adapter's folder is that of the `peft` package, which reads what is written here, and the other way round.
+The rest of this project is about full finetuning; LoRA is what it can be compared with. How adapters are stored is in
+`formats/peft.py`.
 
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1. Read next: `checkpoint.py`.
 """
@@ -35,7 +35,7 @@ from minift.values import check_number
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What is adapted, and how: see the module's text. Raises InputError for a value out of bounds."""
+    """Rank, alpha, dropout and targets of the adapters. Raises InputError for a value out of bounds."""
 
     rank: int
     alpha: float
@@ -54,14 +54,14 @@ class LoRAConfig:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "LoRAConfig":
-        """From a run's settings."""
+        """Return the adapters' settings of a run."""
         named = tuple(target.strip() for target in config.lora_targets.split(",") if target.strip())
         targets = LORA_TARGETS if named == ("all",) else named
         return cls(config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
 
 
 class LoRALinear(nn.Linear):
-    """A frozen matrix with an adapter beside it."""
+    """A frozen matrix with an adapter."""
 
     def __init__(self, base: nn.Linear, config: LoRAConfig):
         nn.Module.__init__(self)  # there is a weight already
@@ -97,7 +97,7 @@ def effective_matrix(linear: nn.Linear) -> Tensor:
 
 
 def add_lora(model: Llama, config: LoRAConfig, generator: torch.Generator) -> None:
-    """Freeze a model's weights, and put an adapter beside each matrix that is a target.
+    """Freeze a model's weights, and add an adapter to each matrix that is a target.
 
     Args:
         generator: draws the first A, on the CPU.
@@ -139,13 +139,13 @@ def _linear(matrix: Tensor) -> nn.Linear:
 
 
 def has_adapter(model: Llama) -> bool:
-    """Whether a model has adapters that are not merged."""
+    """Return whether a model has adapters that are not merged."""
     return any(isinstance(linear, LoRALinear) for *_, linear in _linears(model))
 
 
 @torch.no_grad()
 def merged_weights(model: Llama) -> dict[str, Tensor]:
-    """A model's weights as they are without adapters beside them, by name: where it has some, they are merged."""
+    """Return a model's weights by name, with its adapters merged into them, if it has some."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -154,13 +154,13 @@ def merged_weights(model: Llama) -> dict[str, Tensor]:
 
 
 def adapter_weights(model: Llama) -> dict[str, Tensor]:
-    """A model's adapters, by name: `layers.0.self_attn.q_proj.lora_A`, …. Whole, if sharded; every rank must ask."""
+    """Return a model's adapters by name: `layers.0.self_attn.q_proj.lora_A`, …. Complete; call on all ranks."""
     return {name: gathered(tensor) for name, tensor in model.state_dict().items() if ".lora_" in name}
 
 
 @torch.no_grad()
 def base_checksum(model: Llama) -> int:
-    """A sum of the bits of the weights beside which the adapters are, by which a changed base is recognised."""
+    """Return a sum of the bits of the frozen weights, by which a changed base is recognised."""
     total = 0
     for name, tensor in model.state_dict().items():
         if ".lora_" not in name:
@@ -170,7 +170,7 @@ def base_checksum(model: Llama) -> int:
 
 
 def _linears(model: Llama) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """All matrices of the layers: the module that has each, its name there, and it."""
+    """Yield all matrices of the layers: the module that has it, its name there, and it."""
     for layer in model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, child in list(cast(nn.Module, parent).named_children()):

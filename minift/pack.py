@@ -45,7 +45,7 @@ class Batch:
         positions: place of each token in its document, for RoPE.
         document_ids: which document of the row a token belongs to; PADDING where none.
         isolated: whether attention must be kept inside documents. False when plain causal attention is already
-            right: one document a row, padding behind it.
+            right: one document a row, padding after it.
         n_targets: how many targets are not IGNORE.
     """
 

@@ -1,17 +1,17 @@
-"""Slow, obvious twins of every fast path: the formulas, written down as they are in the papers.
+"""Formulas by index: the second, slow form of every operation, written as it is in the papers.
 
-Nothing here is used by training. Each function computes what its fast twin computes in the most direct way there is,
-with loops where the formula has an index, so that a reader can check it by eye and a test can check the fast
-one against it, in value and in gradient (`tests/way/test_slow_twins.py`).
+Nothing here is used in training. Each function computes the same as its twin in the most direct way there is, with loops
+where the formula has an index, so that a reader can check it by eye, and a test can hold its twin against it, in value
+and in gradient (`tests/way/test_slow_twins.py`).
 
-    here                     fast twin
+    here                     its twin
     rms_norm                 model.RMSNorm
-    rope                     rope.apply_rope, rope.rope_tables
-    scaled_frequency         rope.rope_frequencies with a RopeScaling
-    attention                attention.attend
+    rope                     model.RoPE, model.rope_tables
+    scaled_frequency         config.RopeScaling.apply
+    attention                model.ScaledDotProduct
     swiglu                   model.MLP
     cross_entropy            loss.next_token_loss
-    adamw_step               optim.AdamW
+    adamw_step               optim.make_optimizer, that is torch.optim.AdamW
     clip                     torch.nn.utils.get_total_norm, clip_grads_with_norm_
     greedy                   generate.generate with its cache
     token_log_probability    generate.sample (temperature, top-k, top-p)
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Each pair of channels as a complex number a + bi, multiplied by e^(i · position · theta^(−2k/C)).
+    """Multiply each pair of channels, as a complex number a + bi, by e^(i · position · theta^(−2k/C)).
 
     Args:
         x: [B, H, T, C]; channel k is paired with channel k + C/2.
@@ -47,16 +47,16 @@ def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """
     half = x.shape[-1] // 2
     pairs = torch.complex(x[..., :half], x[..., half:])
-    turned = []
+    rotated = []
     for k in range(half):
         angle = positions.to(x.dtype) * theta ** (-k / half)  # [B, T]
-        turned.append(pairs[..., k] * torch.polar(torch.ones_like(angle), angle)[:, None])
-    result = torch.stack(turned, dim=-1)
+        rotated.append(pairs[..., k] * torch.polar(torch.ones_like(angle), angle)[:, None])
+    result = torch.stack(rotated, dim=-1)
     return torch.cat((result.real, result.imag), dim=-1)
 
 
 def scaled_frequency(frequency: float, scaling: RopeScaling) -> float:
-    """By how much a pair of channels turns from one position to the next, after Llama 3.1's stretching of RoPE.
+    """Return the rotation of a pair of channels from one position to the next, with Llama 3.1's scaling.
 
     Source: `apply_scaling` in meta-llama/llama-models, whose constants are the fields of `scaling`.
     """

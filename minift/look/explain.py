@@ -158,7 +158,7 @@ def explain(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was measured at N positions: nll [N], and for each the rank, the likeliest ids and the largest gradients."""
+    """Measurements at N positions: nll [N], and for each the rank, the likeliest ids and the largest gradients."""
 
     nll: Tensor
     ranks: list[int]

@@ -71,7 +71,9 @@ def test_only_the_command_line_imports_the_command_line(path: Path) -> None:
 def test_no_import_runs_in_a_circle() -> None:
     """Late imports included, but for the decoder's: kernels are made of the root's modules."""
     graph = {
-        name.removesuffix(".__init__"): imports(path) - {name} for path, name in ROOM.items() if name != "minift.__init__"
+        name.removesuffix(".__init__"): imports(path) - {name}
+        for path, name in ROOM.items()
+        if name != "minift.__init__"
     }
     graph["minift.generate"] -= {module for module in graph["minift.generate"] if wing(module) == "kernels"}
     done: set[str] = set()
@@ -126,3 +128,15 @@ def test_the_order_of_reading_is_one_line_through_the_root() -> None:
     readme = (PACKAGE / "README.md").read_text(encoding="utf-8")
     places = [readme.index(f"`{file}`") for file in order]
     assert places == sorted(places)
+
+
+# The way of one pair, from its text to a changed weight, and the lines that it may have in all.
+WAY = ("prompts", "tokenizer/base", "tokenizer/sentencepiece", "pack", "model", "cache", "loss", "optim", "train")
+
+
+def test_the_way_of_a_pair_is_short() -> None:
+    lines = {name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in WAY}
+    assert sum(lines.values()) <= 1_400
+    assert lines["model"] <= 280
+    assert lines["loss"] <= 90
+    assert lines["train"] <= 230
