@@ -4,8 +4,8 @@ Legend: B batch, T tokens of a row, N = B·T, D model width, H query heads, K ke
 feed-forward width, V vocabulary, P weights of the whole model.
 
 *FLOPs* are those of the formula, whatever a variant does to get there; computing something twice does not count twice.
-For products they are the convention of `minift/costs/flops.py`: 2·m·k·n, and backward twice that, one product for each of the
-two inputs' gradients; what goes on between them element by element is left out. An operation without products is
+For products they are the convention of `minift/costs/flops.py`: 2·m·k·n, and backward twice that, one product for each
+of the two inputs' gradients; what goes on between them element by element is left out. An operation without products is
 counted by its additions, multiplications, divisions and roots, each 1.
 
 *Bytes* are the least traffic: each input read once and each output written once. Going backward, the inputs are those
@@ -170,7 +170,7 @@ def layer(step: Step) -> Operation:
     """A whole layer. FLOPs: of its products, which are those of the four operations above, by `minift/costs/flops.py`.
 
     Bytes: the stream, the weights and RoPE's tables. Forward the stream is written again, backward its gradient and the
-    weights' are. The used one is `minift/kernels/layer.py` where training takes it; `--compile` compiles the plain layer.
+    weights' are. The used one is `minift/kernels/layer.py` where training takes it; compiled is the plain layer.
     """
     module, tables, setting = step.layer, (step.shared.cos, step.shared.sin), step.setting
     head = 2 * step.model.head_weight.numel()

@@ -1,8 +1,8 @@
 """Formulas by index: the second, slow form of every operation, written as it is in the papers.
 
-Nothing here is used in training. Each function computes the same as its twin in the most direct way there is, with loops
-where the formula has an index, so that a reader can check it by eye, and a test can hold its twin against it, in value
-and in gradient (`tests/way/test_slow_twins.py`).
+Nothing here is used in training. Each function computes the same as its twin in the most direct way there is, with
+loops where the formula has an index, so that a reader can check it by eye, and a test can hold its twin against it, in
+value and in gradient (`tests/way/test_slow_twins.py`).
 
     here                     its twin
     rms_norm                 model.RMSNorm

@@ -84,7 +84,7 @@ def copy_into(parameter: Tensor, complete: Tensor) -> None:
 
 
 def shard_like(parameter: Tensor, complete: Tensor) -> Tensor:
-    """Return a complete tensor sharded as a parameter is. Nothing is sent: every rank keeps its part of its own copy."""
+    """Return a complete tensor sharded as a parameter is. Nothing is sent: every rank keeps its part of it."""
     if not hasattr(parameter, "full_tensor"):
         return complete
     from torch.distributed.tensor import DTensor, distribute_tensor

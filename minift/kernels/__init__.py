@@ -18,9 +18,9 @@
     swap.py            how they get into a model
 
 The way from text to a changed weight reads without this folder: nothing in the root of `minift/` imports it, but
-`generate.py`, which asks it for a decoder. `runs/start.py` calls `install(objective, choose(config, device))`, `--plain`
-leaves that out, and `python -m benchmarks ladder` installs one name more at each rung. Each file begins with the plain
-twin that it must equal; `tests/kernels/` holds the two together in value and in gradient.
+`generate.py`, which asks it for a decoder. `runs/start.py` calls `install(objective, choose(config, device))`,
+`--plain` leaves that out, and `python -m benchmarks ladder` installs one name more at each rung. Each file begins with
+the plain twin that it must equal; `tests/kernels/` holds the two together in value and in gradient.
 """
 
 from minift.kernels.choice import choose as choose

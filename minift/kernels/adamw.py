@@ -1,8 +1,8 @@
 """AdamW's step as one call of PyTorch's fused kernel for each group of parameters.
 
 Plain twin: `optim.make_optimizer`, that is `torch.optim.AdamW(fused=True)`, whose weights and state these are to the
-bit. Taken always. The methods of that class import PyTorch's compiler when they are called, only to be left alone by it:
-1.5 s for every process that makes an optimizer. Here they are called as they were before they were wrapped.
+bit. Taken always. The methods of that class import PyTorch's compiler when they are called, only to be left alone by
+it: 1.5 s for every process that makes an optimizer. Here they are called as they were before they were wrapped.
 
     python -m benchmarks ops --only adamw
     python -m benchmarks ladder          # the rung "adamw"

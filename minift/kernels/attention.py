@@ -2,8 +2,8 @@
 
 Plain twin: `model.ScaledDotProduct`. Taken always: it falls back to its twin where that is as fast. Of one new token,
 the query heads that share a key are taken as its queries, so that each key is read once. In training in bfloat16 on a
-CPU, PyTorch's backward kernel is slow for short rows; there its float32 kernel is called (up to 7 times as fast), or, if
-a compiler makes the code, matrix products (1.2 times, rows of 640 tokens).
+CPU, PyTorch's backward kernel is slow for short rows; there its float32 kernel is called (up to 7 times as fast), or,
+if a compiler makes the code, matrix products (1.2 times, rows of 640 tokens).
 
     python -m benchmarks attention       # every kernel against the formula
     python -m benchmarks ladder          # the rung "attention"
@@ -64,8 +64,8 @@ class _Upcast(torch.autograd.Function):
     """Attention of short rows in bfloat16 on a CPU, with the backward pass in float32.
 
     PyTorch's backward kernel takes up to 7 times as long in bfloat16 as in float32 (rows of 64 tokens), its forward
-    kernel half as long. So what is kept between the two is bfloat16, and upcast when it is needed. The kernels are those
-    that `scaled_dot_product_attention` calls; they are not public.
+    kernel half as long. So what is kept between the two is bfloat16, and upcast when it is needed. The kernels are
+    those that `scaled_dot_product_attention` calls; they are not public.
     """
 
     @staticmethod
@@ -90,7 +90,7 @@ class _Upcast(torch.autograd.Function):
 
 
 class _Products(torch.autograd.Function):
-    """Causal attention as matrix products, between which a compiler makes one loop: faster than a kernel for short rows."""
+    """Causal attention as matrix products, between which a compiler makes one loop: faster for short rows."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -139,8 +139,8 @@ def _attention_gradients(
         ∂p = ∂mixed · vᵀ        ∂s = p ∘ (∂p − Σ ∂mixed ∘ mixed)        ∂v = pᵀ · ∂mixed
         ∂q = ∂s · k / √C        ∂k = ∂sᵀ · q / √C
 
-    It takes ROWS queries at a time, so that the weights of all T² pairs never exist. Source: Dao et al., "FlashAttention"
-    (arXiv 2205.14135), appendix B.
+    It takes ROWS queries at a time, so that the weights of all T² pairs never exist. Source: Dao et al.,
+    "FlashAttention" (arXiv 2205.14135), appendix B.
 
     Args:
         grad: [B, H, T, C], at `mixed`; the others as `_attention` takes and returns them.

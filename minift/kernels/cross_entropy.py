@@ -2,8 +2,8 @@
 
 Plain twin: `loss.NextTokenLoss`. Taken always. What it does for the same numbers, to rounding:
 
-* the logits of every chunk are in the same piece of memory: the system sets each new one to zero, which takes as long as
-  the product that fills it; softmax and p − one-hot are computed in place;
+* the logits of every chunk are in the same piece of memory: the system sets each new one to zero, which takes as
+  long as the product that fills it; softmax and p − one-hot are computed in place;
 * on a CPU a few rows go through all of it while its caches hold them, with one exponential for each logit;
 * the head is transposed once in a step, where it is wide: a CPU multiplies by rows faster;
 * in bfloat16 a CPU takes positions in multiples of ALIGNED, because kernels are made for each shape, and kept.

@@ -1,10 +1,10 @@
 """One text, one more token, on a CPU: the model's forward pass with nothing in it but arithmetic.
 
 Plain twin: `Llama.hidden` with one token and a cache. Taken for one text on a CPU. A new token has to read every weight
-once, and does next to nothing with it: the matrix-vector products of a layer take as long as memory takes to deliver the
-matrices, and `_Products` comes near that. What is between them is small, but in `model.py` it is fifty operations a
-layer, each with a new tensor for its result, and modules that call modules; for a small model that takes longer than the
-products. Here the same arithmetic, rounded in the same places, is half as many operations, and its results go into
+once, and does next to nothing with it: the matrix-vector products of a layer take as long as memory takes to deliver
+the matrices, and `_Products` comes near that. What is between them is small, but in `model.py` it is fifty operations a
+layer, each with a new tensor for its result, and modules that call modules; for a small model that takes longer than
+the products. Here the same arithmetic, rounded in the same places, is half as many operations, and its results go into
 memory that is there already.
 
     decoder = Decoder(model, cache, tokens=64)  # the cache already holds the prompt
@@ -77,7 +77,7 @@ class _Products:
 
 
 def _width(sizes: Sequence[int]) -> int | None:
-    """Return the numbers of y in a part: a divisor of all sizes, so that no part is of two matrices; None if it is tiny.
+    """Return the numbers of y in a part: a divisor of all sizes, so that a part is of one matrix; None if it is tiny.
 
     The thread with the most parts decides how long a product takes; of the widths with which that is shortest, it is
     the widest one whose sums stay in registers.

@@ -7,8 +7,8 @@ query head gets a key head of its own.
 
     python -m benchmarks attention --config llama2-7b --batch-size 2 --length 4096 --device cuda
 
-Legend: B batch, T tokens of the input, S tokens that can be attended to, H query heads, K key/value heads, C head width.
-Source: Dong et al., "Flex Attention" (arXiv 2412.05496).
+Legend: B batch, T tokens of the input, S tokens that can be attended to, H query heads, K key/value heads, C head
+width. Source: Dong et al., "Flex Attention" (arXiv 2412.05496).
 """
 
 import functools

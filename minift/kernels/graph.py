@@ -13,8 +13,8 @@ shape may change either, attention reads the whole cache, with a mask over the p
 
     python -m benchmarks generate --device cuda        # smollm2-135m on an H200: 59 -> 452 tokens/s
 
-Legend: B texts, S places of the cache, K key/value heads, C head width, V vocabulary. Source: "Accelerating PyTorch with
-CUDA Graphs" (PyTorch's blog, 2021).
+Legend: B texts, S places of the cache, K key/value heads, C head width, V vocabulary. Source: "Accelerating PyTorch
+with CUDA Graphs" (PyTorch's blog, 2021).
 """
 
 import math

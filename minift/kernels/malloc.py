@@ -1,8 +1,8 @@
 """Memory that a step has freed stays with the process, for the next one.
 
 Plain twin: the C library as it is. Taken on a CPU (a GPU's allocator does the same anyway). The C library gives a large
-block back to the system as soon as it is freed, and the system hands it out again page by page, each set to zero. A step
-frees and takes hundreds of megabytes, so that alone takes a tenth of its time.
+block back to the system as soon as it is freed, and the system hands it out again page by page, each set to zero. A
+step frees and takes hundreds of megabytes, so that alone takes a tenth of its time.
 
     python -m benchmarks ladder          # the rung "malloc": 1.2 x on two Xeon cores
 """

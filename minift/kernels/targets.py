@@ -1,9 +1,9 @@
 """The last layer's feed-forward network, the last norm and the loss, for positions with a target alone.
 
 Plain twins: `train.Objective` and the last `model.DecoderLayer`. Taken where at most FEW of a batch's positions have a
-target, as in finetuning, where prompts have none: attention needs every position of the last layer's input, but after it
-no other position reads what a position without a target would compute. On the bundled task half of the positions have
-none, and that is 7 % of a step (two cores of an AMD EPYC).
+target, as in finetuning, where prompts have none: attention needs every position of the last layer's input, but after
+it no other position reads what a position without a target would compute. On the bundled task half of the positions
+have none, and that is 7 % of a step (two cores of an AMD EPYC).
 
     python -m benchmarks ladder          # the rung "targets"
 
@@ -43,7 +43,7 @@ class TargetsObjective(Objective):
         return cast(Tensor, self.loss(hidden, self.model.head_weight, targets))
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the final hidden states and their targets: [1, N, D] and [1, N]; of many targets, [B, T, D] and [B, T]."""
+        """Return final hidden states and their targets: [1, N, D] and [1, N], or of many, [B, T, D] and [B, T]."""
         model = self.model
         check_input(batch.tokens, batch.positions, None, model.config)
         if batch.n_targets > FEW * batch.targets.numel():

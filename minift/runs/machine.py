@@ -13,10 +13,11 @@ from minift.config import TrainConfig
 from minift.errors import InputError
 from minift.kernels.choice import bfloat16_in_hardware
 
-# Operations (`costs/flops.py`) from which a run is compiled by default. On two cores of an Intel Xeon compiling took 26 s and made
-# a step of bundled pretraining 1.12 times as fast, which pays from 6e13 on; one of stories15m was hardly any faster
-# (0.99 to 1.03 times). On an AMD EPYC it saved more. On an H200 it took 10 s, and a step of TinyLlama's shape (4 x
-# 4,096 tokens) 0.27 s in place of 0.34 s, which pays from 2e16 on. `python -m benchmarks ladder` measures it anywhere.
+# Operations (`costs/flops.py`) from which a run is compiled by default. On two cores of an Intel Xeon compiling took 26
+# s and made a step of bundled pretraining 1.12 times as fast, which pays from 6e13 on; one of stories15m was hardly any
+# faster (0.99 to 1.03 times). On an AMD EPYC it saved more. On an H200 it took 10 s, and a step of TinyLlama's shape (4
+# x 4,096 tokens) 0.27 s in place of 0.34 s, which pays from 2e16 on. `python -m benchmarks ladder` measures it
+# anywhere.
 COMPILING_PAYS = {"cpu": 1e14, "cuda": 5e16}
 
 

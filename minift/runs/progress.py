@@ -75,7 +75,7 @@ def record_of(state: TrainState, step: Step) -> dict[str, Any]:
 
 
 def progress_bar(steps: int, state: TrainState) -> "tqdm[Any]":
-    """Return a bar of all the steps of a run, some of which `state` has taken; of several ranks, the main one shows it."""
+    """Return a bar of all the steps of a run, some of which `state` has taken; only the main rank shows it."""
     hidden = not state.world.is_main
     return tqdm(total=steps, initial=state.step, unit="step", desc="training", dynamic_ncols=True, disable=hidden)
 

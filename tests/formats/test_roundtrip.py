@@ -1,4 +1,4 @@
-"""The promise of `formats/` and `formats/convert.py`: a model that goes from format to format is the same model, to the bit.
+"""The promise of `formats/`: a model that goes from format to format is the same model, to the bit.
 
 Nothing here is read or written by minift alone. Hugging Face's files are made and looked into with `safetensors`,
 Meta's shards and `.pt` files with plain `torch`, llama2.c's with `struct` and NumPy; and the logits of what was
