@@ -10,8 +10,7 @@ H query heads, K key/value heads, C head width, F feed-forward width, V vocabula
     hidden = model.hidden(tokens)   # [B, T] -> [B, T, D]: what the loss takes; all the logits need not exist
 
 Parameters have Hugging Face's names (without `model.`) and its RoPE layout. Nothing here is tuned: a run swaps modules
-for faster ones with the same weights and numbers (`kernels/`); `print(model)` shows which. `reference.py` has it
-slowly.
+for faster ones with the same weights and numbers (`kernels/`), as `print(model)` shows. Slow forms: `reference.py`.
 
 Sources: Touvron et al., "Llama 2" (arXiv 2307.09288); "The Llama 3 Herd of Models" (arXiv 2407.21783).
 Read next: `cache.py`.
