@@ -7,6 +7,8 @@ formulas are in `operations.py`, the textbook's versions in `textbook.py`.
 The last lines add up a step: from the operations one by one, and with each layer taken as a whole. Only the second is
 what a step does, where training has something for the whole (`minift/kernels/layer.py`).
 
+A variant that does not compute what the textbook's does, in value and in gradient, is refused, not timed.
+
 The forward pass is timed as in training, keeping what the backward pass will need. The backward pass cannot be timed
 without a forward pass before it, unless its graph is kept, which compiled code does not allow; so both are timed
 together, right after the forward pass alone, and the backward pass is the difference within each turn.
@@ -24,13 +26,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import arguments, record, roof, roofline
+from benchmarks import agreement, arguments, record, roof, roofline
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import LlamaConfig
+from minift.errors import InputError
 
 VARIANTS = ("naive", "used", "compiled")
+# How far a variant may be off `naive`, as a share of the norm. In low precision, both are off.
+AGREE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2, "float64": 1e-10}
 Times = dict[str, dict[str, list[float]]]  # by phase, by variant: seconds in each turn
 
 
@@ -55,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
     operations = {}
     for name in options.only or OPERATIONS:
         operation = OPERATIONS[name](step)
+        check(name, operation, setting.dtype)
         times = measure(operation, options.repeats, setting.device)
         around.append(roofs(roof.REPEATS_A_TURN))
         operations[name] = summary(operation, times, roof.best(around[-2:]))
@@ -90,6 +96,30 @@ def _setting(options: argparse.Namespace) -> Setting:
     arguments.check_compiler(config, not options.no_compile, "give --no-compile")
     dtype = getattr(torch, config.dtype)
     return Setting(shape, config.batch_size, config.max_length, dtype, config.device, not options.no_compile)
+
+
+def check(name: str, operation: Operation, dtype: torch.dtype) -> None:
+    """Raise InputError unless every variant computes what `naive` does: its values, and the gradients of its leaves.
+
+    A wrong variant has no time, no share and no record: a speed of something else is no speed.
+    """
+    limit = AGREE[str(dtype).removeprefix("torch.")]
+
+    def results(variant: str) -> list[tuple[str, torch.Tensor]]:
+        values = [("value", value.detach()) for value in operation.variants[variant]()]
+        return values + [("gradient", grad) for grad in (operation.both(variant) if operation.leaves else ())]
+
+    expected = results("naive")
+    for variant in operation.variants:
+        found = results(variant) if variant != "naive" else expected
+        if len(found) != len(expected):
+            raise InputError(f"{name}: {variant} gives {len(found)} results, naive {len(expected)}; it is not timed")
+        for i, ((kind, one), (_, other)) in enumerate(zip(found, expected, strict=True)):
+            if one.shape != other.shape:
+                raise InputError(f"{name}: {kind} {i} of {variant} is {list(one.shape)}, of naive {list(other.shape)}")
+            off = agreement.off(one, other.double())
+            if not off <= limit and not torch.equal(one, other):
+                raise InputError(f"{name}: {kind} {i} of {variant} is {off:.1e} off naive's; it is not timed")
 
 
 def measure(operation: Operation, repeats: int, device: str) -> Times:

@@ -153,7 +153,7 @@ class Plan:
 
     @classmethod
     def make(cls, config: TrainConfig, micro_batches_per_epoch: float) -> "Plan":
-        """Return the plan of `steps`, or of `epochs`: then the last window holds the rest. Raise InputError for none."""
+        """Return the plan of `steps`, or of `epochs`: then the last window holds the rest. InputError for neither."""
         if config.steps is not None:
             return cls(config.steps, config.steps * config.grad_accum, config.grad_accum)
         if config.epochs is None:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -354,3 +355,57 @@ def test_points_are_of_both_phases() -> None:
         {"a": {"phases": {"forward": phase(1, 1), "both": phase(6, 2)}}, "b": {"phases": {"step": phase(8, 2)}}}
     )
     assert found == [roofline.Point("a", "used", 2.0, 3.0), roofline.Point("b", "used", 2.0, 4.0)]
+
+
+def other_value(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: tuple(1.001 * value for value in call())
+
+
+def other_gradient(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """The same values, half of whose gradient is lost."""
+    return lambda: tuple((value + value.detach()) / 2 for value in call())
+
+
+def one_result_less(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: call()[:-1]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("variant", ["used", "compiled"])
+@pytest.mark.parametrize("spoil", [other_value, other_gradient])
+def test_a_variant_that_computes_something_else_is_not_timed(
+    name: str,
+    variant: str,
+    spoil: Callable[[Any], Any],
+    tiny: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By one part in a thousand, or in the gradient alone: no time is taken, and no record is written."""
+    if name in ("clip", "adamw") and spoil is other_gradient:
+        pytest.skip("works in place: it has no gradient")
+    whole = OPERATIONS[name]
+
+    def spoilt(step: Any) -> Operation:
+        operation = whole(step)
+        variants = {**operation.variants, variant: spoil(operation.variants["naive"])}
+        return dataclasses.replace(operation, variants=variants)
+
+    monkeypatch.setitem(OPERATIONS, name, spoilt)
+    monkeypatch.setattr(ops, "in_turns", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(
+        InputError, match=rf"{name}: (value|gradient) \d+ of {variant} is .* off naive's; it is not timed"
+    ):
+        run_here("ops", tmp_path, *tiny, "--no-compile", "--only", name)
+    assert not list(tmp_path.glob("*.json.partial")) + [
+        file for file in tmp_path.glob("*.json") if file.stem != "shape"
+    ]
+
+
+def test_a_variant_that_gives_less_is_not_timed(tiny: list[object], tmp_path: Path) -> None:
+    operation = make("rope")
+    spoilt = dataclasses.replace(
+        operation, variants={**operation.variants, "used": one_result_less(operation.variants["used"])}
+    )
+    with pytest.raises(InputError, match=r"rope: used gives \d+ results, naive \d+"):
+        ops.check("rope", dataclasses.replace(spoilt, leaves=()), torch.float32)
