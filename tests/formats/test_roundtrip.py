@@ -42,7 +42,9 @@ from minift.formats.convert import convert
 from minift.formats.native import write_pt
 from minift.formats.open import open_model
 from minift.formats.opened import Opened, to_half_split, to_interleaved
+from minift.formats.peft import adapter_shapes, write_peft
 from minift.formats.shapes import parameter_shapes
+from minift.lora import LoRAConfig
 from minift.model import Llama
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
@@ -1538,6 +1540,7 @@ import sys
 from pathlib import Path
 from minift.checkpoint import load_model
 from minift.formats.convert import convert
+from minift.lora import LoRAConfig
 from minift.model import Llama
 
 def status(key):
@@ -1593,8 +1596,19 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]
                 file.seek(8 + len(text) + int(offsets[0]))
                 file.write(pattern.view(torch.uint8).numpy().tobytes())
     random_hf(folder / "model-small", torch.bfloat16)
+    for name in ("model", "model-small"):
+        adapt(folder / name, folder / name.replace("model", "adapter"))
     yield folder / "model", end
     shutil.rmtree(folder)
+
+
+def adapt(base: Path, folder: Path) -> None:
+    """Write an adapter of two kinds of matrices for a model, random but small."""
+    config, generator = LoRAConfig(4, 4.0, ("q_proj", "down_proj")), torch.Generator().manual_seed(17)
+    folder.mkdir()
+    shapes = adapter_shapes(open_model(base).config, config)
+    weights = {name: torch.rand(shape, generator=generator) * 1e-2 for name, shape in shapes.items()}
+    write_peft(folder, weights, config, str(base))
 
 
 def peak(source: Path, destination: Path, to: str) -> int:
@@ -1624,6 +1638,19 @@ def test_converting_holds_a_few_tensors_whatever_the_size(large: tuple[Path, int
 def test_loading_holds_the_model_once(large: tuple[Path, int], tmp_path: Path) -> None:
     source, nbytes = large
     assert peak(source, tmp_path, "load") < 1.1 * nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_an_adapter_is_merged_one_matrix_at_a_time(large: tuple[Path, int], tmp_path: Path) -> None:
+    """Converting holds a few matrices more than without it; loading the model once, and what is mapped of the file."""
+    source, nbytes = large[0].with_name("adapter"), large[1]
+    try:
+        matrix = 4 * LARGE["intermediate_size"] * LARGE["hidden_size"]
+        assert peak(source, tmp_path / "there", "native") < files.WINDOW + 90e6 + 2 * matrix < 0.7 * nbytes
+        assert peak(source, tmp_path, "load") < 1.05 * nbytes + files.WINDOW + 2 * matrix < 1.6 * nbytes
+    finally:
+        shutil.rmtree(tmp_path / "there", ignore_errors=True)
 
 
 def test_reading_maps_a_file_anew_after_a_window(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
