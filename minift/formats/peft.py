@@ -144,7 +144,7 @@ def adapter_shapes(shape: LlamaConfig, config: LoRAConfig) -> dict[str, tuple[in
     shapes = {}
     for name, (rows, *columns) in parameter_shapes(shape).items():
         matrix = name.removesuffix(".weight")
-        if matrix.startswith("layers.") and matrix.rpartition(".")[2] in config.targets:
+        if matrix.rpartition(".")[2] in config.targets:
             shapes[f"{matrix}.lora_A"] = (config.rank, *columns)
             shapes[f"{matrix}.lora_B"] = (rows, config.rank)
     return shapes

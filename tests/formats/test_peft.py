@@ -157,8 +157,11 @@ def test_an_adapter_on_an_adapter(tmp_path: Path, dtype: torch.dtype) -> None:
     base, loaded = load_model(tmp_path / "base", dtype=None), load_model(tmp_path / "two", dtype=None)
     assert {tensor.dtype for tensor in loaded.state_dict().values()} == {dtype}
     check_merged(loaded.state_dict(), base.state_dict(), one, times=2)
-    assert open_model(tmp_path / "two").path == tmp_path / "two"
-    assert len(open_model(tmp_path / "two").files) == 3
+    opened = open_model(tmp_path / "two")
+    assert opened.path == tmp_path / "two"
+    assert len(opened.files) == 3
+    assert [note.partition(", merged into ")[2] for note in opened.notes] == [str(one), str(tmp_path / "base")]
+    assert {opened.read(name).dtype for name in opened.specs} == {dtype}  # as the specs say, not as it was added up
 
 
 def test_opening_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,18 +293,20 @@ def rewrite(adapter: Path, change: Any) -> None:
 
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda w: w.update({A: torch.full_like(w[A], torch.nan)}), f"tensor {A} holds NaN or infinite values"),
+        (lambda w: w.update({B: torch.full_like(w[B], torch.inf)}), f"tensor {B} holds NaN or infinite values"),
         (lambda w: w.update({A: w[A].int()}), "q_proj.lora_A holds int32, not floating-point weights"),
         (lambda w: w.update({"lm_head.weight": w[A].clone()}), "tensor lm_head.weight is no adapter"),
         (lambda w: w.update({A[23:-7]: w[A].clone()}), "tensor layers.0.self_attn.q_proj.lora_A is no adapter"),
         (lambda w: w.pop(A), "has no adapter layers.0.self_attn.q_proj.lora_A"),
     ],
-    ids=["NaN", "integers", "another tensor", "a name twice", "missing"],
+    ids=["NaN", "infinity", "integers", "another tensor", "a name twice", "missing"],
 )
 def test_tensors_that_are_no_adapters(tmp_path: Path, change: Any, message: str) -> None:
     adapter = write_pair(tmp_path)
@@ -321,8 +326,9 @@ def test_a_base_with_nan_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path / 'base' / 'model.pt'}: tensor layers.0.self_attn.q_proj.weight holds NaN" in refusal(adapter)
 
 
-def test_a_sum_beyond_the_range_of_the_dtype_is_named(tmp_path: Path) -> None:
-    adapter = write_pair(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sum_beyond_the_range_of_the_dtype_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    adapter = write_pair(tmp_path, small_model(dtype=dtype))
     change_config(adapter, lora_alpha=3e6)
     assert load_model(adapter).config == small_model().config
     with pytest.raises(InputError, match="has values beyond the range of float16"):

@@ -1666,6 +1666,34 @@ def test_reading_maps_a_file_anew_after_a_window(source: Path, monkeypatch: pyte
     assert len(maps) > 5
 
 
+def test_a_file_is_released_when_another_is_read(tmp_path: Path) -> None:
+    """So that a model in many files needs the memory of one; and what is in several files is not mapped as it is."""
+    random_hf(tmp_path / "a", torch.float32)
+    specs = open_model(tmp_path / "a").specs
+    (tmp_path / "b").mkdir()
+    opened = open_model(tmp_path / "a")
+    huggingface.write_huggingface(tmp_path / "b", opened.config, specs, opened.read, shard_bytes=10_000)
+    opened = open_model(tmp_path / "b")
+    assert len(opened.files) > 2
+    for name in opened.specs:
+        opened.read(name)
+        assert [file for file in opened.files if file.bytes_read] == list(opened.sources[name].files)
+    convert(tmp_path / "a", tmp_path / "meta", "meta", shards=2)
+    assert not any(source.needs_no_copy for source in open_model(tmp_path / "meta").sources.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_values_beyond_the_range_of_a_dtype_are_not_loaded(tmp_path: Path, dtype: torch.dtype) -> None:
+    """They would become infinite. bfloat16 has as many bits as float16, and more range."""
+    model = small_model(dtype=dtype)
+    with torch.no_grad():
+        model.norm.weight[3] = 1e5
+    save_model(tmp_path / "model", model)
+    assert float(load_model(tmp_path / "model", dtype=torch.float32).norm.weight.max()) > 9e4
+    with pytest.raises(InputError, match=r"model\.pt: tensor norm\.weight has values beyond the range of float16"):
+        load_model(tmp_path / "model", dtype=torch.float16)
+
+
 def test_a_config_that_was_read_is_the_one_that_is_written(source: Path, place: Path) -> None:
     """Nothing of a shape is lost between any two formats that can say it."""
     config = dataclasses.replace(open_model(source).config, max_position_embeddings=33, initializer_range=0.02)
