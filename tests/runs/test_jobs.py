@@ -326,6 +326,13 @@ def test_the_final_model_has_the_format_that_was_asked_for(job: FinetuneJob, tmp
     assert not (tmp_path / "run" / "final" / "model.pt").exists()
 
 
+def test_a_finished_run_that_is_resumed_takes_no_step(run: Path, job: FinetuneJob) -> None:
+    """Not even one without a checkpoint, which would begin again: its times would be others."""
+    before = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "compare.json", "final/model.pt")}
+    assert finetune(job, CONFIG, run, resume=True)
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
 # Several processes ----------------------------------------------------------------------------------------------------
 
 
