@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, overload
 
+from minift import kernels
 from minift.checkpoint import load_model, save_model
 from minift.config import FINETUNE, TrainConfig
 from minift.data.records import Skipped, scan
@@ -81,6 +82,8 @@ class BasicModelRunner:
         self.model = load_model(path, device=choose_device(TrainConfig(device=self.device)))
         self.tokenizer = load_tokenizer(path)
         check_fit(self.model.config, self.tokenizer)
+        if not self.plain:
+            kernels.install(self.model, kernels.choose_for_reading(self.model.device))
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())

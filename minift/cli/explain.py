@@ -86,7 +86,7 @@ def _xray(path: str, pairs: "list[Pair]", config: TrainConfig, pack: bool, plain
     from minift.pack import encode_pairs
     from minift.prompts import template_named
 
-    model, tokenizer = load(path, config.device)
+    model, tokenizer = load(path, config.device, plain=True)  # `explain` installs the kernels of training
     positions = model.config.max_position_embeddings
     examples, dropped = encode_pairs(pairs, template_named(config.template), tokenizer, positions)
     if dropped:

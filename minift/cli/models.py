@@ -62,7 +62,7 @@ def _generate(options: dict[str, Any]) -> int:
     from minift.tokenizer.base import TextStream
 
     sampling = Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"])
-    model, tokenizer = load(options["model"], options["device"])
+    model, tokenizer = load(options["model"], options["device"], options["plain"])
     pair = Pair(options["prompt"].rstrip(), answer="")  # as in training: no prompt ends in a space
     name = options["template"]
     if pair.question or name == "auto":  # no question, no conflict: a text from its beginning, or an empty template
@@ -110,7 +110,7 @@ def _compare(options: dict[str, Any]) -> int:
     check_number("show", options["show"], least=0)
     pairs = read_all_pairs(options["data"])
     template = choose_template(options["template"], pairs)
-    before, after = (load(options[name], options["device"]) for name in ("before", "after"))
+    before, after = (load(options[name], options["device"], options["plain"]) for name in ("before", "after"))
     scores = compare(before, after, pairs, template_named(template), options["plain"])
     result = {"template": template, **scores}
     print(f"{table(result)}\n\n{samples(result, options['show'])}")
@@ -156,7 +156,7 @@ def _evaluate(options: dict[str, Any]) -> int:
     from minift.evaluation.choices import has_choices
 
     check_number("mistakes", options["mistakes"], least=0)
-    model, tokenizer = load(options["model"], options["device"])
+    model, tokenizer = load(options["model"], options["device"], options["plain"])
     files = find_files(options["data"])
     if STDIN in files:
         raise InputError("-: standard input can be read only once; evaluate has to look at its data first")

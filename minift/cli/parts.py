@@ -90,8 +90,13 @@ def add_plain(command: argparse.ArgumentParser) -> None:
 # Models and results ---------------------------------------------------------------------------------------------------
 
 
-def load(name: str, device: str) -> Any:
-    """Return a model and its tokenizer. Raises InputError when they are missing or damaged, or do not fit together."""
+def load(name: str, device: str, plain: bool) -> Any:
+    """Return a model and its tokenizer; unless it is to be plain, with the kernels for a model that is not trained.
+
+    Raises:
+        InputError: when they are missing or damaged, or do not fit together.
+    """
+    from minift import kernels
     from minift.checkpoint import load_model
     from minift.runs.machine import choose_device
     from minift.tokenizer.base import check_fit
@@ -100,6 +105,8 @@ def load(name: str, device: str) -> Any:
     model = load_model(name, device=choose_device(TrainConfig(device=device)))
     tokenizer = load_tokenizer(name)
     check_fit(model.config, tokenizer)
+    if not plain:
+        kernels.install(model, kernels.choose_for_reading(model.device))
     return model, tokenizer
 
 

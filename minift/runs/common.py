@@ -39,14 +39,18 @@ class Run:
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def choose_machine(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
+def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torch.device, TrainConfig]:
     """Return the device to train on, and the config with its dtype chosen.
 
     Raises:
-        InputError: for a device, dtype, compiler or package that this machine does not have.
+        InputError: for a device, dtype, compiler or package that this machine does not have, and for a new run that is
+            to be both plain and compiled. (One that was compiled may be resumed plain.)
     """
+    if plain and config.compile and not resume:
+        raise InputError("--plain runs the code as it is read, and --compile compiles it; give one of them")
     device = choose_device(config)
-    check_compiler(config, device)
+    if not plain:
+        check_compiler(config, device)
     if config.save_format == "hf":  # checked now: the run would fail at its end
         need("tokenizers", "hf", "--save-format hf")
         need("safetensors", "hf", "--save-format hf")

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from minift import kernels
 from minift.checkpoint import load_model, model_without_memory, weights_of
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
@@ -70,7 +71,7 @@ def finetune(
         InputError: for wrong input; nothing is written before all of it has been read.
         RunError: when training cannot go on.
     """
-    device, config = choose_machine(config)
+    device, config = choose_machine(config, resume, plain)
     with join(config.parallel, device) as world:
         resume = check_out(out, resume, world)
         split = read_pairs(job, config)
@@ -241,8 +242,10 @@ def _compare_with_base(
     """Compare the model before and after on the pairs held out; write compare.json and report.html."""
     tokenizer, template = load_tokenizer(job.model), template_named(split.template)
     try:
-        before = load_model(job.model, device=device)
-        after = load_model(out / "final", device=device)
+        before, after = load_model(job.model, device=device), load_model(out / "final", device=device)
+        if not plain:
+            for model in (before, after):
+                kernels.install(model, kernels.choose_for_reading(device))
         scores = compare((before, tokenizer), (after, tokenizer), split.held_out, template, plain)
     except (MemoryError, RuntimeError) as error:  # one model that was sharded had room here, two may have none
         if not is_out_of_memory(error):

@@ -65,7 +65,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         InputError: for wrong input.
         RunError: when training cannot go on.
     """
-    device, config = choose_machine(config)
+    device, config = choose_machine(config, resume, plain)
     with join(config.parallel, device) as world:
         resume = check_out(out, resume, world)
         shape, tokenizer = open_shape(job, config)
@@ -77,7 +77,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         config = config.replace(compile=choose_compile(config, world.device, flops))
         model = random_model(shape, config, world)
         print(describe(model, job.config, "from random weights", config, world))
-        print(f"{plan.steps:,} steps, {flops:.2g} FLOPs" + (", compiled" if config.compile else ""))
+        print(f"{plan.steps:,} steps, {flops:.2g} FLOPs" + (", compiled" if config.compile and not plain else ""))
         state = start_state(model, batches, config, world, plain)
         if world.parallel == "fsdp":  # each rank has room for its part now
             fill(model, world, model.random_weights(torch.Generator().manual_seed(config.seed)))

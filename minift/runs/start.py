@@ -32,7 +32,7 @@ def start_state(
         model: on the device on which it is trained, with its weights; for `fsdp` on the meta device, without them (see
             `distributed.sharding.fill`). Kernels are installed in it.
         world: the processes that train it together; by default this one alone.
-        plain: install no kernel: the modules run as they are read.
+        plain: install no kernel, and compile nothing: the modules run as they are read.
         names: the kernels to install; by default those that `kernels.choose` names.
     """
     world = world or World(device=model.device)
@@ -44,7 +44,7 @@ def start_state(
     model.checkpoint_activations = config.checkpoint_activations
     model.train()  # only the dropout of adapters makes a difference
     objective: nn.Module = kernels.install(Objective(model, config.loss_chunk), names)
-    if config.compile:
+    if config.compile and not plain:
         for layer in model.layers:  # all layers are alike: one is compiled, the others reuse its code
             layer.compile()
     if world.parallel == "ddp":

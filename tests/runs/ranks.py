@@ -73,6 +73,22 @@ def free_port() -> int:
         return port
 
 
+def _as_one_of_two(rank: int, port: int, run: Any, *arguments: Any) -> None:
+    as_rank(rank, 2, port)
+    run(*arguments)
+
+
+def by_two(run: Any, *arguments: Any) -> None:
+    """Run a job in two processes, as torchrun does."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    processes = [context.Process(target=_as_one_of_two, args=(rank, port, run, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what `function(world, *arguments)` returns in this process alone."""
     return function(World(), *arguments)

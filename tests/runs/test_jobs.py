@@ -6,7 +6,6 @@ weights replicated or sharded, must come to the same model as one.
 """
 
 import json
-import multiprocessing
 import random
 from collections.abc import Sequence
 from itertools import pairwise
@@ -34,7 +33,7 @@ from minift.runs.folder import FinetuneJob, PretrainJob
 from minift.runs.pretrain import make_plan, open_pages, pretrain, pretrain_job
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import SMALL, plain_nll, write_jsonl
-from tests.runs.ranks import as_rank, free_port
+from tests.runs.ranks import by_two
 
 N_PAIRS = 26
 CONFIG = TrainConfig(
@@ -334,22 +333,6 @@ def test_a_finished_run_that_is_resumed_takes_no_step(run: Path, job: FinetuneJo
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
-
-
-def as_one_rank(rank: int, port: int, run: Any, *arguments: Any) -> None:
-    as_rank(rank, 2, port)
-    run(*arguments)
-
-
-def by_two(run: Any, *arguments: Any) -> None:
-    """Run a job in two processes, as torchrun does."""
-    context, port = multiprocessing.get_context("fork"), free_port()
-    processes = [context.Process(target=as_one_rank, args=(rank, port, run, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def assert_close(one: Path, other: Path) -> None:
