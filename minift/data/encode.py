@@ -4,8 +4,9 @@ Encoding is most of the work of a data pipeline, so it can be given to worker pr
 the corpus, the order of the documents would depend on the number of workers, and the position in the corpus would be
 hard to save. So this process reads, and the workers only encode: one order, one position, any number of workers.
 
-    stream → chunk 5 → chunk 4 → a free thread ⇄ pipe ⇄ its worker → chunk 3 → chunk 2 → chunk 1 → batches
-             └─ PREFETCH chunks a worker are read ahead ─┘           └─ taken in the order of reading ─┘
+                               ┌─ thread ⇄ pipe ⇄ worker ─┐
+    stream → chunks of texts → ├─ thread ⇄ pipe ⇄ worker ─┤ → their ids, in the order of reading → batches
+                               └─ …                       ┘
 
 A worker shares nothing with another process but its own pipe, and a pipe ends when the process at its other end does,
 however that ends: a killed worker is noticed by the thread that waits for it, and a killed run by its workers.
@@ -102,7 +103,7 @@ def _finish(wait: Callable[[], Ids], stream_state: dict[str, Any]) -> Chunk:
 
 @contextmanager
 def _encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[list[str]], Callable[[], Ids]]]:
-    """Give a function that starts to encode texts and returns another one, which waits for their ids."""
+    """Yield a function that starts to encode texts, and returns a function that waits for their ids."""
     if not workers:
         yield lambda texts: partial(tokenizer.encode_documents, texts)
         return
@@ -132,12 +133,14 @@ class _Worker:
     """A process that encodes texts, and the pipe to it."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._pipe, worker_end = multiprocessing.Pipe()
-        self._process = multiprocessing.Process(target=_work, args=(worker_end, self._pipe, tokenizer), daemon=True)
         try:
+            self._pipe, worker_end = multiprocessing.Pipe()
+            self._process = multiprocessing.Process(target=_work, args=(worker_end, self._pipe, tokenizer), daemon=True)
             self._process.start()
         except OSError as error:
-            raise RunError(f"a process that encodes text cannot be started: {error.strerror or error}") from None
+            raise RunError(
+                f"a process that encodes text cannot be started: {error.strerror or error}; try fewer --workers"
+            ) from None
         worker_end.close()  # only the worker has it now, so that the pipe ends with the worker
 
     def encode(self, texts: list[str]) -> Ids:
@@ -158,7 +161,7 @@ class _Worker:
 
 
 def _end_of(process: multiprocessing.Process) -> str:
-    """Return the words that say how a process ended."""
+    """Return how a process ended, in words."""
     code = process.exitcode or 0
     if code >= 0:
         return f"process {process.pid} ended with exit code {code}"

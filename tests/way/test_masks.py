@@ -187,6 +187,46 @@ def test_packing_puts_examples_together_and_never_past_the_row() -> None:
     assert len(rows_of(batch)) == len(examples)
 
 
+def of_length(length: int) -> Example:
+    """An example that takes so many positions."""
+    return Example([1, *range(3, length + 1)], [5, 2])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        ([20, 40, 24, 30, 34], [[40, 24], [34, 30], [20]]),  # the longest first, and a row may be filled exactly
+        ([33, 32, 32], [[33], [32, 32]]),
+        ([10, 50, 4, 45, 9, 10], [[50, 10, 4], [45, 10, 9]]),
+    ],
+)
+def test_each_example_is_put_into_the_first_row_with_room(lengths: list[int], rows: list[list[int]]) -> None:
+    batch = collate([of_length(length) for length in lengths], pad_id=2, length=64)
+    found = [[int((row == document).sum()) for document in range(int(row.max()) + 1)] for row in batch.document_ids]
+    assert found == rows
+    assert batch.isolated == any(len(row) > 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("longest", "alone", "packed"), [(2, 8, 64), (8, 8, 64), (9, 16, 64), (64, 64, 64), (65, 72, 128), (200, 200, 256)]
+)
+def test_rows_are_as_long_as_the_longest_example_rounded_up(longest: int, alone: int, packed: int) -> None:
+    examples = [of_length(2), of_length(longest)]
+    assert collate(examples, pad_id=2, pack=False).tokens.shape == (2, alone)
+    assert collate(examples, pad_id=2).tokens.shape[1] == packed
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_no_example_is_a_row_of_padding(pack: bool) -> None:
+    """The share of a rank in a batch with fewer examples than ranks."""
+    batch = collate([], pad_id=2, pack=pack)
+    assert batch.tokens.shape == (1, 64 if pack else 8)
+    assert (batch.tokens == 2).all()
+    assert (batch.targets == IGNORE).all()
+    assert (batch.document_ids == PADDING).all()
+    assert (batch.n_targets, batch.isolated) == (0, False)
+
+
 @pytest.mark.parametrize("max_length", range(6, 24))
 def test_a_pair_too_long_keeps_what_fits(tokenizer: Tokenizer, max_length: int) -> None:
     pair, template = PAIRS[5], TEMPLATES["plain"]

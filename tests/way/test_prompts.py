@@ -132,6 +132,7 @@ def test_chat_formats_are_those_of_the_published_templates(name: str, chat: str,
         ("Q: {question}\nA: {answer}\n", "Q: Name a fruit.\nA:", " Apple."),
         ("\ufeff{question}\n\n\t{answer}", "Name a fruit.", "\n\n\tApple."),
         ("<u>{question}</u>{answer}<end>", "<u>Name a fruit.</u>", "Apple.<end>"),
+        ("{question}: {answer} \r\n\n", "Name a fruit.:", " Apple. "),
         ("{system}|{question}|{context}|{answer}", "|Name a fruit.||", "Apple."),
         ("{other} {question} {{}} {answer}", "{other} Name a fruit. {{}}", " Apple."),
     ],
@@ -244,6 +245,24 @@ def test_a_mixed_file_is_refused_and_the_odd_line_named(tmp_path: Path, odd: int
         choose_template("auto", read_pairs(file))
 
 
+@pytest.mark.parametrize(
+    ("name", "questions", "line"),
+    [
+        ("auto", [CARRIED, "1?", "2?"], 2),
+        ("auto", ["1?", CARRIED, "2?"], 1),
+        ("qa", ["1?", CARRIED, CARRIED], 2),
+        ("auto", ["1?", "", ""], 2),
+        ("auto", [CARRIED, "", "2?", ""], 2),
+        ("qa", ["", ""], 1),
+        ("text", ["1?", "2?"], 1),
+    ],
+)
+def test_the_first_pair_that_does_not_fit_is_named(name: str, questions: list[str], line: int) -> None:
+    pairs = [Pair(question, "Yes.", where=f"x.jsonl:{number}") for number, question in enumerate(questions, start=1)]
+    with pytest.raises(InputError, match=rf"^x\.jsonl:{line}: "):
+        choose_template(name, pairs)
+
+
 @pytest.mark.parametrize("name", ["qa", "alpaca"])
 def test_a_second_template_around_a_carried_one_is_refused(tmp_path: Path, name: str) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [{"question": CARRIED, "answer": "Apple."}])
@@ -255,7 +274,7 @@ def test_a_second_template_around_a_carried_one_is_refused(tmp_path: Path, name:
     ("question", "name"),
     [
         (CARRIED, "qa"),
-        (TEMPLATES["alpaca"].format(Pair("Name a fruit.", "", "It is red."))[0], "alpaca"),
+        (ALPACA_WITH_INPUT, "alpaca"),
         ("What does ### Answer: mean?", ""),
         ("### Answer: ", ""),
         ("", ""),
