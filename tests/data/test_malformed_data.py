@@ -58,7 +58,7 @@ def texts(*numbers: int) -> list[dict[str, str]]:
 
 
 def counts(skipped: Skipped) -> tuple[int, int]:
-    """(records that could not be used, of how many)."""
+    """Return (records that could not be used, of how many)."""
     return skipped.skipped, skipped.records
 
 
@@ -74,7 +74,7 @@ def reports(stderr: str) -> list[str]:
 def test_a_bad_line_is_skipped_counted_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, packing: str
 ) -> None:
-    """The 17th of 120 records, behind a blank line, which is no record but a line."""
+    """It is the 17th of 120 records. The blank line before it is no record, but counts as a line."""
     bad, reason = BAD_LINES[name]
     lines = [*texts(*range(16)), b" ", bad, *texts(*range(16, 119))]
     file = write_jsonl(tmp_path / f"x.jsonl{packing}", lines)
@@ -133,7 +133,7 @@ def test_the_first_are_reported_and_all_are_counted(tmp_path: Path, capsys: pyte
 
 
 def test_a_report_is_one_line_whatever_the_record_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A key may hold line breaks, and characters that a terminal obeys."""
+    """A key may hold line breaks, and control characters of a terminal."""
     hostile = {"a\nskipped: b\x1b[2J": "c"}
     file = write_jsonl(tmp_path / "x.jsonl", [hostile, *texts(*range(200))])
     list(DocumentStream([file], epochs=1, skipped=Skipped()))
@@ -146,7 +146,7 @@ def test_a_report_is_one_line_whatever_the_record_holds(tmp_path: Path, capsys: 
 
 
 def refused_after(bad: Sequence[bool]) -> int | None:
-    """The records that are read before a corpus of these is refused; None if it is not. In whole numbers."""
+    """Return how many records are read before this corpus is refused; None if it is not. In whole numbers."""
     count = 0
     for read, is_bad in enumerate(bad, 1):
         count += is_bad
@@ -222,7 +222,7 @@ def test_a_corpus_is_refused_past_one_per_cent_and_not_before(tmp_path: Path, na
 
 
 def test_a_share_is_that_of_all_files(tmp_path: Path) -> None:
-    """Of documents and of pairs: a file may be bad as a whole where the others are many."""
+    """Of documents and of pairs: all of one file may be bad if the others are many."""
     write_jsonl(tmp_path / "a.jsonl", texts(*range(300)))
     write_jsonl(tmp_path / "b.jsonl", [BAD, BAD, BAD])
     skipped = Skipped(quiet=True)
@@ -296,7 +296,7 @@ def test_a_line_of_100_megabytes_is_skipped_in_little_memory(
 
 
 def open_packed(file: Path) -> Any:
-    """A compressed file to write to, little by little."""
+    """Open a compressed file to write to, little by little."""
     if file.suffix == ".gz":
         return gzip.open(file, "wb", compresslevel=1)
     return pytest.importorskip("zstandard").open(file, "wb")
@@ -427,7 +427,7 @@ def test_a_large_file_that_vanishes_between_epochs_ends_the_run(tmp_path: Path) 
 
 
 def noise(rng: random.Random) -> bytes:
-    """A line that somebody might find in a corpus, or not."""
+    """Return a line that might be found in a corpus, or not."""
     good = json.dumps({"text": f"{rng.random()} \u00e9 \U0001f642", "meta": {"n": [1, None, True]}}).encode()
     kind = rng.randrange(6)
     if kind == 0:
@@ -485,7 +485,7 @@ def test_noise_ends_in_documents_or_a_named_refusal(tmp_path: Path) -> None:
 
 @pytest.fixture
 def spoiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Four small files with 5 unusable records: at both ends and between, and one file cut off. More is borne here."""
+    """Write four small files with 5 unusable records, one of the files cut off. Tolerate more here."""
     monkeypatch.setattr("minift.data.records.MAX_SKIPPED_SHARE", 0.5)
     rng = random.Random(9)
     a = write_jsonl(tmp_path / "a.jsonl", [BAD, *texts(*range(10)), b"", b'{"text": ""}', *texts(*range(10, 15))])
@@ -557,7 +557,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command; its exit code, and what it printed to both ends."""
+    """Run a command. Return its exit code, and what it printed to both streams."""
 
     def run(*words: str | Path) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -571,7 +571,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def finetune(small_checkpoint: Path, tmp_path: Path) -> list[str | Path]:
-    """A command without its pairs."""
+    """Return a command without its pairs."""
     test = write_jsonl(tmp_path / "test.jsonl", [{"question": "What is 1?", "answer": "One."}])
     words: list[str | Path] = ["finetune", "--model", small_checkpoint, "--test", test, "--out", tmp_path / "out"]
     return [*words, "--device", "cpu", "--steps", "1", "--batch-size", "2"]
@@ -579,7 +579,7 @@ def finetune(small_checkpoint: Path, tmp_path: Path) -> list[str | Path]:
 
 @pytest.fixture
 def pretrain(tmp_path: Path, tokenizer: Tokenizer) -> list[str | Path]:
-    """A command without its pages and its length."""
+    """Return a command without its pages and its length."""
     (tmp_path / "shape.json").write_text(json.dumps({**SMALL, "vocab_size": tokenizer.vocab_size}))
     tokenizer.save(tmp_path)
     words: list[str | Path] = ["pretrain", "--config", tmp_path / "shape.json", "--tokenizer", tmp_path]
@@ -628,12 +628,12 @@ def test_no_bad_pair_is_borne_among_the_held_out(run: Run, finetune: list[str | 
 
 
 def pages(count: int) -> list[Any]:
-    """About 70 KB for 200: more than the stream is read ahead for."""
+    """Return pages: 200 of them have about 70 KB, more than the stream is read ahead."""
     return [{"text": f"Page {i} says that {i} comes after {i - 1}. " * 8} for i in range(count)]
 
 
 @pytest.mark.parametrize("length", ["--epochs", "--steps"])
-def test_pretraining_bears_one_per_cent(run: Run, pretrain: list[str | Path], tmp_path: Path, length: str) -> None:
+def test_pretraining_tolerates_one_per_cent(run: Run, pretrain: list[str | Path], tmp_path: Path, length: str) -> None:
     """How far the corpus is read ahead is not known here; but then so many must be bad that were put there so far."""
     bad = {3, 260}
     lines = [BAD if i in bad else page for i, page in enumerate(pages(300))]
@@ -687,7 +687,7 @@ def test_a_resumed_run_prints_the_same_count(run: Run, pretrain: list[str | Path
     words = [*pretrain, "--data", write_jsonl(tmp_path / "x.jsonl", lines), "--steps", "80", "--save-every", "32"]
 
     def count(out: str) -> list[str]:
-        """The line with the number, and those of the first faults."""
+        """Return the line with the number, and those of the first faults."""
         return out[out.rindex("\n", 0, out.index(" records skipped:")) :].split("saved:")[0].splitlines()[1:]
 
     code, whole, _ = run(*words)

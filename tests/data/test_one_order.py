@@ -48,14 +48,14 @@ FIELDS = ("tokens", "targets", "positions", "document_ids")
 
 
 def sentences(count: int) -> list[str]:
-    """Texts of some to some hundred characters, each of them another."""
+    """Return different texts, of a few characters to some hundred."""
     rng = random.Random(count)
     words = ["river", "Mexico", "two", "of", "the", "lake\n", "  wide", "\u00e9t\u00e9", "."]
     return [f"No. {i}" + "".join(" " + rng.choice(words) for _ in range(rng.randrange(30))) for i in range(count)]
 
 
 def write_shards(folder: Path, texts: Sequence[str], shards: int) -> list[Path]:
-    """The texts dealt out to files of different lengths, every second one gzipped."""
+    """Write the texts to files of different lengths, every second one gzipped."""
     folder.mkdir(exist_ok=True)
     parts = [[text for i, text in enumerate(texts) if (i * i + i // 3) % shards == shard] for shard in range(shards)]
     names = [f"{shard:02d}" + (".json.gz" if shard % 2 else ".jsonl") for shard in range(shards)]
@@ -66,12 +66,12 @@ def write_shards(folder: Path, texts: Sequence[str], shards: int) -> list[Path]:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of two or three documents, so that some tens of documents make many."""
+    """Make chunks of two or three documents, so that some tens of documents make many chunks."""
     monkeypatch.setattr(encode, "CHUNK_CHARACTERS", 150)
 
 
 def whole(parts: Sequence[Batch]) -> dict[str, Any]:
-    """The ranks' parts of a batch as one."""
+    """Return the ranks' parts of a batch as one batch."""
     result: dict[str, Any] = {field: torch.cat([getattr(part, field) for part in parts]) for field in FIELDS}
     result["n_targets"] = sum(part.n_targets for part in parts)
     result["isolated"] = any(part.isolated for part in parts)
@@ -79,7 +79,7 @@ def whole(parts: Sequence[Batch]) -> dict[str, Any]:
 
 
 def same(ours: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> bool:
-    """Bitwise."""
+    """Return True if batches are equal, bitwise."""
     return len(ours) == len(expected) and all(
         our.keys() == right.keys()
         and all(torch.equal(our[field], right[field]) for field in FIELDS)
@@ -89,7 +89,7 @@ def same(ours: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> 
 
 
 def documents_of(batches: Sequence[dict[str, Any]], bos: int) -> list[tuple[int, ...]]:
-    """The rows one behind the other, cut before each BOS; the last document may be cut off."""
+    """Return the rows one after the other, cut before each BOS; the last document may be cut off."""
     ids = [id for batch in batches for id in batch["tokens"].flatten().tolist()]
     assert ids[0] == bos
     starts = [i for i, id in enumerate(ids) if id == bos]
@@ -104,7 +104,7 @@ TEXTS = sentences(30)
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[..., list[dict[str, Any]]]:
-    """Global batches of a little more than two epochs of TEXTS."""
+    """Return a function that reads the global batches of a little more than two epochs of TEXTS."""
     folder = tmp_path_factory.mktemp("read")
     ids = sum(len(tokenizer.encode(text, eos=True)) for text in TEXTS)
     count = 2 * ids // (ROWS * LENGTH) + 2
@@ -140,9 +140,9 @@ def test_each_document_is_there_once_an_epoch(
     batches = read(shards, workers, world)
     assert all(batch["tokens"].shape == (ROWS, LENGTH) for batch in batches)
     documents = documents_of(batches, tokenizer.bos_id)
-    wanted = Counter(tuple(tokenizer.encode(text, eos=True)) for text in TEXTS)
+    expected = Counter(tuple(tokenizer.encode(text, eos=True)) for text in TEXTS)
     first, second = documents[: len(TEXTS)], documents[len(TEXTS) : 2 * len(TEXTS)]
-    assert Counter(first) == Counter(second) == wanted
+    assert Counter(first) == Counter(second) == expected
     assert first != second
     assert same(batches, read(shards, 0, 1))  # batch k is batch k
 
@@ -189,7 +189,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path: Path, tokenizer: T
 
 
 def numbered(folder: Path, shards: Sequence[int], name: str = "n") -> list[Path]:
-    """Shards of that many documents: the numbers from 0 on, in the order of the files."""
+    """Write shards of that many documents: the numbers from 0 on, in the order of the files."""
     folder.mkdir(exist_ok=True)
     files, start = [], 0
     for shard, count in enumerate(shards):
@@ -229,7 +229,7 @@ def test_a_buffer_for_all_mixes_all(tmp_path: Path, shards: list[int], buffer: i
 
 @pytest.mark.parametrize("buffer", [1, 2, 10, 50])
 def test_a_line_comes_back_by_no_more_than_the_buffer(tmp_path: Path, buffer: int) -> None:
-    """What is read as number n is given out as number n - buffer + 1 or later; most of it within some buffers."""
+    """What is read as number n is yielded as number n - buffer + 1 or later; most of it within some buffers."""
     files = numbered(tmp_path, [1_000])
     moves = []
     for seed in range(3):
@@ -343,7 +343,7 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def plain(state: Any) -> str:
-    """A state as it stands in a file, so that two can be compared."""
+    """Return a state as it is written to a file, so that two can be compared."""
     return json.dumps(state, sort_keys=True)
 
 
@@ -465,7 +465,7 @@ def test_pages_go_on_at_every_batch(mixed: list[Path], tokenizer: Tokenizer, buf
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.usefixtures("small_chunks")
 def test_iterating_again_goes_on(mixed: list[Path], tokenizer: Tokenizer, workers: int) -> None:
-    """A new iterator continues behind the last batch that was given out, though workers had read ahead."""
+    """A new iterator continues after the last batch that was yielded, though workers had read ahead."""
 
     def fresh(workers: int) -> PageBatches:
         return PageBatches(DocumentStream(mixed, shuffle_buffer=6), tokenizer, ROWS, LENGTH, workers=workers)
@@ -495,7 +495,7 @@ def rewrite(file: Path, change: Callable[[bytearray], None]) -> None:
 
 @pytest.fixture
 def large(tmp_path: Path) -> list[Path]:
-    """Three plain files of some 400 kB, so that their ends are not all of them."""
+    """Write three plain files of some 400 kB, so that their ends are not all of them."""
     folder = tmp_path / "large"
     folder.mkdir()
     return [
@@ -505,7 +505,7 @@ def large(tmp_path: Path) -> list[Path]:
 
 
 def flip(offset: int) -> Callable[[bytearray], None]:
-    """Another letter in a text, nothing else."""
+    """Change one letter of a text, and nothing else."""
 
     def change(content: bytearray) -> None:
         place = content.index(b"xx", offset if offset >= 0 else len(content) + offset)
@@ -560,7 +560,7 @@ def test_a_file_changed_at_its_ends_is_refused_by_name(large: list[Path], change
 
 @pytest.mark.parametrize("buffer", [0, 10])
 def test_a_file_changed_where_it_was_read_is_refused_by_name(large: list[Path], buffer: int) -> None:
-    """In the middle, in a document that was given out long ago; and the size is the same."""
+    """In the middle, in a document that was yielded long ago; and the size is the same."""
     documents = DocumentStream(large, shuffle_buffer=buffer)
     list(islice(documents, 390 if buffer == 0 else 900))
     state = documents.state_dict()
@@ -572,7 +572,7 @@ def test_a_file_changed_where_it_was_read_is_refused_by_name(large: list[Path], 
 
 
 def test_a_changed_document_of_the_buffer_is_refused_by_name(large: list[Path]) -> None:
-    """Here the file has been read to its end, and what changed stands in the buffer, yet to be given out."""
+    """Here the file has been read to its end, and the changed document is in the buffer."""
     documents = DocumentStream(large[:1], shuffle_buffer=1_000)
     given = set(islice(documents, 3))
     state = documents.state_dict()
@@ -638,7 +638,7 @@ def test_other_pages_are_refused_by_name(tmp_path: Path, tokenizer: Tokenizer) -
 
 
 def examples_of(count: int) -> list[Example]:
-    """Example i is the only one whose answer begins with the id 100 + i; there are long and short ones."""
+    """Return examples of many lengths; example i is the only one whose answer begins with the id 100 + i."""
     return [Example([1, *[5] * (1 + i % 7)], [100 + i, 2]) for i in range(count)]
 
 
@@ -699,14 +699,14 @@ def test_ranks_share_every_pair_once_an_epoch(count: int, batch_size: int, world
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """A file whose 25th line is no JSON."""
+    """Write a file whose 25th line is not JSON."""
     lines: list[Any] = [{"text": text} for text in sentences(40)]
     lines.insert(24, b"{broken")
     return write_jsonl(tmp_path / "broken.jsonl", lines)
 
 
 def until_error(batches: PageBatches) -> tuple[list[dict[str, Any]], str, dict[str, Any]]:
-    """What is given out before an InputError, its message, and the state before it."""
+    """Return the batches before an InputError, its message, and the state before it."""
     found, state = [], batches.state_dict()
     try:
         for batch in batches:
@@ -734,7 +734,7 @@ def test_an_error_comes_after_the_batches_before_it(
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.usefixtures("small_chunks")
 def test_a_resumed_run_meets_the_same_error_again(broken: Path, tokenizer: Tokenizer, workers: int) -> None:
-    """The record that ended a strict run is not passed over because the run was saved behind the last good batch."""
+    """The record that ended a strict run is not left out because the run was saved after the last good batch."""
 
     def fresh() -> PageBatches:
         return PageBatches(DocumentStream([broken]), tokenizer, ROWS, LENGTH, workers=workers)
@@ -791,7 +791,7 @@ def workers_at_work(tmp_path: Path, tokenizer: Tokenizer) -> Iterator[Iterator[B
 
 
 def next_death(batches: Iterator[Batch]) -> str:
-    """The message of the RunError that ends `batches`; what was ready may come before it."""
+    """Return the message of the RunError that ends `batches`; what was ready may come before it."""
     with pytest.raises(RunError) as error:
         list(islice(batches, 1_000))
     return str(error.value)
@@ -809,7 +809,7 @@ def test_a_killed_worker_is_noticed_when_the_next_batch_is_asked_for(workers_at_
 
 @pytest.mark.usefixtures("small_chunks")
 def test_a_killed_worker_does_not_interrupt_what_is_done_meanwhile(workers_at_work: Iterator[Batch]) -> None:
-    """A step, or a save, while no batch is being asked for: there nobody expects an error of the data."""
+    """A step or a save goes on to its end: the error comes when a batch is asked for."""
     pid = multiprocessing.active_children()[0].pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
@@ -818,7 +818,7 @@ def test_a_killed_worker_does_not_interrupt_what_is_done_meanwhile(workers_at_wo
 
 
 def half_a_result(pipe: Connection, run_end: Connection, tokenizer: Tokenizer) -> None:
-    """A worker that dies while it writes: the length of a result, and only some of its bytes."""
+    """Die as a worker that writes: after the length of a result, and only some of its bytes."""
     pipe.recv()
     os.write(pipe.fileno(), (1_000_000).to_bytes(4, "big") + bytes(1_000))
     os._exit(7)
@@ -827,7 +827,7 @@ def half_a_result(pipe: Connection, run_end: Connection, tokenizer: Tokenizer) -
 def test_a_worker_that_dies_while_it_writes_is_noticed(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It holds no lock that others wait for, and nobody waits for the rest of what it wrote."""
+    """It holds no lock that others wait for, and its pipe ends in the middle of the result."""
     monkeypatch.setattr(encode, "_work", half_a_result)
     files = write_shards(tmp_path / "data", TEXTS, 2)
     message = next_death(iter(PageBatches(DocumentStream(files), tokenizer, ROWS, LENGTH, workers=2)))
@@ -887,7 +887,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> list[str]:
-    """A pretraining run, but for its length."""
+    """Return the words of a pretraining run, without its length."""
     folder = tmp_path_factory.mktemp("pretrain")
     shape = {**SMALL, "vocab_size": tokenizer.vocab_size, "num_hidden_layers": 1}
     (folder / "shape.json").write_text(json.dumps(shape))
@@ -907,7 +907,7 @@ def finished(words: list[str], one_thread: None, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def stopped(finished: Path, tmp_path: Path) -> Path:
-    """The same run, as if it had been killed behind step 2."""
+    """Copy the same run, as if it had been killed after step 2."""
     out = tmp_path / "stopped"
     out.mkdir()
     shutil.copy(finished / "config.json", out)
@@ -988,7 +988,7 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture
 def running(words: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int], Path]]:
-    """A run with two workers in a process group of its own, some steps after its start: it, its workers, its folder."""
+    """Start a run in a process group of its own. After some steps, yield it, its two workers and its folder."""
     if not Path("/proc/self/stat").exists():
         pytest.skip("looks for processes in /proc")
     out = tmp_path / "run"
@@ -1013,7 +1013,7 @@ def running(words: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen
         process.wait()
 
 
-def nobody_is_left(workers: Sequence[int]) -> None:
+def check_that_workers_end(workers: Sequence[int]) -> None:
     deadline = time.monotonic() + 12  # for machines that are busy: the end of a pipe is noticed at once
     while any(map(alive, workers)):
         assert time.monotonic() < deadline, "a worker has outlived its run"
@@ -1035,8 +1035,8 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(
     assert process.returncode == 1
     taken = len(losses(out))
     assert (out / f"step_{taken:06d}").is_dir()
-    nobody_is_left(workers)
-    # It goes on with the batch behind the last step, not behind what the workers had read.
+    check_that_workers_end(workers)
+    # It goes on with the batch after the last step, not after what the workers had read.
     state = torch.load(out / f"step_{taken:06d}" / "training.pt", weights_only=True)["batches"]
     settings = json.loads((out / "config.json").read_text())["inputs"]
     from minift.tokenizer.load import load_tokenizer
@@ -1059,7 +1059,7 @@ def test_a_killed_worker_ends_a_run_with_one_line_and_a_checkpoint(
     assert process.returncode == 1
     assert re.search(r"^minift: error: a process that encodes text has died: .+$", stderr, re.MULTILINE)
     assert (out / f"step_{len(losses(out)):06d}").is_dir()
-    nobody_is_left(workers)
+    check_that_workers_end(workers)
 
 
 @pytest.mark.slow
@@ -1068,7 +1068,7 @@ def test_workers_do_not_outlive_a_killed_run(running: tuple[subprocess.Popen[str
     process, workers, _ = running
     process.kill()
     process.wait(timeout=240)
-    nobody_is_left(workers)
+    check_that_workers_end(workers)
 
 
 # Random numbers of others ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tests.helpers import write_jsonl
 
 
 def alpaca(number: int) -> dict[str, str]:
-    """A record as it is in Alpaca's file; every other one has an input."""
+    """Return a record as in Alpaca's file; every other one has an input."""
     given = f"It is {number}." if number % 2 else ""
     instruction, output = f"Name the number {number}.", f"Number {number}."
     below = "Below is an instruction that describes a task"
@@ -36,7 +36,7 @@ def alpaca(number: int) -> dict[str, str]:
 
 @pytest.fixture(params=["array", "lines", "lines.gz"])
 def alpacas_file(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """Its own layout is one array; copies of it are JSON Lines."""
+    """Write records in its own layout, one array, and as JSON Lines, as copies of it are."""
     records = [alpaca(number) for number in range(40)]
     if request.param == "array":
         file = tmp_path / "alpaca_data.json"

@@ -34,7 +34,7 @@ def documents(*texts: str) -> list[dict[str, str]]:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Path]:
-    """Four files: plain, gzipped, empty, and one with blank lines and no line break at its end."""
+    """Write four files: plain, gzipped, empty, and one with blank lines and no line break at its end."""
     files = [
         write_jsonl(tmp_path / "a.jsonl", documents("a1", "a2", "a3")),
         write_jsonl(tmp_path / "b.json.gz", documents("b1", "b2 \u00e9\u4e2d\U0001f642\n\nnext")),
@@ -152,7 +152,7 @@ def test_damaged_gzip_is_named(tmp_path: Path, damage: str) -> None:
     if damage == "truncated":
         data = data[: len(data) // 2]
     elif damage == "flipped":
-        data[-6] ^= 0xFF  # in the checksum behind the data
+        data[-6] ^= 0xFF  # in the checksum after the data
     else:
         data = bytearray(b"plain text\n")
     file.write_bytes(data)
@@ -382,7 +382,7 @@ def test_several_zstd_frames_are_one_file(tmp_path: Path) -> None:
 
 
 def read_to_the_end(file: Path) -> tuple[list[str], str]:
-    """The documents of a file up to the first fault, and what that was ("" for none)."""
+    """Return the documents of a file up to the first fault, and its message ("" for none)."""
     texts: list[str] = []
     try:
         for text in DocumentStream([file], epochs=1):
@@ -393,7 +393,7 @@ def read_to_the_end(file: Path) -> tuple[list[str], str]:
 
 
 def read_cut_off(file: Path, data: bytes, whole: list[str]) -> int:
-    """Read a file of which only `data` is left: a beginning of `whole`, then a fault. The number of documents."""
+    """Read a file of which only `data` is left: a beginning of `whole`, then a fault. Return how many documents it gave."""
     file.write_bytes(data)
     texts, fault = read_to_the_end(file)
     kind = {".gz": "gzip", ".zst": "zstd"}[file.suffix]
@@ -470,7 +470,7 @@ def test_zstd_without_its_package_names_the_extra(
 
 
 def piped(words: list[Any], data: bytes, folder: Path) -> "subprocess.CompletedProcess[bytes]":
-    """`minift …` with bytes on its standard input."""
+    """Run `minift …` with bytes on its standard input."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "minift", *map(str, words)]
     return subprocess.run(command, cwd=folder, env=env, input=data, capture_output=True, timeout=120)
@@ -538,7 +538,7 @@ def test_standard_input_twice_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pretrain(tmp_path: Path, tokenizer: Tokenizer) -> list[str]:
-    """A command that trains on standard input, but for how long."""
+    """Return a command that trains on standard input, without the number of steps."""
     (tmp_path / "shape.json").write_text(json.dumps({**SMALL, "vocab_size": tokenizer.vocab_size}))
     tokenizer.save(tmp_path)
     words = ["pretrain", "--config", tmp_path / "shape.json", "--tokenizer", tmp_path, "--out", tmp_path / "out"]

@@ -33,7 +33,7 @@ def pieces() -> sentencepiece.SentencePieceProcessor:
 
 
 def by_hand(lengths: Sequence[int]) -> dict[str, float]:
-    """A summary of all the lengths at once: the smallest that 50, 90, 99 of 100 do not exceed."""
+    """Return a summary of all the lengths at once: of percentiles, the smallest length that so many do not exceed."""
     ordered = sorted(lengths)
     return {
         "total": sum(ordered),
@@ -119,7 +119,7 @@ def test_the_text_field_of_pages(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 
 def some_pairs(count: int, context: bool) -> list[dict[str, str]]:
-    """Pairs under Alpaca's names, every other one with an input, if any; and what a template must not stumble over."""
+    """Return pairs under Alpaca's names, with and without an input, and with text that looks like a template's."""
     rng = random.Random(count)
     pairs = [
         {
@@ -129,7 +129,7 @@ def some_pairs(count: int, context: bool) -> list[dict[str, str]]:
         }
         for i in range(count)
     ]
-    pairs[1]["output"] = ""  # nobody answered
+    pairs[1]["output"] = ""  # without an answer
     pairs[2]["instruction"] += " \n"
     pairs[3]["output"] = "\n  ### Response:\n\u00e9\U0001f642 <s>"
     return pairs
@@ -211,7 +211,7 @@ def test_a_formatted_file_trains_the_same_way(
     name = choose_template("auto", after)
     assert name == ("plain" if template == "plain" else "carried")
     examples, dropped = encode_pairs(before, TEMPLATES[template], tokenizer, 512)
-    assert dropped == 1  # nobody answered it
+    assert dropped == 1  # the one without an answer
     assert encode_pairs(after, TEMPLATES[name], tokenizer, 512) == (examples, dropped)
     middle = statistics.median_low(map(len, examples))  # at which about a half of them are cut off
     cut = encode_pairs(before, TEMPLATES[template], tokenizer, middle)

@@ -38,7 +38,7 @@ PAIRS = [{"question": "Name a fruit.", "answer": "Apple."}, {"question": "A colo
     ],
 )
 def test_a_broken_array(tmp_path: Path, text: str, message: str) -> None:
-    """One line, with the place; what was whole before it has been given out."""
+    """The message is one line, with the place; complete objects before it have been yielded."""
     file = tmp_path / "x.json"
     file.write_text(text)
     *whole, fault = scan(file)

@@ -58,6 +58,6 @@ def test_a_table(names: list[str], data: Any) -> None:
     written = io.StringIO(newline="")
     csv.writer(written, quoting=csv.QUOTE_ALL).writerows([names, *rows])
     found = list(csv_rows(io.BytesIO(written.getvalue().encode()), "x.csv"))
-    wanted = list(csv.DictReader(io.StringIO(written.getvalue(), newline="")))
-    assert [item[1] for item in found if not isinstance(item, InputError)] == wanted
+    expected = list(csv.DictReader(io.StringIO(written.getvalue(), newline="")))
+    assert [item[1] for item in found if not isinstance(item, InputError)] == expected
     assert len(found) == len(rows)

@@ -1,7 +1,7 @@
 """The promise of `data/`: the shards come from their command byte for byte, and the test is fair.
 
 The documented command is run in a process of its own and its files are compared with the committed ones. That the
-held-out facts stand in the pages, and in no pair, is read from the files alone: nothing here calls the generator.
+held-out facts occur in the pages, and in no pair, is read from the files alone: nothing here calls the generator.
 """
 
 import csv
@@ -26,7 +26,7 @@ QUIZ_TITLES = {"Quiz", "Quiz questions", "Questions", "Test yourself", "General 
 
 @cache
 def pages() -> dict[str, list[str]]:
-    """The committed pages, by the kind that their address names."""
+    """Return the committed pages, by the kind that their address names."""
     kinds: dict[str, list[str]] = {}
     for shard in SHARDS:
         with gzip.open(DATA / "pages" / shard, "rt", encoding="utf-8") as lines:
@@ -49,7 +49,7 @@ def table(name: str) -> list[dict[str, str]]:
 
 
 def says(text: str, phrase: str) -> bool:
-    """Whether a phrase stands in a text as whole words, capitals aside (a sentence may begin with it)."""
+    """Return True if a text has a phrase in whole words, capitals aside (a sentence may begin with it)."""
     text, phrase = text.lower(), phrase.lower()
     return phrase in text and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text) is not None
 
@@ -129,14 +129,14 @@ def test_every_fact_is_asked_exactly_once() -> None:
     asked = Counter(
         (record["relation"], record["entity"]) for name in ("pairs.jsonl", "test.jsonl") for record in records(name)
     )
-    wanted = [("howto", guide["task"]) for guide in records("world/howto.jsonl")]
+    expected = [("howto", guide["task"]) for guide in records("world/howto.jsonl")]
     for name, kind, columns in (
         ("countries.tsv", "country", ("capital", "continent", "currency", "language")),
         ("elements.tsv", "element", ("symbol", "number")),
         ("animals.tsv", "animal", ("class", "young")),
     ):
-        wanted += [(f"{kind}/{column}", row["name"]) for row in table(name) for column in columns]
-    assert asked == Counter(wanted)
+        expected += [(f"{kind}/{column}", row["name"]) for row in table(name) for column in columns]
+    assert asked == Counter(expected)
 
 
 def test_answers_are_those_of_the_tables() -> None:
@@ -197,7 +197,7 @@ def test_questions_are_worded_in_several_ways() -> None:
 # The pages ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_held_out_answer_stands_in_the_pages_beside_its_entity() -> None:
+def test_every_held_out_answer_is_in_the_pages_with_its_entity() -> None:
     """In a sentence that states it: not in a question, and not in a list."""
     sentences = Counter(
         sentence
@@ -215,10 +215,10 @@ def test_every_held_out_answer_stands_in_the_pages_beside_its_entity() -> None:
 
 def test_every_held_out_guide_stands_in_the_pages() -> None:
     titles = {guide["task"]: guide["title"] for guide in records("world/howto.jsonl")}
-    beside = Counter(tuple(text.split("\n", 1)) for text in pages()["howto"])
+    found = Counter(tuple(text.split("\n", 1)) for text in pages()["howto"])
     for record in records("test.jsonl"):
         if record["relation"] == "howto":
-            assert beside[titles[record["entity"]], record["answer"]] >= 5, record
+            assert found[titles[record["entity"]], record["answer"]] >= 5, record
 
 
 def test_quiz_pages_hold_only_questions() -> None:

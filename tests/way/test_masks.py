@@ -33,7 +33,7 @@ IDS = 97  # the vocabulary of `small_model`
 
 
 def made_up(seed: int, count: int = 7) -> list[Example]:
-    """Examples of random ids and many lengths, for the small model."""
+    """Return examples of random ids and many lengths, for the small model."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int, n: int) -> list[int]:
@@ -57,7 +57,7 @@ def loss_of(model: Llama, batch: Batch) -> float:
 
 
 def rows_of(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
-    """(tokens, targets, positions) of each document of a batch, by its document ids."""
+    """Return (tokens, targets, positions) of each document of a batch, by its document ids."""
     documents: dict[tuple[int, int], tuple[list[int], list[int], list[int]]] = {}
     for b, row in enumerate(batch.document_ids.tolist()):
         for t, document in enumerate(row):
@@ -79,7 +79,7 @@ def test_targets_are_the_tokens_shifted_by_one(
     examples, dropped = encode_pairs(PAIRS, TEMPLATES[template], tokenizer, max_length=200)
     batch = collate(examples, tokenizer.eos_id, length, pack)
     assert dropped == 0
-    wanted = []
+    expected = []
     for pair in PAIRS:
         prompt, answer = TEMPLATES[template].format(pair)
         prompt_ids, answer_ids = tokenizer.encode(prompt), tokenizer.encode_continuation(answer, eos=True)
@@ -88,8 +88,8 @@ def test_targets_are_the_tokens_shifted_by_one(
         for here, following in pairwise(range(len(text))):
             tokens.append(text[here])
             targets.append(text[following] if following >= len(prompt_ids) else IGNORE)
-        wanted.append((tokens, targets, list(range(len(tokens)))))
-    assert sorted(rows_of(batch)) == sorted(wanted)
+        expected.append((tokens, targets, list(range(len(tokens)))))
+    assert sorted(rows_of(batch)) == sorted(expected)
     assert batch.n_targets == int((batch.targets != IGNORE).sum()) > 0
     shapes = {tensor.shape for tensor in (batch.tokens, batch.targets, batch.positions, batch.document_ids)}
     dtypes = {tensor.dtype for tensor in (batch.tokens, batch.targets, batch.positions, batch.document_ids)}
@@ -188,7 +188,7 @@ def test_packing_puts_examples_together_and_never_past_the_row() -> None:
 
 
 def of_length(length: int) -> Example:
-    """An example that takes so many positions."""
+    """Return an example that takes so many positions."""
     return Example([1, *range(3, length + 1)], [5, 2])
 
 
@@ -316,7 +316,7 @@ def test_pages_resume_at_every_batch(tmp_path: Path, tokenizer: Tokenizer) -> No
 
 
 def numbered(count: int) -> list[Example]:
-    """Example i is the only one whose answer begins with the id 100 + i."""
+    """Return examples; example i is the only one whose answer begins with the id 100 + i."""
     return [Example([1, 5, 6], [100 + i, 2]) for i in range(count)]
 
 

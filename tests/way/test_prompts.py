@@ -122,8 +122,8 @@ def test_chat_formats_are_those_of_the_published_templates(name: str, chat: str,
     messages = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "Apple."}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    wanted = jinja.Template(chat).render(messages=messages)
-    assert "".join(TEMPLATES[name].format(Pair("Name a fruit.", "Apple.", system=system))) == wanted
+    expected = jinja.Template(chat).render(messages=messages)
+    assert "".join(TEMPLATES[name].format(Pair("Name a fruit.", "Apple.", system=system))) == expected
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_template_without_its_fields(tmp_path: Path, text: str, message: str) 
 
 @pytest.mark.parametrize(("name", "pair"), [("context", Pair("Q", "A", "C")), ("system", Pair("Q", "A", system="S"))])
 def test_nothing_of_a_pair_is_left_out(tmp_path: Path, name: str, pair: Pair) -> None:
-    """By a template that has no place for it."""
+    """A template that has no place for it is refused."""
     file = tmp_path / "mine.txt"
     file.write_text("{question} {answer}")
     with pytest.raises(InputError, match=f"has a {name}, and the template no {{{name}}} for it"):
@@ -285,7 +285,7 @@ def test_the_template_that_a_question_carries_is_known_by_its_end(question: str,
 
 
 def test_no_pairs_need_no_template() -> None:
-    """As of a file in which no record can be used: what is wrong with them is then the error."""
+    """Such is a file in which no record can be used; the error then says what is wrong with them."""
     assert choose_template("auto", []) == "plain"
     assert choose_template("text", []) == "text"
 
@@ -331,7 +331,7 @@ def test_the_keys_of_a_record_without_usable_fields_are_named(tmp_path: Path) ->
 def test_a_pair_with_nothing_to_answer_is_dropped_and_counted(
     tmp_path: Path, tokenizer: Tokenizer, blank: str, name: str
 ) -> None:
-    """Files in the wild have such records (lamini_docs.jsonl one); they have no target, and spoil no run."""
+    """Files in the wild have such records (lamini_docs.jsonl one); they have no target, and end no run."""
     answers = ["Apple.", blank, "Pear.", blank]
     file = write_jsonl(tmp_path / "x.jsonl", [{"question": "Name a fruit.", "answer": answer} for answer in answers])
     examples, dropped = encode_pairs(read_pairs(file), TEMPLATES[name], tokenizer, max_length=100)
