@@ -25,6 +25,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +425,31 @@ def test_float64_survives(tmp_path: Path, to: str) -> None:
     check_hf(tmp_path / "b", tensors, BASE)
 
 
+def test_a_shard_is_filled_to_its_limit_and_not_beyond(tmp_path: Path) -> None:
+    random_hf(tmp_path / "a", torch.bfloat16)
+    opened = open_model(tmp_path / "a")
+    first, second, third, *_ = (spec.nbytes for spec in opened.specs.values())
+    for less, expected in ((0, 3), (1, 2)):
+        folder = tmp_path / f"less {less}"
+        folder.mkdir()
+        limit = first + second + third - less
+        huggingface.write_huggingface(folder, opened.config, opened.specs, opened.read, shard_bytes=limit)
+        assert len(safetensors().load_file(min(folder.glob("*.safetensors")))) == expected
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None:
+    """It may be in the file that the index says, in another, or in both."""
+    random_hf(tmp_path / "a", torch.bfloat16)
+    opened = open_model(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    huggingface.write_huggingface(tmp_path / "b", opened.config, opened.specs, opened.read, shard_bytes=10_000)
+    file = min((tmp_path / "b").glob("*.safetensors"))
+    held = safetensors().load_file(file)
+    safetensors().save_file({**held, "model.norm.weight": torch.ones(32)}, file)
+    with pytest.raises(InputError, match=r"safetensors: tensor model\.norm\.weight is not where the index says"):
+        open_model(tmp_path / "b")
+
+
 def test_a_huggingface_folder_of_many_files_is_the_same_model(tmp_path: Path) -> None:
     tensors = random_hf(tmp_path / "a", torch.bfloat16, tie_word_embeddings=False)
     opened = open_model(tmp_path / "a")
@@ -668,27 +694,32 @@ def test_the_files_of_metas_ranks(tmp_path: Path, kv_heads: int | None, embeddin
     assert np.abs(logits_of(tmp_path / "hf", tokens) - wanted).max() < 1e-4
 
 
-def metas_scaling(frequency: float) -> float:
-    """Llama 3.1's `apply_scaling`, whose numbers are constants of Meta's code."""
+def metas_scaling(frequency: float, factor: float = 8) -> float:
+    """Llama 3.1's `apply_scaling`, whose numbers are constants of Meta's code; Llama 3.2's has another factor."""
     wavelength = 2 * math.pi / frequency
     if wavelength < 8_192 / 4:
         return frequency
     if wavelength > 8_192 / 1:
-        return frequency / 8
+        return frequency / factor
     smooth = (8_192 / wavelength - 1) / (4 - 1)
-    return (1 - smooth) * frequency / 8 + smooth * frequency
+    return (1 - smooth) * frequency / factor + smooth * frequency
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("theta", [500_000.0, 3_000_000.0], ids=["blended", "slowed down"])
-def test_metas_scaled_rope(tmp_path: Path, theta: float) -> None:
+def test_metas_scaled_rope(tmp_path: Path, theta: float, tied: bool) -> None:
+    """By 8; of tied models, which are the small ones of Llama 3.2, by 32."""
     whole = random_meta(4)
+    if tied:
+        whole["output.weight"] = whole["tok_embeddings.weight"].clone()
     params = {**PARAMS, "n_kv_heads": 4, "rope_theta": theta, "use_scaled_rope": True}
     write_ranks(tmp_path / "meta", whole, 2, 0, params)
     assert open_model(tmp_path / "meta").config.max_position_embeddings == 131_072
     arrays = {name: tensor.numpy() for name, tensor in whole.items()}
     tokens = some_tokens(16)
     positions = [797 * t for t in range(16)]  # far enough for the slow pair of channels to turn
-    wanted = interleaved_logits(arrays, tokens, 8, 4, theta=theta, slow=metas_scaling, positions=positions)
+    slow = partial(metas_scaling, factor=32 if tied else 8)
+    wanted = interleaved_logits(arrays, tokens, 8, 4, theta=theta, slow=slow, positions=positions)
     plain = interleaved_logits(arrays, tokens, 8, 4, theta=theta, positions=positions)
     assert np.abs(wanted - plain).max() > 0.1
     assert np.abs(logits_of(tmp_path / "meta", tokens, positions) - wanted).max() < 1e-4
@@ -1663,7 +1694,12 @@ def test_reading_maps_a_file_anew_after_a_window(source: Path, monkeypatch: pyte
     monkeypatch.setattr(file, "_open_file", lambda path: maps.append(path) or again(path))
     found = {f"model.{name}": opened.read(name).clone() for name in opened.specs}
     assert_same_bits(found, safetensors().load_file(source / "model.safetensors"))
-    assert len(maps) > 5
+    windows, read = 0, 0
+    for spec in opened.specs.values():
+        if read > 5_000:
+            windows, read = windows + 1, 0
+        read += spec.nbytes
+    assert len(maps) == windows > 5
 
 
 def test_a_file_is_released_when_another_is_read(tmp_path: Path) -> None:
