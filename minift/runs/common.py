@@ -145,7 +145,7 @@ def _save_final(run: Run, state: TrainState) -> None:
         load_weights(run.out / "best", state.model)
     if run.config.lora_rank:
         _save_adapter(run, state)
-        merge(state.model)
+        merge(state.model)  # one matrix after another; `save_model` would keep all of them twice
     save_model(run.out / "final", state.model, run.tokenizer, format=run.config.save_format, world=state.world)
 
 

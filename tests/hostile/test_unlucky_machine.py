@@ -24,8 +24,10 @@ import tqdm.std
 from minift import train
 from minift.cli import main
 from minift.config import LlamaConfig
+from minift.distributed.world import World
 from minift.errors import InputError, is_out_of_memory, out_of_memory
 from minift.formats.llama2c import HEADER_BYTES, order
+from minift.runs.folder import own_folder
 from minift.storage.lock import LOCK, locked
 from tests.helpers import ROOT, write_jsonl
 
@@ -104,6 +106,15 @@ def test_of_two_runs_that_begin_at_once_one_is_done_and_one_is_refused(words: li
     assert told.startswith(f"minift: error: {out}: ")
     assert "another run is writing it" in told or "already holds a run" in told
     assert steps(out) == list(range(1, 21))
+
+
+def test_a_run_that_began_after_the_first_look_is_found_under_the_lock(tmp_path: Path) -> None:
+    """Both looked, one began and ended; the other has the lock only then."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="already holds a run"), own_folder(tmp_path, False, World()):
+        pass
+    with own_folder(tmp_path, True, World()):
+        assert (tmp_path / LOCK).exists()
 
 
 def test_a_lock_keeps_other_processes_out_and_leaves_nothing(tmp_path: Path) -> None:

@@ -389,6 +389,25 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, ways: tu
     assert places + last == alone(continued, str(tmp_path / "whole"), STEPS, lora, "alone")[1]
 
 
+def drawn(world: World, run: str) -> list[float]:
+    """Save, if there is no step folder yet, and draw a random number; load the folder, and draw again. Return all."""
+    state, found = make_state(world), []
+    if not step_folders(Path(run)):
+        torch.manual_seed(100 + world.rank)  # as dropout may have drawn differently on each rank
+        save_step(Path(run), state, None)
+        found.append(float(torch.rand(())))
+    load_step(step_folders(Path(run))[0], state)
+    return [*found, float(torch.rand(()))]
+
+
+def test_each_rank_gets_its_own_random_numbers_back(tmp_path: Path) -> None:
+    """A rank that was not there when the run was saved continues with its own seed."""
+    expected = [float(torch.rand((), generator=torch.Generator().manual_seed(100 + rank))) for rank in range(2)]
+    assert run_ranks(2, "ddp", drawn, str(tmp_path)) == [[value, value] for value in expected]
+    third = float(torch.rand((), generator=torch.Generator().manual_seed(CONFIG.seed + 2)))
+    assert run_ranks(3, "ddp", drawn, str(tmp_path)) == [[expected[0]], [expected[1]], [third]]
+
+
 def test_a_sharded_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     class Hostile:
         def __reduce__(self) -> tuple[Any, tuple[str]]:

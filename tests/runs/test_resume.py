@@ -121,7 +121,12 @@ def whole(inputs: dict[str, list[str]], job: str, tmp_path_factory: pytest.TempP
     ("job", "number"), [("finetune", signal.SIGTERM), ("pretrain", signal.SIGINT)], indirect=["job"]
 )
 def test_a_stopped_run_prints_the_command_that_continues_it_exactly(
-    inputs: dict[str, list[str]], job: str, whole: Path, tmp_path: Path, number: signal.Signals
+    inputs: dict[str, list[str]],
+    job: str,
+    whole: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "a run"  # with a space, so that the printed command has to quote it
     code, stdout = stop([*inputs[job], "--out", out], tmp_path, out, after=7, number=number)
@@ -136,6 +141,7 @@ def test_a_stopped_run_prints_the_command_that_continues_it_exactly(
     words = shlex.split(printed[1])
     assert words[0] == "minift" or words[:3] == [sys.executable, "-m", "minift"]  # the one that this machine has
     assert main(words[words.index("minift") + 1 :]) == 0
+    assert f"{out}: continues after step {taken} of {STEPS}" in capsys.readouterr().out  # no step is taken again
     assert_same_run(out, whole)
 
 
