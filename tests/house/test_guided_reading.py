@@ -1,4 +1,4 @@
-"""The promise of the README's guided reading: its lines stand in the files, and its commands run as written."""
+"""The promise of the guided reading in minift/README.md: its lines stand in the files, and its commands run as written."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## A guided reading")[1].split("\n## ")[0]
+SECTION = (ROOT / "minift" / "README.md").read_text(encoding="utf-8").split("## A guided reading")[1].split("\n## ")[0]
 STOPS = re.split(r"^### ", SECTION, flags=re.M)[1:]
 
 
