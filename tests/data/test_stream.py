@@ -393,7 +393,7 @@ def read_to_the_end(file: Path) -> tuple[list[str], str]:
 
 
 def read_cut_off(file: Path, data: bytes, whole: list[str]) -> int:
-    """Read a file of which only `data` is left: a beginning of `whole`, then a fault. Return the number of its texts."""
+    """Read a file of which only `data` is left: a beginning of `whole`, then a fault. Return how many texts it has."""
     file.write_bytes(data)
     texts, fault = read_to_the_end(file)
     kind = {".gz": "gzip", ".zst": "zstd"}[file.suffix]

@@ -1,4 +1,4 @@
-"""The promise of the guided reading in minift/README.md: its lines stand in the files, and its commands run as written."""
+"""The promise of the guided reading in minift/README.md: its lines are in the files, and its commands run."""
 
 import os
 import re
