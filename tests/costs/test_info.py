@@ -77,7 +77,10 @@ def test_info_of_a_model_of_every_format(
 def test_info_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = told(tmp_path / "info.json", "--config", "llama2-7b")
     assert (found["config"], found["parameters"], found["length"]) == ("llama2-7b", 6_738_415_616, 4_096)
-    assert "6,738,415,616" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "6,738,415,616" in shown
+    assert f"{found['forward_flops_per_token'] / 1e9:.3g} G forward" in shown
+    assert f"{found['training_flops_per_token'] / 1e9:.3g} G in training" in shown
     config = small_model(num_key_value_heads=1, tie_word_embeddings=False).config
     (tmp_path / "config.json").write_text(config.to_json())
     found = told(tmp_path / "info.json", "--config", tmp_path / "config.json", "--max-length", "64")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 
 from minift.config import FINETUNE, TrainConfig
 from minift.data.batches import PairBatches
-from minift.look.explain import XRay, explain
+from minift.look.explain import Entry, Position, XRay, explain
+from minift.look.pages.xray import xray_page
 from minift.look.report import visible, xray_table
 from minift.model import Llama
 from minift.pack import IGNORE, PADDING, Example, collate, encode_pair
@@ -177,6 +179,35 @@ def test_two_models_side_by_side(model: Llama, tokenizer: Tokenizer) -> None:
     # A model that cuts the text differently: below each other, with nothing paired.
     cut = XRay(xrays["other"].positions[1:], 1.0, 3, "float32", xrays["other"].texts)
     assert xray_table({"one": xrays["one"], "cut": cut}).count("likeliest\n") == 2
+
+
+def xray_of(probabilities: list[float]) -> XRay:
+    """An X-ray with these probabilities of the next token, all of them learned."""
+    at = [
+        Position(0, i, 0, i, 1, 2, True, -math.log(p), 1, (Entry(2, p),), (Entry(2, p - 1), Entry(1, 1 - p)))
+        for i, p in enumerate(probabilities)
+    ]
+    return XRay(at, 1.0, len(at), "float32", {1: " a", 2: " b"})
+
+
+def test_the_colour_of_a_token_is_its_surprise() -> None:
+    """On the page by the bounds of its key; in a terminal by three."""
+    bounds = [0.5, 0.2, 0.05, 0.01, 0.001]
+    probabilities = [p for bound in bounds for p in (bound * 1.01, bound * 0.99)]
+    page = xray_page({"made up": xray_of(probabilities)})
+    levels = [int(level) for level in re.findall(r'class="t s(\d) learned"', page)]
+    assert levels == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    words = [f"{bound:g} or more" for bound in bounds] + ["less"]
+    assert re.findall(r'<span class="s(\d)">([^<]+)</span>', page) == [(str(i), word) for i, word in enumerate(words)]
+    lines = xray_table({"made up": xray_of(probabilities)}, colour=True, width=250).splitlines()
+    colours = [line[2:4] for line in lines if line.startswith("\x1b[")]
+    assert colours == ["32", *["33"] * 4, *["31"] * 5]
+
+
+def test_a_gradient_has_its_sign_in_the_table() -> None:
+    text = xray_table({"made up": xray_of([0.25])}, width=250)
+    assert "▁b -.75  ▁a +.75" in text
+    assert "▁b .25" in text
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

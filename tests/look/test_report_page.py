@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from itertools import pairwise
@@ -23,7 +24,8 @@ from minift.costs.flops import count_parameters
 from minift.costs.memory import training_memory
 from minift.look.pages.curves import COLUMNS, Curves, curves_of, powers_of_ten, svg, thinned, ticks
 from minift.look.pages.document import data, text
-from minift.look.pages.run import run_command, run_page
+from minift.look.pages.run import comparison_page, run_command, run_page
+from minift.look.report import LABELS
 from minift.runs.finetune import finetune, finetune_job
 from minift.runs.pretrain import pretrain, pretrain_job
 from minift.values import size
@@ -114,6 +116,44 @@ def test_a_pretraining_run_has_a_page_too(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     options = vars(make_parser().parse_args(shlex.split(run_command(saved, tmp_path / "run"))[1:]))
     assert PRETRAIN.replace(**train_options(options)).to_dict() == saved["train"]
+
+
+def copy_with(run: Path, tmp_path: Path, metrics: list[dict[str, Any]]) -> Path:
+    """The run again, with other steps."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in metrics))
+    return copy
+
+
+def test_speed_is_the_median_and_time_the_sum(run: Path, tmp_path: Path) -> None:
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    speeds, seconds = [100.0, 900.0, 400.0, 300.0, 200.0], [0.5, 1.0, 2.0, 4.0, 8.0]
+    steps = [
+        {**first, "step": i + 1, "tokens_per_second": speed, "seconds": taken}
+        for i, (speed, taken) in enumerate(zip(speeds, seconds, strict=True))
+    ]
+    words = " ".join(Text(run_page(copy_with(run, tmp_path, steps))).words)
+    assert "300 tokens a second (median of the steps; from 100 to 900)" in words
+    assert "The steps took 15.5 s in total" in words
+
+
+def test_the_samples_are_counted() -> None:
+    """What changed, and what is right before and after, of all of them; the first 100 are shown."""
+    # before, after, right
+    kinds = [("a", "a", "a"), ("a", "b", "b"), ("b", "a", "b"), ("a", "c", "b"), ("c", "b", "b")]
+    samples = [
+        {"question": f"Question {i}?", "before": kinds[i % 5][0], "after": kinds[i % 5][1], "answer": kinds[i % 5][2]}
+        for i in range(5 * 24)
+    ]
+    scores: dict[str, Any] = dict.fromkeys(LABELS) | {"n": 0, "n_token_f1": 0, "intervals": {}}
+    result = {"before": scores, "after": scores, "difference": {}, "skipped": 0, "samples": samples}
+    page = comparison_page(result, [LlamaConfig(**SMALL)] * 2, "minift compare")
+    words = " ".join(" ".join(Text(page).words).split())
+    assert "96 of 120 answers changed. Exactly right: 48 before, 72 after." in words
+    assert words.count("(changed)") == 80  # of the 100 that are shown
+    assert words.count("✓ right") == 40 + 60
+    assert "… and 20 more" in words
 
 
 def test_compare_writes_a_page(run: Path, small_checkpoint: Path, tmp_path: Path) -> None:
