@@ -1,12 +1,12 @@
 """The command line: one subcommand for each job. It parses words, calls a function of the library, and prints.
 
-    commands.py   the parser of all commands
-    train.py      minift finetune, minift pretrain
-    models.py     minift generate, compare, evaluate, convert, info
-    explain.py    minift explain
-    data.py       minift tokenizer, minift data
-    parts.py      what the commands share: flags, loading a model, writing a result
-    streams.py    standard output that is closed, full, or a pipe without a reader
+commands.py   the parser of all commands
+train.py      minift finetune, minift pretrain
+models.py     minift generate, compare, evaluate, convert, info
+explain.py    minift explain
+data.py       minift tokenizer, minift data
+parts.py      what the commands share: flags, loading a model, writing a result
+streams.py    standard output that is closed, full, or a pipe without a reader
 
     minift finetune                                      # the bundled base on the bundled pairs
     minift generate --model runs/finetune/final --prompt "What is the capital of Mexico?"
