@@ -14,6 +14,7 @@ from minift.formats.convert import convert
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer, check_fit
 from minift.tokenizer.load import TOKENIZER_FILES, load_tokenizer
+from minift.tokenizer.save import save_tokenizer
 from tests.tokenizer.kinds import (
     CHAT_TOKENS,
     CHATS,
@@ -76,6 +77,24 @@ def test_a_tokenizer_whose_ids_only_the_model_says_can_be_loaded_from_every_form
     again = load_tokenizer(destination)
     assert (again.bos_id, again.eos_id) == (made.bos_id, made.eos_id)
     assert again.encode(CHATS[0]) == made.encode(CHATS[0])
+
+
+def test_saved_files_say_which_ids_are_bos_and_eos_where_only_the_model_did(llama_3: Path, tmp_path: Path) -> None:
+    (llama_3 / "tokenizer_config.json").unlink()
+    (llama_3 / "config.json").write_text('{"bos_token_id": 3, "eos_token_id": 4}')
+    (tmp_path / "alone").mkdir()
+    save_tokenizer(tmp_path / "alone", load_tokenizer(llama_3), "native")
+    again = load_tokenizer(tmp_path / "alone")
+    assert (again.bos_id, again.eos_id) == (3, 4)
+
+
+def test_no_tokenizer_bin_lacks_added_tokens(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, load_tokenizer(sentencepiece_folder), "llama2c")
+    assert (tmp_path / "tokenizer.bin").exists()
+    (tmp_path / "tokenizer.bin").unlink()
+    (sentencepiece_folder / "added_tokens.json").write_text('{"<|im_start|>": 2048}')
+    save_tokenizer(tmp_path, load_tokenizer(sentencepiece_folder), "llama2c")
+    assert not (tmp_path / "tokenizer.bin").exists()
 
 
 def test_a_tokenizer_json_of_another_name_is_saved_as_one(llama_3: Path, tmp_path: Path) -> None:

@@ -130,6 +130,14 @@ def test_a_sentencepiece_folder_may_name_another_eos(tmp_path: Path) -> None:
     assert end not in made.encode("<|end|>")
 
 
+def test_a_sentencepiece_folder_may_name_another_bos(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(trained(control_symbols=["<|begin|>"]))
+    write_config(tmp_path, "<|begin|>", "</s>")
+    made = load_tokenizer(tmp_path)
+    assert made.pieces([made.bos_id, made.eos_id]) == ["<|begin|>", "</s>"]
+    assert made.encode("a")[0] == made.bos_id
+
+
 @pytest.mark.parametrize("name", ["<|im_end|>", "", "\ud800"], ids=ascii)
 def test_a_sentencepiece_folder_that_names_an_unknown_token_is_refused(sentencepiece_folder: Path, name: str) -> None:
     write_config(sentencepiece_folder, "<s>", name)

@@ -103,6 +103,11 @@ def test_a_tokenizer_is_opened_by_the_name_bundled(tokenizer: Tokenizer) -> None
     assert load_tokenizer("bundled").files == tokenizer.files
 
 
+def test_an_adapters_tokenizer_is_that_of_its_base(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "bundled"}')
+    assert load_tokenizer(tmp_path).files == tokenizer.files
+
+
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not a SentencePiece model")
     with pytest.raises(InputError, match=r"tokenizer\.model: not a SentencePiece model"):

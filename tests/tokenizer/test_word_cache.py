@@ -279,9 +279,27 @@ def test_another_kind_of_vocabulary_does_not_fit(changes: dict[str, Any], exampl
             assert documents(tokenizer, [text]) == [[1, *processor.encode(text), 2]]
 
 
+def test_a_vocabulary_without_bytes_does_not_fit() -> None:
+    assert not merges_stay_in_words(trained(byte_fallback=False, vocab_size=100))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [(b"\x12\x03\xc0\x01\x01", "in the city"), (b"\x1a\x02\x28\x00", "\u2581 in the city")],
+    ids=["treat_whitespace_as_suffix", "no escape_whitespaces"],
+)
+def test_the_same_pieces_with_another_setting_do_not_fit(settings: bytes, text: str, tokenizer: Tokenizer) -> None:
+    """Add a field to the trainer's or the normaliser's settings, at the end of the file: a reader joins both parts."""
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(tokenizer.processor.serialized_model_proto() + settings)
+    assert differ(processor, text)
+    assert not merges_stay_in_words(processor)
+
+
 @pytest.mark.parametrize("spaces", [1, 2, 3])
 def test_a_piece_with_a_space_after_a_character_does_not_fit(spaces: int, tokenizer: Tokenizer) -> None:
-    """Make a model file in which one piece is another: the last one, "…", becomes "e▁", "▁e▁" or "▁▁e▁"."""
+    """Make a model file in which the last piece is another one, with a space or a line break after an "e"."""
     assert isinstance(tokenizer, SentencePieceTokenizer)
     last = tokenizer.vocab_size - 1
     old = tokenizer.processor.id_to_piece(last).encode()
@@ -290,7 +308,8 @@ def test_a_piece_with_a_space_after_a_character_does_not_fit(spaces: int, tokeni
     assert content.count(field) == 1
     place = content.index(field)
     start = max(i for i in range(place) if content[i : i + 2] == bytes([0x0A, content[place - 1]]) and i == place - 2)
-    for piece, fit in [("\u2581" * (spaces - 1) + "e\u2581", False), ("\u2581" * spaces + "e", True)]:
+    before = "\u2581" * (spaces - 1)
+    for piece, fit in [(before + "e\u2581", False), (before + "e\n", False), (before + "\u2581e", True)]:
         new = b"\x0a" + bytes([len(piece.encode())]) + piece.encode()
         size = content[start + 1] + len(new) - len(field)
         changed = content[:start] + bytes([0x0A, size]) + new + content[place + len(field) :]

@@ -151,6 +151,12 @@ def test_a_part_of_the_wrong_kind_is_refused(llama_3: Path, parts: dict[str, Any
     refused(lambda: load_tokenizer(llama_3), "tokenizer.json")
 
 
+def test_a_decoder_that_strips_the_end_of_a_text_is_refused(llama_3: Path) -> None:
+    strip = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
+    edit(llama_3, lambda values: values.update(decoder={"type": "Sequence", "decoders": [values["decoder"], strip]}))
+    refused(lambda: load_tokenizer(llama_3), "tokenizer.json", "strips 1 characters")
+
+
 def test_the_command_refuses_a_damaged_file_in_one_line(llama_3: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (llama_3 / "tokenizer.json").write_bytes((llama_3 / "tokenizer.json").read_bytes()[:1000])
     assert main(["tokenizer", "show", "a", "--model", str(llama_3)]) == 2
