@@ -23,8 +23,8 @@ class FusedRMSNorm(RMSNorm):
     """`RMSNorm` for eager training."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, D] → […, D], in x's dtype."""
-        return self.normalised(x, x.dtype)
+        """[…, D] → […, D]."""
+        return self.normalised(x, torch.promote_types(x.dtype, self.weight.dtype))
 
     def normalised(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the result in a dtype of its own."""
@@ -38,10 +38,11 @@ class FusedInputNorm(FusedRMSNorm):
     """A norm whose result only matrix products read: autocast would cast it once for each of them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, D] → […, D], in autocast's dtype if that is on, or else in x's."""
+        """[…, D] → […, D], in autocast's dtype if that is on."""
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        return self.normalised(x, torch.get_autocast_dtype(device) if autocast else x.dtype)
+        if torch.is_autocast_enabled(device):
+            return self.normalised(x, torch.get_autocast_dtype(device))
+        return super().forward(x)
 
 
 class FusedRoPE(RoPE):

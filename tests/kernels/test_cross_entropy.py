@@ -117,6 +117,13 @@ def test_loss_of_a_vocabulary_whose_rows_are_whole_pages(dtype: torch.dtype, mon
     )
 
 
+def test_a_wide_head_is_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "WIDE_HEAD", 31)
+    assert cross_entropy._pays_to_transpose(torch.zeros(31, 2))
+    assert not cross_entropy._pays_to_transpose(torch.zeros(30, 2))
+    assert not cross_entropy._pays_to_transpose(torch.zeros(31, 2, device="meta"))
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(2_500, 3), (3, 2_500), (1_000, 1_000)])
 def test_a_matrix_is_transposed_in_pieces(rows: int, columns: int) -> None:
     matrix = random(rows, columns).detach()

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from minift.cache import KVCache
-from minift.config import FINETUNE
+from minift.config import FINETUNE, LORA_TARGETS
 from minift.errors import InputError
 from minift.generate import generate
 from minift.kernels import choose, fast_decoder, with_kernels
 from minift.kernels.decode import NARROW, TRANSPOSING_PAYS, Decoder, _Products, _width
+from minift.lora import LoRAConfig
 from tests.helpers import adapted_model, random_model, random_tokens
 from tests.twins import SHAPES
 
@@ -71,8 +72,13 @@ def test_a_product_from_a_transposed_copy(rows: tuple[int, ...], columns: int) -
 
 def test_which_products_are_transposed() -> None:
     """Those of narrow bfloat16 matrices: wide ones PyTorch reads as fast as memory gives them."""
-    for dtype, columns in ((torch.float32, 64), (torch.bfloat16, NARROW)):
-        assert not _Products([[torch.zeros(8, columns, dtype=dtype)]], True).transposed
+    for dtype, columns, transposed in [
+        (torch.float32, 64, False),
+        (torch.bfloat16, 64, True),
+        (torch.bfloat16, NARROW - 4, True),
+        (torch.bfloat16, NARROW, False),
+    ]:
+        assert _Products([[torch.zeros(64, columns, dtype=dtype)]], True).transposed == transposed
 
 
 @pytest.mark.parametrize(
@@ -137,12 +143,18 @@ def test_it_is_the_same_for_a_model_with_kernels(names: tuple[str, ...]) -> None
 
 @torch.no_grad()
 def test_adapters_are_part_of_the_weights_it_reads() -> None:
-    model, tokens = adapted_model(dtype=torch.float32).eval(), random_tokens(1, 12)
+    everywhere = LoRAConfig(rank=3, alpha=6.0, targets=LORA_TARGETS)
+    model, tokens = adapted_model(everywhere, torch.float32).eval(), random_tokens(1, 12)
     decoder = Decoder(model, KVCache(model.config, 1, 12, CPU, torch.float32), 12)
     found = torch.stack([decoder.logits(int(token)) for token in tokens[0]])
     expected = model(tokens)[0]
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
-    assert float((found - random_model()(tokens)[0]).norm()) > 0.1 * float(expected.norm())
+    for name, adapter in model.named_parameters():
+        if name.endswith("lora_B"):  # without any one of them, it would say something else
+            without = adapter.clone()
+            adapter.zero_()
+            assert float((found - model(tokens)[0]).norm()) > 1e-3 * float(expected.norm()), name
+            adapter.copy_(without)
 
 
 @pytest.mark.parametrize("texts", [1, 2])

@@ -63,6 +63,18 @@ def test_under_autocast_it_is_no_further_from_the_truth() -> None:
     assert 0 < far[0] < 1.5 * far[1]
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_every_layer_is_computed_again_where_activations_are_not_kept(recompute: bool) -> None:
+    model = random_model()
+    model.checkpoint_activations = recompute
+    _, few = plain_and_targets(model)
+    calls: list[int] = []
+    for number, layer in enumerate(few.model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    loss_and_gradients(few, a_batch())
+    assert calls == ([0, 1, 1, 0] if recompute else [0, 1])
+
+
 def test_states_are_those_of_positions_with_a_target() -> None:
     model = random_model(torch.float64)
     _, few = plain_and_targets(model)
