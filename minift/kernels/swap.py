@@ -81,9 +81,7 @@ def _install_modules(module: _Module, names: Collection[str]) -> _Module:
             if isinstance(parent, DecoderLayer):
                 swap(parent, {FusedRMSNorm: FusedInputNorm}, deeply=False)
     if "targets" in names and isinstance(module, Objective):
-        layers = module.model.layers
-        if type(layers[-1]) is DecoderLayer:
-            layers[-1] = as_class(layers[-1], TargetsLayer)
+        swap(module.model.layers, {DecoderLayer: TargetsLayer}, deeply=False)  # all, so that they compile as one
         return cast(_Module, as_class(module, TargetsObjective))
     return module
 
