@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minift.errors import InputError
 from minift.kernels import targets, with_kernels
 from minift.kernels.targets import FEW, TargetsLayer, TargetsObjective
-from minift.model import DecoderLayer, Llama
+from minift.model import Llama
 from minift.pack import IGNORE, Batch, Example, collate
 from minift.train import Objective
 from tests.helpers import make_examples, random_model
