@@ -5,6 +5,7 @@ the prompt (prefill) is arithmetic, held against the roof of matrix products. Ev
 to read all weights and the whole cache once, and does next to nothing with them: its roof is bandwidth.
 
 * *minift*: `generate.stream`, as `minift generate` calls it;
+* *minift, plain*: the same without its decoders (`kernels/decode.py`, `kernels/graph.py`), as `--plain` does;
 * *transformers*: `LlamaForCausalLM.generate`, attending by SDPA, with its dynamic cache, as its users call it;
 * *transformers, bare loop*: the fewest of its parts that generate: forward pass, cache and argmax;
 * *transformers, compiled*: that loop with its static cache and `torch.compile`; on a CPU only when it is named in
@@ -40,7 +41,7 @@ from minift.runs.machine import choose_device, choose_dtype
 from minift.values import check_number, size
 
 CONFIGS = ("smollm2-135m", "stories15m")
-SIDES = ("minift", "transformers", "transformers, bare loop", "transformers, compiled")
+SIDES = ("minift", "minift, plain", "transformers", "transformers, bare loop", "transformers, compiled")
 Text: TypeAlias = tuple[list[int], list[float]]  # the ids, and when each of them was there
 Speak: TypeAlias = Callable[[list[int], int], Text]
 
@@ -145,8 +146,8 @@ def _measure(
 
 
 def _speaker(side: str, model: Llama, theirs: Any) -> Speak:
-    if side == "minift":
-        return lambda prompt, n: _stamp(stream(model, prompt, n))
+    if side.startswith("minift"):
+        return lambda prompt, n: _stamp(stream(model, prompt, n, plain=side == "minift, plain"))
     if side == "transformers":
         return lambda prompt, n: _generate(theirs, prompt, n)
     if side == "transformers, compiled":

@@ -26,7 +26,7 @@ def small_roof(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_sides_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    sides = ("minift", "transformers", "transformers, bare loop")
+    sides = ("minift", "minift, plain", "transformers", "transformers, bare loop")
     result = run_here("generate", tmp_path, *WORDS, "--dtype", "float32", "--sides", *sides)
     model = result["models"]["stories260k"]
     assert list(model["sides"]) == list(sides)
@@ -41,7 +41,7 @@ def test_all_sides_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_sides_that_differ_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(generate, "stream", lambda model, prompt, n: (7 for _ in range(n)))
+    monkeypatch.setattr(generate, "stream", lambda model, prompt, n, plain: (7 for _ in range(n)))
     with pytest.raises(InputError, match="choose different ids"):
         run_here("generate", tmp_path, *WORDS, "--sides", "minift", "transformers, bare loop")
 
@@ -51,7 +51,7 @@ def test_without_transformers(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = run_here("generate", tmp_path, *WORDS)
-    assert list(result["models"]["stories260k"]["sides"]) == ["minift"]
+    assert list(result["models"]["stories260k"]["sides"]) == ["minift", "minift, plain"]
     assert "transformers: skipped, transformers is not installed" in capsys.readouterr().out
 
 
