@@ -2,14 +2,14 @@
 
     file               stands in for                  taken                                     buys
     norm.py            RMSNorm, RoPE                  eager training                            1.05 x
-    attention.py       ScaledDotProduct               a CPU                                     1.0 x; more on a Xeon
+    attention.py       ScaledDotProduct               a CPU                                     1.0 x, more on a Xeon
     flex.py            ScaledDotProduct, Prepare      a GPU                                     memory: no T² mask
     cross_entropy.py   NextTokenLoss                  always                                    1.04 x, 390 MB
     targets.py         the last layer, Objective      always, where few positions have targets  1.04 x
     layer.py           DecoderLayer, Prepare          a CPU in bfloat16, rows of ≤ 256 tokens   1.24 x
     adamw.py           torch.optim.AdamW              always                                    1.5 s of every start
     malloc.py          the C library's malloc         a CPU                                     1.66 x
-    compiling.py       torch.compile's memory budget  compiled runs                             a quarter of what is kept
+    compiling.py       torch.compile's memory budget  compiled runs                             a quarter less kept
     decode.py          one more token of one text     a CPU                                     2.8 x
     graph.py           one more token of each text    a GPU                                     7.7 x
 

@@ -2,9 +2,9 @@
 
 Plain twin: the C library as it is. Taken on a CPU (a GPU's allocator does the same anyway). The C library gives a large
 block back to the system as soon as it is freed, and the system hands it out again page by page, each set to zero. A
-step frees and takes hundreds of megabytes, so that alone takes a tenth of its time.
+step frees and takes hundreds of megabytes, so that alone takes from a tenth to two fifths of its time.
 
-    python -m benchmarks ladder          # the rung "malloc": 1.2 x on two Xeon cores
+    python -m benchmarks ladder          # the rung "malloc": 1.2 x on two Xeon cores, 1.7 x on two of an EPYC
 """
 
 import ctypes
