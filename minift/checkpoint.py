@@ -71,7 +71,7 @@ def load_model(
         if mapped and (view := opened.view(name)).untyped_storage().data_ptr() not in storages:
             storages.add(view.untyped_storage().data_ptr())
             weights[name] = view
-        else:  # also where two names share their bytes in a file, which two parameters must not
+        else:  # also a second name of the same bytes: parameters must not share them
             weights[name] = opened.read(name, dtype, device, copy=True)
     model = model_without_weights(opened.config)
     model.load_state_dict(weights, assign=True)

@@ -1,7 +1,7 @@
 """The shape of a model and the settings of its training: two frozen dataclasses, read from JSON and written as JSON.
 
-Every number that a run depends on is in one of these two objects and nowhere else, so a run can be saved, read back,
-compared and resumed. A field of `TrainConfig` has its help text and its bounds with it: the flags of the command line
+Every choice that changes a run's result is in one of these two objects, so a run can be saved, read back, compared and
+resumed. A field of `TrainConfig` has its help text and its bounds with it: the flags of the command line
 are made of the fields (`cli/train.py`), so a new field here is a new flag there. An unknown key is refused by its name.
 
     python -c "from minift import LlamaConfig; print(LlamaConfig.preset('stories15m').to_json())"
@@ -272,7 +272,8 @@ def _flag(
 class TrainConfig:
     """The settings of a training. Every field is a flag of `finetune` and `pretrain` (`--grad-accum` for `grad_accum`).
 
-    Exactly one of `steps` and `epochs` sets the length of the run. Raises InputError for a value out of bounds.
+    One of `steps` and `epochs` sets the length of the run (`train.Plan` refuses both, and neither). Raises InputError
+    for a value out of bounds.
     """
 
     steps: int | None = _flag(None, "number of optimizer steps (instead of --epochs)", least=1)

@@ -1,4 +1,4 @@
-"""The exception for a user's mistake: what was wrong, where, and what to do, in one line.
+"""Exceptions for a user's mistake: what was wrong, where, and what to do, in one line.
 
 The command line prints an `InputError` as one line and exits with code 2. Any other exception is a defect of minift
 itself and keeps its traceback. A program that calls minift can catch an `InputError` as a `ValueError`.

@@ -7,8 +7,8 @@ is read in one pass. After it the cache holds the keys and values of the text so
 position, not the whole text.
 
 Prompts of unequal length share a batch by padding on the *left*: all of them end at the same place. The padding is a
-"document" of its own, to which no token attends, and positions count from each prompt's first real token. So a prompt's
-continuation is the same alone and in a batch.
+"document" of its own, to which no token of a prompt attends, and positions count from each prompt's first real token.
+So a prompt's continuation is the same alone and in a batch.
 
     minift generate --model runs/finetune/final --prompt "What is the capital of Mexico?"
 
@@ -117,7 +117,7 @@ def _steps(
     B, T = tokens.shape
     padded = bool((document_ids == PADDING).any())
     length = T + max(limits)
-    length += -length % 8  # a multiple of 8: a GPU's kernels read a mask in such pieces
+    length += -length % 8  # a multiple of 8: the attention kernels of a GPU want masks of aligned length
     cache = KVCache(model.config, B, length, model.device, model.embed_tokens.weight.dtype)
     logits = _next_logits(model, tokens, positions, document_ids if padded else None, cache)
     positions, document_ids = positions[:, -1:] + 1, document_ids[:, -1:]  # [B, 1], those of the next token
@@ -174,7 +174,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, positions and document ids, int64 [B, T] each. Padding comes first, outside every document."""
+    """Return tokens, positions and document ids, int64 [B, T] each. Padding comes first, as a document of its own."""
     T = max(map(len, prompts))
     tokens = torch.tensor([[pad_id] * (T - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)

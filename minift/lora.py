@@ -4,7 +4,7 @@ A matrix W [M, N] stays as it is, and what finetuning would add to it is a produ
 
     y = W x + (alpha / r) · B (A x)        A: [r, N], B: [M, r], r far below M and N
 
-Only A and B are trained, so only they have gradients and moments of AdamW: that, not the arithmetic, is what is saved.
+Only A and B are trained, so only they have gradients and moments of AdamW: LoRA saves memory, not arithmetic.
 A starts random and B at zero, so that training starts with exactly the model that was loaded. Afterwards
 W + (alpha / r) B A is one matrix again (`merge`), and the model as fast as before. Dividing alpha by r keeps the size
 of the change about the same when r changes; a larger r allows a change of higher rank.
@@ -176,6 +176,3 @@ def _linears(model: Llama) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
             for name, child in list(cast(nn.Module, parent).named_children()):
                 if isinstance(child, nn.Linear):
                     yield cast(nn.Module, parent), name, child
-
-
-# Folders --------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ H query heads, K key/value heads, C head width, F feed-forward width, V vocabula
     logits = model(tokens)          # [B, T] -> [B, T, V]
     hidden = model.hidden(tokens)   # [B, T] -> [B, T, D]: what the loss takes; all the logits need not exist
 
-Parameters have Hugging Face's names (without `model.`) and its RoPE layout. Nothing here is tuned: a run swaps modules
-for faster ones with the same weights and numbers (`kernels/`), as `print(model)` shows. Slow forms: `reference.py`.
+Parameters have Hugging Face's names (without `model.`) and its RoPE layout. A run swaps modules for faster ones with
+the same weights (`kernels/`), as `print(model)` shows. Each formula by index, attention too: `reference.py`.
 
 Sources: Touvron et al., "Llama 2" (arXiv 2307.09288); "The Llama 3 Herd of Models" (arXiv 2407.21783).
 Read next: `cache.py`.
@@ -46,8 +46,8 @@ class RMSNorm(nn.Module):
         return self.weight * (x32 * scale).to(x.dtype)
 
 
-# A CPU's math library (MKL) sets itself up at its first cosine. If two threads meet there, half of their cosines are
-# off by 1e-4; a single number is computed by one thread.
+# A CPU's math library (MKL) sets itself up at its first cosine. If two threads do that at once, half of the cosines are
+# off by 1e-4. This first one is computed by one thread alone.
 torch.zeros(1, device="cpu").cos()
 
 
@@ -91,7 +91,7 @@ class Shared(NamedTuple):
 
     cos: Tensor  # [B, 1, T, C]
     sin: Tensor  # [B, 1, T, C]
-    mask: Tensor | None  # bool [B, 1, T, S], True where attention may look; None: at every earlier token
+    mask: Tensor | None  # bool [B, 1, T, S], True where attention may look; None: at itself and all before
     cache: KVCache | None
 
 
@@ -180,7 +180,7 @@ class Prepare(nn.Module):
         return Shared(cos, sin, self.mask(tokens, past, document_ids, cache), cache)
 
     def mask(self, tokens: Tensor, past: int, document_ids: Tensor | None, cache: KVCache | None) -> Tensor | None:
-        """Return bool [B, 1, T, S], True where a query may look; None where that is at every earlier token."""
+        """Return bool [B, 1, T, S], True where a query may look; None where that is at itself and all before it."""
         if document_ids is None and (past == 0 or tokens.shape[1] == 1):
             return None
         queries = torch.arange(past, past + tokens.shape[1], device=tokens.device)[:, None]  # [T, 1]
@@ -235,7 +235,7 @@ class Llama(nn.Module):
         Args:
             tokens: int64 [B, T].
             positions: int64 [B, T], each token's place for RoPE; by default it counts on from the cache.
-            document_ids: int64 [B, T]; attention stays among tokens of the same id. None: every earlier token.
+            document_ids: int64 [B, T]; attention stays among tokens of the same id. None: itself and all before.
             cache: keys and values of the tokens before; it takes the new ones in.
         """
         check_input(tokens, positions, cache, self.config)

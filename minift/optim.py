@@ -1,8 +1,9 @@
 """AdamW, which parameters it decays, and the learning rate of each step.
 
-AdamW moves each weight by its gradient's running mean over the root of its running second moment, and shrinks it by
-`lr · weight_decay` apart from that. Only matrices are shrunk: a norm's weights are scales around 1, and to pull them
-towards 0 would shrink the signal, not the model. `reference.adamw_step` is the formula, line by line.
+AdamW moves each weight by the running mean of its gradient over the root of the running mean of the gradient's square,
+and shrinks it by `lr · weight_decay` apart from that. Only matrices are shrunk: a norm's weights are scales around 1,
+and pulling them towards 0 would only make what the next matrix reads smaller. `reference.adamw_step` is the formula,
+line by line.
 
 The learning rate is a pure function of the step, so there is no scheduler object whose state could be lost.
 
@@ -47,8 +48,8 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """Return the learning rate of step `step` (the first is 0) of `total_steps`.
 
-    It rises linearly for `warmup` steps and reaches `lr`; from there it falls to `min_lr · lr`, which a step after the
-    last one would have, along half a cosine (Loshchilov & Hutter, arXiv 1608.03983) or a straight line.
+    It rises linearly for `warmup` steps and reaches `lr`. From there it stays, or falls along half a cosine (Loshchilov
+    & Hutter, arXiv 1608.03983) or a straight line, and would reach `min_lr · lr` one step after the last.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / (config.warmup + 1)

@@ -1,4 +1,4 @@
-"""Pairs → `Batch`: rows of token ids with their targets. The one place where targets are shifted and prompts masked.
+"""Pairs → `Batch`: rows of token ids with their targets. Where targets are shifted and prompts masked.
 
 Legend: B rows of a batch, T tokens of a row.
 
@@ -130,9 +130,9 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
 
     Args:
         pad_id: any valid id; it changes no loss.
-        length: T; by default that of the longest example, rounded up: to a multiple of 8 with one example a row (fast
-            kernels work on aligned rows), of 64 with several (there will be few shapes, and kernels that are compiled
-            for a shape are few). It changes no loss.
+        length: T; by default that of the longest example, rounded up: to a multiple of 8, because fast kernels want
+            aligned rows, and when packing of 64, so that few shapes occur, for each of which kernels are compiled. It
+            changes no loss.
         pack: put several short examples into a row (isolated), or one into each.
     """
     multiple = 64 if pack else 8

@@ -190,7 +190,7 @@ def choose_template(name: str, pairs: Sequence[Pair]) -> str:
     """
     if name != "auto":
         template_named(name)
-    where = {_natural_template(pair): pair.where for pair in reversed(pairs)}  # … of the first pair of each kind
+    where = {_natural_template(pair): pair.where for pair in reversed(pairs)}  # reversed: the first pair of each kind
     if "text" in where:
         if len(where) > 1:
             raise InputError(f"{where['text']}: has no question, as other pairs have; add one, or take the record out")

@@ -82,13 +82,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | 
     Source: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1.
     """
     B, H, T, C = query.shape
-    shared = H // key.shape[1]
+    group = H // key.shape[1]
     rows = []
     for b in range(B):
         for h in range(H):
             for t in range(T):
                 seen = [s for s in range(t + 1) if document_ids is None or document_ids[b, s] == document_ids[b, t]]
-                keys, values = key[b, h // shared, seen], value[b, h // shared, seen]  # [n, C]
+                keys, values = key[b, h // group, seen], value[b, h // group, seen]  # [n, C]
                 weights = torch.softmax(keys @ query[b, h, t] / math.sqrt(C), dim=0)  # [n]
                 rows.append(weights @ values)
     return torch.stack(rows).view(B, H, T, C)

@@ -189,7 +189,7 @@ class BasicModelRunner:
     def train(
         self, limit: int | None = None, is_public: bool = False, out: str | Path | None = None, **options: Any
     ) -> None:
-        """Finetune all the weights of the runner's first model on the pairs, or on the first `limit` of them.
+        """Finetune the model that the runner was made with on the pairs, or on the first `limit` of them.
 
         Args:
             is_public: at the service, who may see the result; here it has no effect.

@@ -105,7 +105,8 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
     """Take one optimizer step over a window of micro-batches, at learning rate `lr`.
 
     Args:
-        window: micro-batches on the model's device; of several processes, each has its share of them.
+        window: micro-batches on the model's device; of several processes, each has its share of them. (`world.total`,
+            `micro_batch` and `gathered` add up over the processes; for one alone they do nothing.)
 
     Raises:
         InputError: when no process has a target.
@@ -137,7 +138,7 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
         scale = scaler.get_scale()
         scaler.step(optimizer)  # does nothing if a float16 gradient overflowed
         scaler.update()  # … and then halves the scale
-        stepped = scaler.get_scale() >= scale
+        stepped = scaler.get_scale() >= scale  # it is lower only where the step was left out
     optimizer.zero_grad(set_to_none=True)
     (nll_sum,) = world.total(float(total_nll))
     return StepResult(nll_sum / n_targets, grad_norm, stepped, culprit)

@@ -42,7 +42,7 @@ def check_number(
 ) -> None:
     """Raise InputError unless `value` is finite, more than `above`, at least `least`, and less than `below`.
 
-    An integer must also be below 2³¹, with or without its sign.
+    An integer must also be below 2³¹ in absolute value.
     """
     if isinstance(value, int) and abs(value) >= 2**31:
         raise InputError(f"{name} is {value}; it must be below {2**31}")

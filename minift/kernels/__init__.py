@@ -1,12 +1,12 @@
 """The same numbers, sooner: what takes the place of the plain formulas, where, and what it buys.
 
     file               stands in for                  taken                                     buys
-    norm.py            RMSNorm, RoPE                  eager training                            1.05 x
+    norm.py            RMSNorm, RoPE                  wherever nothing is compiled              1.05 x
     attention.py       ScaledDotProduct               a CPU                                     1.0 x, more on a Xeon
     flex.py            ScaledDotProduct, Prepare      a GPU                                     memory: no T² mask
     cross_entropy.py   NextTokenLoss                  always                                    1.04 x, 390 MB
     targets.py         the last layer, Objective      always, where few positions have targets  1.04 x
-    layer.py           DecoderLayer, Prepare          a CPU in bfloat16, rows of ≤ 256 tokens   1.24 x
+    layer.py           DecoderLayer, Prepare          a CPU, bfloat16, full finetuning, ≤ 256 T 1.24 x
     adamw.py           torch.optim.AdamW              always                                    1.5 s of every start
     malloc.py          the C library's malloc         a CPU                                     1.66 x
     compiling.py       torch.compile's memory budget  compiled runs                             a quarter less kept
@@ -21,9 +21,9 @@ ladder`); the last two of the table are tokens a second (`generate`), on that ma
     swap.py            how they get into a model
 
 The way from text to a changed weight reads without this folder: nothing in the root of `minift/` imports it, but
-`generate.py`, which asks it for a decoder. `runs/start.py` calls `install(objective, choose(config, device))`,
-`--plain` leaves that out, and `python -m benchmarks ladder` installs one name more at each rung. Each file begins with
-the plain twin that it must equal; `tests/kernels/` holds the two together in value and in gradient.
+`generate.py` and `runner.py`, which ask for what is fast. `runs/start.py` calls `install(objective, choose(config,
+device))`, `--plain` leaves that out, and `python -m benchmarks ladder` installs one name more at each rung. Each file
+of the table names the plain twin that it must equal; `tests/kernels/` holds the two together in value and in gradient.
 """
 
 from minift.kernels.choice import choose as choose

@@ -1,6 +1,6 @@
 """Attention of a CPU in bfloat16, and of a single new token.
 
-Plain twin: `model.ScaledDotProduct`. Taken always: it falls back to its twin where that is as fast. Of one new token,
+Plain twin: `model.ScaledDotProduct`. Taken on a CPU; it falls back to its twin where that is as fast. Of one new token,
 the query heads that share a key are taken as its queries, so that each key is read once. In training in bfloat16 on a
 CPU, PyTorch's backward kernel is slow for short rows; there its float32 kernel is called (up to 7 times as fast), or,
 if a compiler makes the code, matrix products (1.2 times, rows of 640 tokens).

@@ -12,14 +12,14 @@ def choose(config: TrainConfig, device: torch.device) -> tuple[str, ...]:
         config: with its dtype and `compile` decided; of the rest, `lora_rank` and `parallel` count.
     """
     on_cpu, eager = device.type == "cpu", not config.compile
-    written = on_cpu and eager and config.dtype == "bfloat16" and not config.lora_rank and config.parallel != "fsdp"
+    whole = on_cpu and eager and config.dtype == "bfloat16" and not config.lora_rank and config.parallel != "fsdp"
     taken = {
         "norm": eager,
         "attention": on_cpu,
         "flex": not on_cpu,
         "cross_entropy": True,
         "targets": True,
-        "layer": written,
+        "layer": whole,
         "adamw": True,
         "malloc": on_cpu,
         "compiling": not eager,

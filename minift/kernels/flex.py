@@ -1,4 +1,4 @@
-"""Attention of a GPU: documents in long rows by blocks, and heads that share keys.
+"""Attention on a GPU: documents in long rows by blocks, and heads that share keys.
 
 Plain twins: `model.Prepare` and `model.ScaledDotProduct`. Taken on a GPU. A mask of T² booleans costs the whole square;
 FlexAttention never computes the blocks of it in which nothing may look, so a row of many short documents costs little
@@ -45,14 +45,14 @@ class FlexScaledDotProduct(ScaledDotProduct):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         """[B, H, T, C] and twice [B, K, S, C] → [B, H, T, C], in value's dtype."""
-        shared = query.shape[1] // key.shape[1]
+        group = query.shape[1] // key.shape[1]
         if isinstance(mask, BlockMask):
             attend = _flex_attention(query.device.type)
-            return cast(Tensor, attend(query, key, value, block_mask=mask, enable_gqa=shared > 1))
-        if query.shape[2] == 1 and shared > 1:
+            return cast(Tensor, attend(query, key, value, block_mask=mask, enable_gqa=group > 1))
+        if query.shape[2] == 1 and group > 1:
             return of_one_token(query, key, value, mask)
-        if shared > 1 and (mask is not None or value.dtype == torch.float32):
-            key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+        if group > 1 and (mask is not None or value.dtype == torch.float32):
+            key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         return super().forward(query, key, value, mask)
 
 

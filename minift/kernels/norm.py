@@ -1,9 +1,10 @@
 """RMSNorm and RoPE with their backward passes written out.
 
-Plain twins: `model.RMSNorm` and `model.RoPE`. Taken where gradients are computed eagerly; a compiler is given the plain
+Plain twins: `model.RMSNorm` and `model.RoPE`. Taken wherever nothing is compiled; a compiler is given the plain
 formulas, and writes both passes better. Autograd takes a formula one operation at a time and keeps what each has read;
 here a norm keeps two tensors. On a GPU both passes of a norm begin with PyTorch's own fused kernel, where it is there.
-A layer's norms give the dtype of the matrix products that read them, so that autocast need not cast once for each.
+A layer's norms give the dtype of the matrix products that read them, so that autocast need not cast again for each
+product.
 
     python -m benchmarks ladder          # the rung "norm"
     python -m benchmarks ops --only norm rope
@@ -27,7 +28,7 @@ class FusedRMSNorm(RMSNorm):
         return self.normalised(x, torch.promote_types(x.dtype, self.weight.dtype))
 
     def normalised(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the result in a dtype of its own."""
+        """Return the result in the given dtype."""
         if torch.is_grad_enabled():
             result: Tensor = _RMSNorm.apply(x, self.weight, self.eps, dtype)
             return result
@@ -46,7 +47,7 @@ class FusedInputNorm(FusedRMSNorm):
 
 
 class FusedRoPE(RoPE):
-    """`RoPE` in half the time, to the bit what its formula gives."""
+    """`RoPE` in half the time, bit for bit."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, heads, T, C] → the same shape and dtype. cos, sin: float32 [B, 1, T, C]."""

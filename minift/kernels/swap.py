@@ -35,7 +35,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def install(module: _Module, names: Collection[str]) -> _Module:
-    """Swap modules of a model, or of the `Objective` that holds it, for faster ones. Kernels of an earlier call go.
+    """Swap modules of a model, or of the `Objective` that holds it, for faster ones; earlier kernels are removed first.
 
     Weights, their names and the numbers stay the same. Where this version of PyTorch lacks what a kernel calls, or a
     module is not one that it can stand in for (a matrix with an adapter, a weight that is frozen), the plain module
@@ -76,7 +76,7 @@ def _install_modules(module: _Module, names: Collection[str]) -> _Module:
     for name, swaps in _SWAPS.items():
         if name in names and _fits(name, module):
             swap(module, swaps)
-    if "norm" in names:
+    if "norm" in names:  # after the norms are fused; inside layers their results feed matrix products alone
         for parent in module.modules():
             if isinstance(parent, DecoderLayer):
                 swap(parent, {FusedRMSNorm: FusedInputNorm}, deeply=False)
@@ -87,14 +87,14 @@ def _install_modules(module: _Module, names: Collection[str]) -> _Module:
 
 
 def as_class(plain: nn.Module, kind: type[_Module]) -> _Module:
-    """Return a module of another class that has the same parameters, submodules and attributes."""
+    """Return a module of another class with the same parameters, submodules and attributes; no `__init__` is called."""
     module = kind.__new__(kind)
     module.__dict__.update(plain.__dict__)
     return module
 
 
 def swap(module: nn.Module, swaps: _Swaps, deeply: bool = True) -> None:
-    """Put modules of other classes, with the same weights, in the places of some: of children, or of all below."""
+    """Replace each child, or with `deeply` each module below, whose class is a key of `swaps`; weights stay."""
     for parent in list(module.modules()) if deeply else [module]:
         for name, child in list(parent.named_children()):
             if type(child) in swaps:

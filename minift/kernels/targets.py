@@ -35,7 +35,7 @@ class TargetsLayer(DecoderLayer):
 
 
 class TargetsObjective(Objective):
-    """`Objective`, whose model ends in a `TargetsLayer`."""
+    """`Objective` of a model of `TargetsLayer`s, the last of which leaves positions out."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the summed loss of a micro-batch, a scalar, in nats."""

@@ -38,7 +38,7 @@ class Tokenizer(ABC):
     bos_id: int  # the id that begins a document
     eos_id: int  # the id that ends a document
     files: Mapping[str, bytes]  # the content of the tokenizer's files by name: they are saved with a model
-    _anchor: list[int]  # the ids of a line break, after which no space is added; empty if none ever is
+    _anchor: list[int]  # the ids of a line break, after which no space is added; empty if the tokenizer adds none
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
         """Return the ids of a text on its own, after BOS and, if asked for, before EOS.

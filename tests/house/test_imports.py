@@ -126,11 +126,11 @@ def test_the_order_of_reading_is_one_line_through_the_root() -> None:
     assert sorted(file for file in order if "/" not in file) == [path.name for path in ROOT_FILES]
     assert all((PACKAGE / file).is_file() for file in order)
     readme = (PACKAGE / "README.md").read_text(encoding="utf-8")
-    places = [readme.index(f"`{file}`") for file in order]
-    assert places == sorted(places)
+    assert re.findall(r"^\| \**`([\w/]+\.py)`\** \|", readme, re.MULTILINE) == order
+    assert re.findall(r"^\| \*\*`([\w/]+)\.py`", readme, re.MULTILINE) == list(WAY)
 
 
-# The way of one pair, from its text to a changed weight, and the lines that it may have in all.
+# The way of one pair, from its text to a changed weight; and below, the lines that it may have.
 WAY = ("prompts", "tokenizer/base", "tokenizer/sentencepiece", "pack", "model", "cache", "loss", "optim", "train")
 
 
