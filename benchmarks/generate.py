@@ -277,7 +277,7 @@ def _table(name: str, result: dict[str, Any]) -> str:
         f"{result['new_tokens']} generated; one of them reads {size(model['decode_bytes_per_token'])}",
         f"roofs: products {measured['flops'] / 1e9:,.0f} GFLOP/s, matrix-vector products "
         f"{measured['matvec_bandwidth'] / 1e9:,.1f} GB/s, copies {measured['bandwidth'] / 1e9:,.1f} GB/s",
-        f"{'':<26}{'prefill tokens/s':>24}{'of roof':>9}{'decode tokens/s':>24}{'GB/s':>8}{'of roof':>9}"
+        f"{'':<26}{'prefill tokens/s':>26}{'of roof':>9}{'decode tokens/s':>26}{'GB/s':>8}{'of roof':>9}"
         f"{'minift is x':>16}",
     ]
     for side, numbers in model["sides"].items():
@@ -292,7 +292,7 @@ def _table(name: str, result: dict[str, Any]) -> str:
         ratios = model["minift_times_as_fast_as"].get(side, {})
         cell = "{prefill:.2f} / {decode:.2f}".format(**ratios) if ratios and side != "minift" else ""
         lines.append(
-            f"{side:<26}{speeds[0]:>24}{share:>9.2f}{speeds[1]:>24}{gigabytes / 1e9:>8.1f}"
+            f"{side:<26}{speeds[0]:>26}{share:>9.2f}{speeds[1]:>26}{gigabytes / 1e9:>8.1f}"
             f"{numbers['decode_share_of_matvec_roof']['median']:>9.2f}{cell:>16}"
         )
     return "\n".join(lines)

@@ -10,11 +10,12 @@
     adamw.py           torch.optim.AdamW              always                                    1.5 s of every start
     malloc.py          the C library's malloc         a CPU                                     1.66 x
     compiling.py       torch.compile's memory budget  compiled runs                             a quarter less kept
-    decode.py          one more token of one text     a CPU                                     2.8 x
+    decode.py          one more token of one text     a CPU                                     2.0 x; stories15m 3.5 x
     graph.py           one more token of each text    a GPU                                     7.7 x
 
 What they buy is a step of stories15m on two cores of an AMD EPYC, over the step without them (`python -m benchmarks
-ladder`); the last two of the table are tokens a second (`generate`), on that machine and on an H200.
+ladder`); the last two of the table are tokens a second (`generate`), of smollm2-135m on that machine
+and on an H200.
 
     choice.py          which of them a run takes
     decoding.py        which decoder generates the next token
