@@ -1,1 +1,1 @@
-"""Measurements of minift: `python -m benchmarks NAME`; see README.md."""
+"""Measure minift: `python -m benchmarks NAME`; README.md describes each benchmark."""

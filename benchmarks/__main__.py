@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]`: one measurement each; no name: a quick tour. Read next: `README.md`."""
+"""Run one benchmark, `python -m benchmarks NAME [options]`; without a name, run a quick tour."""
 
 import argparse
 import shlex
@@ -46,7 +46,7 @@ BENCHMARKS = {
     "lesson": lesson,
 }
 
-# What a first look should see, in under three minutes on two cores. Few repeats: the record is made by each alone.
+# A first look in under three minutes on two cores. Few repeats: a result to keep comes from each benchmark alone.
 TOUR = (
     ("step",),
     ("ladder", "--repeats", "3", "--rungs", "textbook", "plain", "+ AMP", "+ packing"),
@@ -55,7 +55,7 @@ TOUR = (
 
 
 def main() -> int:
-    """Run one benchmark, or the tour. Returns the exit code: 2 for wrong input, in one line."""
+    """Run one benchmark, or the tour. Return the exit code: 2 for wrong input, which is reported in one line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure minift.")
     names = parser.add_subparsers(dest="name", metavar="NAME")
     for name, module in BENCHMARKS.items():

@@ -1,7 +1,4 @@
-"""Whether ways to compute the same thing do: how far one is off, and why another is not to be had on this machine.
-
-Read next: `kernels/attention.py`.
-"""
+"""Compare implementations of the same computation: the error of one, and why another is unavailable on this machine."""
 
 import math
 
@@ -9,15 +6,15 @@ from torch import Tensor
 
 from minift.errors import one_line
 
-# What a way raises where this PyTorch, this device or this dtype has it not.
+# What an implementation raises where this PyTorch, this device or this dtype does not support it.
 REFUSALS = (RuntimeError, NotImplementedError, ImportError, ValueError, AssertionError)
 
 
 def reason(refusal: Exception) -> str:
-    """Why a way is not to be had, in a line."""
+    """Return in one line why an implementation is unavailable."""
     return one_line(str(refusal).split(". ")[0])
 
 
 def off(found: Tensor | None, right: Tensor) -> float:
-    """How far a result is off: the norm of the difference, as a share of that of the right one, which is float64."""
+    """Return the relative error |found - right| / |right|; infinite without a result. `right` is float64."""
     return math.inf if found is None else float((found.detach().double() - right).norm() / right.norm())

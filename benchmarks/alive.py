@@ -1,15 +1,13 @@
-"""Which memory a step holds, and what for: every tensor's storage, from the operation that made it to its end.
+"""Record the memory that a step holds and what it is for: every tensor's storage, from allocation to release.
 
-PyTorch shows each operation to a `TorchDispatchMode`, those of the backward pass and of custom functions, too. So the
-result of each is noted with its size, and a weak reference to its storage tells when the memory is given back. What it
-was for is often known only later (a gradient is what ends up in `parameter.grad`), so a history is kept, and the
-fullest moment is looked for when all is over. The same code counts on a CPU and on a GPU.
+PyTorch passes each operation to a `TorchDispatchMode`, including those of the backward pass and of custom functions.
+The result of each is recorded with its size, and a weak reference to its storage tells when the memory is released.
+The purpose is often known only later (a gradient is what ends up in `parameter.grad`). So a history is kept, and the
+peak is searched for at the end. The same code counts on a CPU and on a GPU.
 
-It counts the bytes of storages. What it does not see: memory that a kernel takes and gives back within one operation,
-and what the allocator keeps beyond that (rounding, blocks between those in use). Those are the difference from resident
-memory or from `torch.cuda.max_memory_allocated`. Compiled code is not shown to it operation by operation.
-
-Read next: `memory.py`.
+It counts the bytes of storages. It does not see memory that a kernel allocates and releases within one operation, nor
+what the allocator keeps in addition (rounding, free blocks between those in use). These are the difference from
+resident memory or from `torch.cuda.max_memory_allocated`. It does not see the single operations of compiled code.
 """
 
 import weakref
@@ -32,12 +30,12 @@ class Memory:
     """The memory of a storage.
 
     Attributes:
-        nbytes: of it.
-        part: of the step, in which it was taken.
-        shape, dtype: of the tensor that it was taken for.
-        made_by: the operation that took it, by PyTorch's name.
-        label: what it was known to be for ("weights"), or "".
-        copy_of: the label of what it was copied from, by a cast or into another order.
+        nbytes: its size in bytes.
+        part: the part of the step in which it was allocated.
+        shape, dtype: of the tensor that it was allocated for.
+        made_by: the operation that allocated it, by PyTorch's name.
+        label: its purpose where known ("weights"), or "".
+        copy_of: the label of the tensor that it was copied from, by a cast or into another layout.
         saved: whether autograd kept it for the backward pass.
     """
 
@@ -53,56 +51,56 @@ class Memory:
 
 @dataclass
 class Peak:
-    """The fullest moment: the part of the step in which it came, and the bytes by what they are for."""
+    """The moment with the most memory: the part of the step in which it came, and the bytes by purpose."""
 
     part: str
     nbytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """Return the bytes in total."""
         return sum(self.nbytes.values())
 
 
-CAST, FILLED = "aten::_to_copy", "aten::copy_"  # into a tensor of another dtype; into one that was there
+CAST, FILLED = "aten::_to_copy", "aten::copy_"  # into a tensor of another dtype; into an existing one
 
 
 class Alive(TorchDispatchMode):
-    """A history of the storages that there are while it is entered.
+    """A history of the storages that exist while it is entered.
 
         with Alive({"weights": list(model.parameters())}) as alive:
             take_step(job, alive.part)
         alive.peak(lambda memory: memory.label or "other")
 
     Args:
-        known: tensors that are there before, by what they are for.
+        known: tensors that exist before, by purpose.
     """
 
     def __init__(self, known: dict[str, Iterable[Tensor]]):
         super().__init__()
         self._part = ""
-        self._now: dict[int, Memory] = {}  # by the address of the storage, while it is there
-        self._references: dict[int, Any] = {}  # … and what tells of its end
-        self._history: list[tuple[str, Memory, int]] = []  # part, memory, how many bytes came or (negative) went
+        self._now: dict[int, Memory] = {}  # by the address of the storage, while it exists
+        self._references: dict[int, Any] = {}  # … and the weak reference that reports its release
+        self._history: list[tuple[str, Memory, int]] = []  # part, memory, bytes allocated or (negative) released
         for label, tensors in known.items():
             for tensor in tensors:
                 self._note(tensor, label=label)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A part of the step: the memory taken inside, and what autograd keeps of it, belong to it."""
+        """Attribute to a part of the step the memory that is allocated inside, and mark what autograd saves there."""
         before, self._part = self._part, name
         with torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor):
             yield
         self._part = before
 
     def label(self, name: str, tensors: Iterable[Tensor]) -> None:
-        """Say what tensors were for that have been made meanwhile."""
+        """Label tensors that were made since the recording began with their purpose."""
         for tensor in tensors:
             self._note(tensor).label = name
 
     def peak(self, purpose: Callable[[Memory], str]) -> Peak:
-        """The moment with the most bytes, and them by their purpose."""
+        """Return the moment with the most bytes, and these bytes by purpose."""
         total = most = moment = 0
         for index, (_, _, change) in enumerate(self._history):
             total += change
@@ -114,7 +112,7 @@ class Alive(TorchDispatchMode):
         return Peak(self._history[moment][0], {name: count for name, count in nbytes.items() if count})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note what an operation has made."""
+        """Run an operation and record the storages of its results."""
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         for tensor in tree_iter(result):
@@ -143,11 +141,11 @@ class Alive(TorchDispatchMode):
 
     def _saved(self, tensor: Tensor) -> Tensor:
         self._note(tensor).saved = True
-        return tensor.detach()  # the tensor itself would keep the graph alive that keeps it
+        return tensor.detach()  # the tensor itself would form a cycle with its graph, and never be released
 
 
 def watch_step(job: Job) -> Alive:
-    """The memory of a step. It must not be the first one, which makes the optimizer's moments."""
+    """Take a step and return its memory. It must not be the first step, which makes the optimizer's moments."""
     model, optimizer = job.state.model, job.state.optimizer
     moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     with Alive({"weights": model.parameters(), "AdamW's two moments": moments}) as alive:

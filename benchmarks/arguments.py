@@ -1,4 +1,4 @@
-"""The options that benchmarks have in common, and the training run that they ask for. Read next: `record.py`."""
+"""Define the options that benchmarks have in common, and the training config that they describe."""
 
 import argparse
 from pathlib import Path
@@ -21,47 +21,47 @@ def add_shape(
     length: int = 256,
     rows: str = "rows",
 ) -> None:
-    """The shape of a model and of a batch; `rows` says what there are `batch_size` of."""
+    """Add the options for the shape of a model and of a batch; `rows` is the help text of `--batch-size`."""
     parser.add_argument("--config", default=config, metavar="NAME|FILE", help="the model's shape (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help=f"{rows} (%(default)s)")
     parser.add_argument("--length", type=int, default=length, metavar="N", help="tokens of a row (%(default)s)")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """What it is computed on, and in."""
+    """Add the options for the dtype and the device."""
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the matrix products (%(default)s)")
     add_device(parser)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """What it is computed on."""
+    """Add the option for the device."""
     parser.add_argument("--device", default="auto", choices=DEVICES, help="(%(default)s)")
 
 
 def add_repeats(parser: argparse.ArgumentParser, repeats: int, what: str = "turns") -> None:
-    """How often it is measured, and where the result goes."""
+    """Add the options for the number of measurements and for the file of the result."""
     parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"{what} (%(default)s)")
     add_json(parser)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Where the result goes."""
+    """Add the option for the file of the result."""
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
 
 
 def add_measure(parser: argparse.ArgumentParser) -> None:
-    """What a process of its own is asked to do (`process.py`): nobody else gives it."""
+    """Add the hidden option that tells a child process what to measure (`process.py`)."""
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
 
 
 def check_counts(options: argparse.Namespace, *names: str) -> None:
-    """Raise InputError when one of these options is not at least 1."""
+    """Raise InputError unless each of these options is at least 1."""
     for name in names:
         check_number("--" + name.replace("_", "-"), getattr(options, name), least=1)
 
 
 def check_files(options: argparse.Namespace) -> None:
-    """Raise InputError when a file cannot be written: before it is measured what should stand in it."""
+    """Raise InputError when an output file cannot be written: before the measurement, not after it."""
     for file in (getattr(options, name, None) for name in FILES):
         if file is None:
             continue
@@ -77,7 +77,7 @@ def check_files(options: argparse.Namespace) -> None:
 
 
 def check_plot(file: str | None) -> None:
-    """Raise InputError when this file cannot be drawn: better before an hour of measuring than after it."""
+    """Raise InputError when a plot cannot be drawn to this file: before the measurement, not after it."""
     if file is not None:
         need("matplotlib.pyplot", "plot", "--plot")
         if Path(file).suffix != ".png":
@@ -85,11 +85,13 @@ def check_plot(file: str | None) -> None:
 
 
 def train_config(options: argparse.Namespace, **changes: Any) -> TrainConfig:
-    """The run that `add_shape` and `add_device` or `add_machine` ask for, its device and dtype decided.
+    """Return the config that the options of `add_shape` and `add_device` or `add_machine` describe.
+
+    Its device and dtype are resolved: neither is "auto".
 
     Raises:
-        InputError: for sizes or `changes` that no run can have, a device that is not there, a dtype that it cannot, and
-            a compiler that is not installed.
+        InputError: for invalid sizes or `changes`, a device that is not available, a dtype that it does not support,
+            and a compiler that is not installed.
     """
     config = PRETRAIN.replace(
         batch_size=options.batch_size,
@@ -104,7 +106,7 @@ def train_config(options: argparse.Namespace, **changes: Any) -> TrainConfig:
 
 
 def check_compiler(config: TrainConfig, needed: bool, otherwise: str) -> None:
-    """Raise InputError where something is to be compiled and cannot be; `otherwise` is what to give then."""
+    """Raise InputError when compiling is needed and impossible; `otherwise` says which option avoids it."""
     try:
         machine.check_compiler(config.replace(compile=needed), torch.device(config.device))
     except InputError as error:
@@ -112,7 +114,7 @@ def check_compiler(config: TrainConfig, needed: bool, otherwise: str) -> None:
 
 
 def words(options: argparse.Namespace, config: TrainConfig) -> list[str]:
-    """The options that `train_config` was made from, for a process of its own."""
+    """Return the options that `train_config` was made from, for a child process."""
     return [
         f"--config={options.config}",
         f"--batch-size={config.batch_size}",
@@ -123,10 +125,10 @@ def words(options: argparse.Namespace, config: TrainConfig) -> list[str]:
 
 
 def recorded_shape(name: str) -> str | dict[str, Any]:
-    """What a record says of a model's shape: a preset's name, or all of what stands in a file."""
+    """Return a model's shape for a record: a preset's name, or the contents of a config file."""
     return LlamaConfig.named(name).to_dict() if name.endswith(".json") else name
 
 
 def shape_name(recorded: str | dict[str, Any]) -> str:
-    """What a table says of it."""
+    """Return the name of a recorded shape for a table."""
     return recorded if isinstance(recorded, str) else "a config.json"

@@ -1,20 +1,21 @@
-"""Attention by every kernel that there is: rows of one document, and rows of several that may not see each other.
+"""Compare all attention kernels: on rows of one document, and on rows of several documents isolated by a mask.
 
-The same queries, keys and values, laid out as the projections leave them, in turns; forward, and forward and backward.
-Which of them there are depends on the machine, the dtype and the heads; a kernel that refuses is left out, with its
-reason. What each gives, and its gradients, must agree with the formula, or there is no result.
+All kernels take turns on the same queries, keys and values, in the layout that the projections give. The forward pass
+is timed alone, and together with the backward pass. Which kernels are available depends on the machine, the dtype and
+the heads; one that refuses is skipped, with its reason. The result and the gradients of each kernel must agree with the
+formula, or the benchmark fails.
 
-* *used*: what training installs (`minift/kernels/`), with the mask that it gets there, and what a compiler makes of it;
-* *SDPA*: PyTorch's `scaled_dot_product_attention` as it chooses, and by each of its kernels, of which *math* is matrix
-  products and a softmax; for several documents with a mask of all pairs;
-* *FlexAttention*: compiled for the mask, whose empty blocks it leaves out;
-* *varlen*: all documents of a batch one behind the other, each as long as it is.
+* *used*: what training installs (`minift/kernels/`), with the mask that training passes; eager, and compiled;
+* *SDPA*: PyTorch's `scaled_dot_product_attention` with its own choice of kernel, and with each of its kernels, of which
+  *math* is matrix products and a softmax; for several documents with a mask of all pairs;
+* *FlexAttention*: compiled for the mask; it skips the mask's empty blocks;
+* *varlen*: all documents of a batch concatenated into one row, without padding.
 
     python -m benchmarks attention                                        # smollm2-135m's heads
     python -m benchmarks attention --config llama2-7b --batch-size 2 --length 4096 --device cuda
 
-FLOPs are those of the pairs of tokens that may see each other (`minift/costs/flops.py`). Legend: B rows, T tokens of
-a row, H query heads, K key/value heads, C head width. Read next: `ladder.py`.
+FLOPs are counted for the pairs of tokens that the mask allows (`minift/costs/flops.py`). Legend: B rows, T tokens of
+a row, H query heads, K key/value heads, C head width.
 """
 
 import argparse
@@ -42,12 +43,12 @@ KERNELS = {
     "SDPA, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA, math": SDPBackend.MATH,
 }
-AGREE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # how far a result may be off, as a share of its norm
+AGREE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # the largest relative error of a result
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     arguments.add_shape(parser, "smollm2-135m", batch_size=4, length=1_024)
     parser.add_argument("--document", type=int, default=256, metavar="N", help="tokens of a document (%(default)s)")
     arguments.add_machine(parser)
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
 def make_inputs(
     shape: LlamaConfig, batch_size: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """Query, key and value, [B, heads, T, C] as a layer makes them, and a gradient of the result."""
+    """Return random query, key and value, [B, heads, T, C] in a layer's layout, and a gradient of the result."""
     generator = torch.Generator(device).manual_seed(0)
     B, T, C = batch_size, length, shape.head_dim
     H, K = shape.num_attention_heads, shape.num_key_value_heads
@@ -99,7 +100,7 @@ def make_inputs(
 
 
 def visible_flops(shape: tuple[int, ...], document: int) -> float:
-    """Operations forward: 4·C for each pair of a query and a key that it may see, in each head.
+    """Return the FLOPs of the forward pass: 4·C for each pair of a query and a visible key, in each head.
 
     Args:
         shape: of the queries, (B, H, T, C).
@@ -111,11 +112,11 @@ def visible_flops(shape: tuple[int, ...], document: int) -> float:
 
 
 def kernels(documents: Tensor, document: int, heads: tuple[int, int, int]) -> dict[str, Kernel]:
-    """The ways to attend, by name. Whether a machine has one is seen when it is called.
+    """Return the attention kernels by name. Only a call shows whether the machine supports one.
 
     Args:
         documents: int64 [B, T], the document of each token.
-        document: tokens of each.
+        document: tokens of each document.
         heads: H, K and C.
     """
     (_, T), device = documents.shape, documents.device.type
@@ -157,7 +158,7 @@ def kernels(documents: Tensor, document: int, heads: tuple[int, int, int]) -> di
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, document: int) -> Tensor:
-    """All documents as one row, with the places where they begin; query heads do not share keys there."""
+    """Attend with all documents in one row and their start offsets; keys are repeated for the query heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     B, H, T, C = query.shape
@@ -171,7 +172,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, document: int) -> Tensor:
 
 
 def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: str, repeats: int) -> dict[str, Any]:
-    """Seconds of every kernel that works, and why the others do not. Raises InputError when one is wrong."""
+    """Return the seconds of every available kernel and why others are skipped; raise InputError when one is wrong."""
     *tensors, grad = inputs
     query, key, _ = tensors
     heads = (query.shape[1], key.shape[1], query.shape[3])
@@ -185,7 +186,7 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
     for name, kernel in kernels(documents, document, heads).items():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of why a kernel is not to be had, at length
+                warnings.simplefilter("ignore")  # PyTorch warns at length why a kernel is unavailable
                 found = both(kernel)
         except agreement.REFUSALS as refusal:
             skipped[name] = agreement.reason(refusal)
@@ -213,7 +214,7 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
 
 
 def _formula(inputs: Sequence[Tensor], document: int) -> tuple[Tensor, ...]:
-    """The result and the three gradients, in float64, one document at a time."""
+    """Return the result and the three gradients by the formula, in float64, one document at a time."""
     rows = []
     for b in range(len(inputs[0])):
         of_row = [x[b : b + 1].detach().double().split(document, 2) for x in inputs]

@@ -1,17 +1,17 @@
-"""How fast text becomes batches: minift beside its own parts alone, and beside Hugging Face `datasets`.
+"""Measure how fast text becomes batches: minift compared with its own parts alone and with Hugging Face `datasets`.
 
 The same shards of `.json.gz` are read in turns, each time by a fresh process:
 
 * *parts alone*: one loop of gunzip, JSON parsing and SentencePiece, and nothing else: what any pipeline has to do;
 * *minift*: from the files to `Batch`, through shuffle buffer and packing, by one process;
-* *minift, 2 workers*: the same, encoded by two;
+* *minift, 2 workers*: the same, with two processes that encode;
 * *datasets, loop* and *datasets, map*: streaming, with the same vocabulary as a fast tokenizer, called for each
-  document, and by a batched `map` (1,000 at a time). Ids are all that comes of it: nothing is packed. Skipped where
-  not installed.
+  document, and by a batched `map` (1,000 at a time). They produce ids only and pack nothing. Skipped where not
+  installed.
 
-"One process" is one core, too: all but the workers' run are pinned to one, and `tokenizers` uses no threads.
+"One process" also means one core: all runs but that of the workers are pinned to one, and `tokenizers` uses no threads.
 
-The vocabulary is one of 32,000 pieces, as Llama 2's has, trained on some of the text, or a given one.
+The vocabulary is trained on some of the text and has 32,000 pieces, as Llama 2's has; or it is given.
 
     python -m benchmarks data
     python -m benchmarks data --tokenizer bundled                                # with its 2,048 pieces
@@ -39,11 +39,11 @@ from minift.storage.names import model_path
 SHARDS = 4
 BATCH_SIZE, LENGTH = 16, 1_024
 TRAINED_ON = 8_000_000  # characters
-SHUFFLE_BUFFER = 1_000  # a part of the corpus, as in use: while it is filled, workers have nothing to do
+SHUFFLE_BUFFER = 1_000  # smaller than the corpus, as in real use: workers wait while it is filled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--data", nargs="+", metavar="GLOB", help="pages, .json.gz (default: docstrings of Python)")
     parser.add_argument("--tokenizer", metavar="DIR|FILE", help="with SentencePiece (default: trained on the text)")
     parser.add_argument("--pieces", type=int, default=32_000, metavar="N", help="… of so many pieces (%(default)s)")
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         "characters_per_second": {
             name: record.spread([characters / run["seconds"] for run in measured]) for name, measured in runs.items()
         },
-        "times_as_fast_as": {  # medians over the turns: whatever else the machine did then, hit both
+        "times_as_fast_as": {  # medians over the turns: another load on the machine slowed both sides of a turn
             name: {other: _ratio(runs[other], runs[name]) for other in runs} for name in runs
         },
     }
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _train_tokenizer(files: list[Path], pieces: int, folder: Path) -> str:
-    """A vocabulary of the first TRAINED_ON characters of the first shards. Returns its file."""
+    """Train a vocabulary on the first TRAINED_ON characters of the first shards. Return its file."""
     from minift.tokenizer.sentencepiece import train_tokenizer
 
     def texts() -> Iterator[str]:
@@ -115,7 +115,7 @@ def _train_tokenizer(files: list[Path], pieces: int, folder: Path) -> str:
 
 
 def _write_fast_tokenizer(name: str, folder: Path) -> int:
-    """Write the same vocabulary as a fast tokenizer's file. Returns how many pieces it has."""
+    """Write the same vocabulary as a fast tokenizer's file. Return its number of pieces."""
     from minift.tokenizer.load import load_tokenizer
     from minift.tokenizer.save import json_file
     from minift.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -128,7 +128,7 @@ def _write_fast_tokenizer(name: str, folder: Path) -> int:
 
 
 def _measure(name: str, tokenizer: str, scratch: str, *files: str) -> dict[str, float]:
-    """In a fresh process: seconds from the first file to the last token, with everything loaded before."""
+    """Measure in a fresh process the seconds from the first file to the last token, after all imports and loading."""
     if name.startswith("datasets"):
         return _measure_datasets(name, scratch, files)
     from minift.data.batches import PageBatches

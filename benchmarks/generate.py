@@ -1,23 +1,22 @@
-"""Generating text, minift beside `transformers`: reading the prompt, then token by token against the bandwidth roof.
+"""Compare text generation with `transformers`: the speed of prefill and of decoding, each as a share of its roof.
 
-The same random weights and the same prompt on every side, greedily, with a cache of keys and values, in turns. Reading
-the prompt (prefill) is arithmetic, held against the roof of matrix products. Every token after the first (decode) has
-to read all weights and the whole cache once, and does next to nothing with them: its roof is bandwidth.
+All sides take turns with the same random weights and the same prompt, greedily, with a cache of keys and values.
+Reading the prompt (prefill) is limited by arithmetic: its roof is that of matrix products. Every token after the first
+(decode) has to read all weights and the whole cache once, and computes little with them: its roof is bandwidth.
 
-* *minift*: `generate.stream`, as `minift generate` calls it;
-* *minift, plain*: the same without its decoders (`kernels/decode.py`, `kernels/graph.py`), as `--plain` does;
-* *transformers*: `LlamaForCausalLM.generate`, attending by SDPA, with its dynamic cache, as its users call it;
+* *minift*: `minift.generate.stream`, as `minift generate` calls it;
+* *minift, plain*: the same without its decoders (`minift/kernels/decode.py`, `minift/kernels/graph.py`), as with
+  `--plain`;
+* *transformers*: `LlamaForCausalLM.generate`, with SDPA and its dynamic cache, as its users call it;
 * *transformers, bare loop*: the fewest of its parts that generate: forward pass, cache and argmax;
 * *transformers, compiled*: that loop with its static cache and `torch.compile`; on a CPU only when it is named in
-  `--sides`, because compiling takes longer there than the whole measurement.
+  `--sides`, because compiling takes longer there than the rest of the measurement.
 
-In float32 all sides must choose the same ids, or the times compare nothing. In bfloat16 roundings differ, and a text
-may part from another where two ids are about equally likely.
+In float32 all sides must choose the same ids, or the comparison is not valid. In bfloat16 roundings differ, and texts
+may diverge where two ids are about equally likely.
 
     python -m benchmarks generate
     python -m benchmarks generate --config smollm2-135m --prompt-length 512 --new-tokens 64
-
-Read next: `memory.py`.
 """
 
 import argparse
@@ -42,12 +41,12 @@ from minift.values import check_number, size
 
 CONFIGS = ("smollm2-135m", "stories15m")
 SIDES = ("minift", "minift, plain", "transformers", "transformers, bare loop", "transformers, compiled")
-Text: TypeAlias = tuple[list[int], list[float]]  # the ids, and when each of them was there
+Text: TypeAlias = tuple[list[int], list[float]]  # the ids, and the time at which each of them came
 Speak: TypeAlias = Callable[[list[int], int], Text]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     names = ", ".join(CONFIGS)
     parser.add_argument("--config", nargs="+", default=CONFIGS, metavar="NAME|FILE", help=f"the shapes ({names})")
     parser.add_argument("--prompt-length", type=int, default=128, metavar="N", help="tokens read (%(default)s)")
@@ -92,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _sides(named: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The sides to measure, and why others are not."""
+    """Return the sides to measure, and the others with the reason why they are skipped."""
     skipped = {}
     if importlib.util.find_spec("transformers") is None:
         skipped = {side: "transformers is not installed" for side in SIDES if side.startswith("transformers")}
@@ -112,13 +111,13 @@ def _measure(
     roofs: Callable[[int], roof.Roof],
     options: argparse.Namespace,
 ) -> tuple[dict[str, list[int]], dict[str, list[tuple[float, float]]], list[roof.Roof]]:
-    """What each side says, the seconds of prefill and decode for each of its texts, and the roofs of each turn."""
+    """Return each side's text, the seconds of prefill and decode of each of its runs, and the roofs of each turn."""
     prompt_length, new_tokens = options.prompt_length, options.new_tokens
     generator = torch.Generator(device).manual_seed(0)
     with device:
         model = Llama(config)
         model.init_weights(generator)
-    with torch.no_grad():  # the logit of an end is 0, never the largest: so no text ends before it is long enough
+    with torch.no_grad():  # the logit of each EOS is 0, never the largest: no text ends early
         model.head_weight[list(config.eos_token_ids)] = 0
     prompt = torch.randint(config.vocab_size, (prompt_length,), generator=generator, device=device).tolist()
     theirs = None
@@ -157,7 +156,7 @@ def _speaker(side: str, model: Llama, theirs: Any) -> Speak:
 
 
 def _stamp(ids: Any) -> Text:
-    """The ids as they come, and when. An id is a Python number, so a GPU has been waited for."""
+    """Return the ids and the time at which each came. Each is a Python number, so its work on the GPU is finished."""
     text, times = [], []
     for id in ids:
         text.append(id)
@@ -166,7 +165,7 @@ def _stamp(ids: Any) -> Text:
 
 
 def _generate(theirs: Any, prompt: list[int], n: int) -> Text:
-    """Their `generate`, with a streamer that notes when each token comes; the first thing it is given is the prompt."""
+    """Call their `generate` with a streamer that records the time of each token; the streamer gets the prompt first."""
     times: list[float] = []
 
     class Streamer:
@@ -187,7 +186,7 @@ def _generate(theirs: Any, prompt: list[int], n: int) -> Text:
 
 @torch.inference_mode()
 def _bare_loop(theirs: Any, prompt: list[int], n: int, compiled: Any = None) -> Any:
-    """The loop that is left when everything is taken out of `generate` which greedy search does not need."""
+    """Yield greedy ids by the parts of `generate` that greedy search needs, and nothing else."""
     from transformers import DynamicCache, StaticCache
 
     config = theirs.config
@@ -195,7 +194,7 @@ def _bare_loop(theirs: Any, prompt: list[int], n: int, compiled: Any = None) -> 
     ids = torch.tensor([prompt], device=theirs.device)
     for i in range(n):
         forward = compiled if compiled and i > 0 else theirs
-        # The cache by its place, after masks and positions: its name is another from 5.24 on.
+        # The cache is passed by position, after masks and positions: its name changes in version 5.24.
         logits = forward(ids, None, None, cache, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         yield int(ids)
@@ -205,13 +204,13 @@ def _bare_loop(theirs: Any, prompt: list[int], n: int, compiled: Any = None) -> 
 
 
 def prefill_flops(config: LlamaConfig, prompt_length: int) -> float:
-    """Operations of reading a prompt: every layer at every position, the head at the last one only."""
+    """Return the FLOPs of reading a prompt: every layer at every position, the head at the last one only."""
     head = 2 * config.vocab_size * config.hidden_size
     return prompt_length * (forward_flops_per_token(config, prompt_length) - head) + head
 
 
 def decode_bytes(config: LlamaConfig, dtype: str, seen: float) -> float:
-    """Bytes that one token has to read: every weight once, of the embedding a row, and the cache of `seen` tokens."""
+    """Return the bytes that one token reads: every weight, one row of the embedding, and the cache of `seen` tokens."""
     weights = count_parameters(config).without_embedding + (config.vocab_size + 1) * config.hidden_size
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * seen
     return BYTES[dtype] * (weights + cache)
@@ -227,7 +226,7 @@ def _summary(
 ) -> dict[str, Any]:
     steps = options.new_tokens - 1
     flops = prefill_flops(config, options.prompt_length)
-    nbytes = decode_bytes(config, dtype, options.prompt_length + (steps + 1) / 2)  # of an average token
+    nbytes = decode_bytes(config, dtype, options.prompt_length + (steps + 1) / 2)  # for an average token
     prefill = {side: [times[0] for times in pairs] for side, pairs in seconds.items()}
     decode = {side: [times[1] / steps for times in pairs] for side, pairs in seconds.items()}
     sides = {}
@@ -265,7 +264,7 @@ def _summary(
 
 
 def _share(work: float, seconds: Sequence[float], roofs: Sequence[float]) -> dict[str, float]:
-    """How much of the roof of its turn each text got, of operations or bytes a second."""
+    """Return the share of its turn's roof that each run reached, in operations or bytes a second."""
     return record.spread([work / s / most for s, most in zip(seconds, roofs, strict=True)])
 
 

@@ -1,11 +1,9 @@
-"""A training run to measure: a shape with random weights, batches of pages, and its optimizer step taken apart.
+"""Set up a training run to measure: a model of random weights, batches of pages, and an optimizer step in named parts.
 
-`take_step` does what `train.py` does for each step, by the same calls in the same order, inside named parts. What a
-part is for is up to the caller: to read the clock (`step.py`), to name a range of a trace (`profile.py`), to say what
-memory was taken for (`memory.py`). A test holds it to `train_step`: three steps of either leave the same weights, bit
+`take_step` makes the same calls in the same order as `minift/train.py` does for each step, inside named parts. The
+caller decides what a part does: read the clock (`step.py`), name a range of a trace (`profile.py`), or label the memory
+that is allocated (`memory.py`). A test compares it with `train_step`: three steps of either give the same weights, bit
 for bit.
-
-Read next: `step.py`.
 """
 
 import argparse
@@ -32,7 +30,7 @@ from minift.tokenizer.load import load_tokenizer
 from minift.train import StepResult, TrainState
 from minift.values import check_number
 
-STEPS = 1_000  # of the run that is measured the beginning of: the schedule depends on it
+STEPS = 1_000  # of the run whose beginning is measured: the schedule depends on it
 PARTS = (
     "next batch",
     "copy to device",
@@ -48,7 +46,7 @@ Part = Callable[[str], AbstractContextManager[Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which run is measured."""
+    """Add the options that describe the run to measure."""
     arguments.add_shape(parser, rows="rows of a micro-batch")
     parser.add_argument("--grad-accum", type=int, default=1, metavar="N", help="micro-batches of a step (%(default)s)")
     arguments.add_machine(parser)
@@ -57,25 +55,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say what text it reads."""
+    """Add the options for the text that it reads."""
     parser.add_argument("--data", metavar="FILE", help="pages (default: the bundled ones, which are generated)")
     parser.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help="(%(default)s)")
 
 
 def settings(options: argparse.Namespace) -> TrainConfig:
-    """The options as a run's config, its device and dtype decided. Raises InputError for one that cannot be."""
+    """Return the config that the options describe, with device and dtype resolved; raise InputError if invalid."""
     return arguments.train_config(options, steps=STEPS, grad_accum=options.grad_accum, compile=options.compile)
 
 
 @dataclass
 class Job:
-    """A run that has begun.
+    """A training run in progress.
 
     Attributes:
-        shape: of the model.
-        config: how it is trained.
-        state: what changes.
-        micro_batches: where the next one comes from.
+        shape: the shape of the model.
+        config: the settings of the run.
+        state: everything that a step changes.
+        micro_batches: an iterator over the micro-batches.
     """
 
     shape: LlamaConfig
@@ -85,12 +83,12 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Return the number of tokens of a step."""
         return self.config.grad_accum * self.config.batch_size * self.config.max_length
 
 
 def pages(shape: LlamaConfig, config: TrainConfig, data: str | None, tokenizer: str) -> PageBatches:
-    """Micro-batches of pages, in a shuffled order, without end.
+    """Return endless micro-batches of shuffled pages.
 
     Raises:
         InputError: for files that cannot be read, ids that the model does not have, or rows longer than its positions.
@@ -107,7 +105,7 @@ def pages(shape: LlamaConfig, config: TrainConfig, data: str | None, tokenizer: 
 
 
 def begin(shape: LlamaConfig, config: TrainConfig, batches: PageBatches, micro_batches: Iterator[Batch]) -> Job:
-    """A run from random weights, before its first step."""
+    """Return a run from random weights, before its first step."""
     with torch.device(config.device):
         model = Llama(shape)
         model.init_weights(torch.Generator(config.device).manual_seed(config.seed))
@@ -115,14 +113,14 @@ def begin(shape: LlamaConfig, config: TrainConfig, batches: PageBatches, micro_b
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """The run that the options ask for."""
+    """Return the run that the options describe."""
     config, shape = settings(options), LlamaConfig.named(options.config)
     batches = pages(shape, config, options.data, options.tokenizer)
     return begin(shape, config, batches, iter(batches))
 
 
 def take_step(job: Job, part: Part) -> StepResult:
-    """One optimizer step, from the next batch on: `train.train_step` and what the loop does around it, in parts.
+    """Take one optimizer step in parts: `train.train_step`, and what the loop does before and after it.
 
     Args:
         part: called with the name of each part, one of PARTS, in the order in which they come.
@@ -131,7 +129,7 @@ def take_step(job: Job, part: Part) -> StepResult:
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     objective = cast(TargetsObjective, state.objective)
     with part("bookkeeping"):
-        state.batches.state_dict()  # from where the batches would be drawn again if the step failed
+        state.batches.state_dict()  # the position to return to if the step failed
         lr = learning_rate(state.step, STEPS, config)
     window = []
     for _ in range(config.grad_accum):
@@ -148,7 +146,7 @@ def take_step(job: Job, part: Part) -> StepResult:
                 hidden, targets = objective.states(batch)
             with part("loss"):
                 nll_sum = objective.loss(hidden, model.head_weight, targets)
-        del hidden  # as it is freed when the objective's `forward` returns
+        del hidden  # freed here, as when the objective's `forward` returns
         with part("backward"):
             scaler.scale(nll_sum / n_targets).backward()
         total_nll += nll_sum.detach()

@@ -1,16 +1,16 @@
-"""What each optimisation of the training step buys: from a textbook's float32 step up, one rung at a time.
+"""Measure what each optimisation of the training step gains: one rung at a time, from a textbook's float32 step up.
 
-Every rung is `train.train_step` over the same documents, and has all that the rungs below it have:
+Every rung is `train.train_step` over the same documents, and includes all that the rungs below it have:
 
     textbook      float32; attention with all T² scores, a loss with all logits, AdamW's loop, a row for each document
-    plain         the pages as they are read: PyTorch's fused attention, the loss in chunks, its fused AdamW
+    plain         minift without its kernels: PyTorch's fused attention, a chunked loss, PyTorch's fused AdamW
     + AMP         autocast: matrix products in bfloat16, where the machine has it
-    + packing     several documents in a row, isolated from each other: no position is computed in vain
-    + NAME …      one kernel more, by its name (`minift/kernels/`), of those that a run takes on this device
+    + packing     several documents in a row, isolated from each other: few positions are padding
+    + NAME …      one more kernel, by its name in `minift/kernels/`, of those that a run installs on this device
     + compile     torch.compile, which fuses what is between the matrix products, and the kernels of a compiled run
 
-Each is a process of its own, and they take turns. Counted are the targets of documents, not padding, so that packing
-compares. The last line says from how many steps on compiling saves time.
+Each rung runs in its own process, and they take turns. The speed counts targets, not padding, so that rungs with and
+without packing can be compared. The last line says from how many steps on compiling saves time.
 
     python -m benchmarks ladder
 """
@@ -37,13 +37,13 @@ from minift.train import TrainState, train_step
 from minift.values import check_number
 
 PAGES = ("textbook", "plain", "+ AMP", "+ packing")  # rungs without a kernel
-ORDER = ("malloc", "adamw", "norm", "attention", "flex", "cross_entropy", "targets", "layer")  # kernels, from below
+ORDER = ("malloc", "adamw", "norm", "attention", "flex", "cross_entropy", "targets", "layer")  # kernels, lowest first
 RUNGS = (*PAGES, *(f"+ {name}" for name in ORDER), "+ compile")
-SHORTEST = 8  # of the documents, as a part of a row: they are from an eighth of it to all of it long
+SHORTEST = 8  # documents are between 1/SHORTEST of a row and a whole row long
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     arguments.add_shape(parser, rows="documents of a step")
     arguments.add_device(parser)
     arguments.add_repeats(parser, 6)
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _serve(name: str, shape: LlamaConfig, config: TrainConfig, prompt: float) -> None:
-    """Make a rung, take two steps, and then one whenever a line comes in."""
+    """Make a rung and take two steps; then take one step for each line on standard input."""
     step, batch, _ = make_rung(name, shape, config, prompt)
     start = time.perf_counter()
     loss = step()
@@ -113,7 +113,7 @@ def make_rung(
     documents = _documents(shape, config, generator, prompt)
     batch = collate(documents, shape.eos_token_ids[0], config.max_length, config.pack).to(device)
     names = [one for one in kernels.choose(config, device) if f"+ {one}" in has or config.compile]
-    state = start_state(model.to(device), None, config, names=names)  # type: ignore[arg-type]  # no place in the data
+    state = start_state(model.to(device), None, config, names=names)  # type: ignore[arg-type]  # has no batches
     if name == "textbook":
         swap(state.objective, {ScaledDotProduct: TextbookAttention, NextTokenLoss: TextbookLoss})
         state.optimizer = textbook.adamw(model, config)
@@ -129,21 +129,21 @@ def _documents(shape: LlamaConfig, config: TrainConfig, generator: torch.Generat
 
 
 class TextbookAttention(ScaledDotProduct):
-    """Attention with all T² scores, for rows of one document."""
+    """Attention that computes all T² scores, for rows of one document."""
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """[B, H, T, C] and twice [B, K, T, C] → [B, H, T, C]."""
+        """Attend: [B, H, T, C] and twice [B, K, T, C] → [B, H, T, C]."""
         assert mask is None
         return textbook.attention(query, key, value)
 
 
 class TextbookLoss(NextTokenLoss):
-    """The loss with all logits."""
+    """The summed loss with all logits in memory."""
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """[B, T, D], [V, D] and [B, T] → scalar."""
+        """Sum the loss: [B, T, D], [V, D] and [B, T] → scalar."""
         return textbook.loss(hidden, weight, targets)
 
 
@@ -187,7 +187,7 @@ def _result(
 
 
 def break_even(ready: dict[str, Any], seconds: dict[str, list[float]], below: str) -> dict[str, float | None]:
-    """What compiling costs and saves, in seconds, and from how many steps on it saves more (None: never)."""
+    """Return what compiling costs and saves, in seconds, and the steps from which on it saves more (None: never)."""
     cost = ready["+ compile"]["first_step_seconds"] - ready[below]["first_step_seconds"]
     eager = record.spread(seconds[below])["median"]
     saved = eager * (1 - 1 / paired_ratio(seconds[below], seconds["+ compile"]))

@@ -1,10 +1,10 @@
-"""Experiments for a lesson: each prints a table, draws a picture, and states what to conclude.
+"""Run an experiment for a lesson: it prints a table, draws a chart, and states a conclusion.
 
     python -m benchmarks lesson accumulation
     python -m benchmarks lesson how-many --plot how-many.png
 
-Each takes less than five minutes on two cores. What it concludes is worked out from what it has measured; where the
-numbers do not show it, it says so. Read next: `lessons/chart.py`.
+Each takes less than five minutes on two cores. The conclusion is computed from the measurements; where the numbers do
+not show an effect, it says so.
 """
 
 import argparse
@@ -18,22 +18,22 @@ from benchmarks.lessons.chart import Chart
 
 
 class Lesson(Protocol):
-    """What a module in `lessons/` has. Its docstring's first line is what `--help` says of it."""
+    """The interface of a module in `lessons/`. The first line of the module's docstring is its help text."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The options of this lesson, `--seed` among them; the defaults are its full size."""
+        """Add the options of this lesson, including `--seed`; the defaults are its full size."""
 
     def measure(self, options: argparse.Namespace) -> dict[str, Any]:
-        """Do the experiment. Returns plain values: what goes into the JSON."""
+        """Do the experiment. Return plain values for the JSON."""
 
     def table(self, result: dict[str, Any]) -> str:
-        """The numbers, for the eye."""
+        """Return the numbers as a table of text."""
 
     def chart(self, result: dict[str, Any]) -> Chart:
-        """The picture."""
+        """Return the chart."""
 
     def conclusion(self, result: dict[str, Any]) -> str:
-        """What these numbers say, in a few sentences; not what they were expected to say."""
+        """State in a few sentences what these numbers show, not what they were expected to show."""
 
 
 LESSONS: dict[str, Lesson] = {
@@ -47,7 +47,7 @@ LESSONS: dict[str, Lesson] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The lessons, each with its options."""
+    """Add a subcommand for each lesson, with its options."""
     names = parser.add_subparsers(dest="lesson", metavar="NAME", required=True)
     for name, lesson in LESSONS.items():
         text = (lesson.__doc__ or "").splitlines()[0]
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do one experiment; print its table, its picture and its conclusion."""
+    """Do one experiment; print its table, its chart and its conclusion."""
     arguments.check_plot(options.plot)
     lesson = LESSONS[options.lesson]
     start = time.perf_counter()

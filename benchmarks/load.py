@@ -1,9 +1,9 @@
-"""How long a checkpoint takes to load and to convert, and how much memory: minift beside transformers.
+"""Measure the time and the memory of loading and converting a checkpoint, compared with `transformers`.
 
-A checkpoint of random weights is made, of any preset's shape, and each loader is run in a fresh process: the time from
-the call to a model, and from there to the first logits (which touches every weight, wherever it lies by then), and the
-highest resident memory of the process above what its imports had taken. The two take turns, so that whatever else
-the machine does hits both. Then minift converts the checkpoint, and the same is measured.
+A checkpoint of random weights is made, of any preset's shape, and each loader runs in a fresh process. Measured are the
+time from the call to a model; the time from the call to the first logits, which reads every weight even from a mapped
+file; and the peak resident memory of the process above what its imports take. The two loaders take turns, so that
+another load on the machine slows both. Then minift converts the checkpoint, and the same is measured.
 
     python -m benchmarks load                                          # TinyLlama-1.1B's shape, 2.2 GB of disk
     python -m benchmarks load --config llama2-7b --repeats 3           # 13.5 GB of disk, and as much memory
@@ -32,11 +32,11 @@ from minift.formats.huggingface import write_huggingface
 from minift.formats.shapes import parameter_shapes
 from minift.values import size
 
-TOKENS = 8  # of the forward pass that touches every weight
+TOKENS = 8  # of the forward pass that reads every weight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--config", default="tinyllama-1.1b", help="a preset's name, or a config.json (%(default)s)")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the file (%(default)s)"
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _make(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> int:
-    """Write a Hugging Face folder of random weights, one tensor at a time. Returns the weights' bytes."""
+    """Write a Hugging Face folder of random weights, one tensor at a time. Return the size of the weights in bytes."""
     generator = torch.Generator().manual_seed(0)
     specs = {name: Spec(dtype, shape) for name, shape in parameter_shapes(config).items()}
 
@@ -101,7 +101,7 @@ def _make(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> int:
 
 
 def _measure(name: str, path: str, dtype_or_target: str) -> dict[str, float]:
-    """In a fresh process: load a model, or convert it. Seconds, and bytes above what the imports took."""
+    """Load or convert a model in a fresh process. Return the seconds, and the peak bytes above those of the imports."""
     if name.startswith("convert "):
         from minift.formats.convert import convert
 

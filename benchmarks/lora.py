@@ -1,13 +1,12 @@
-"""Adapters beside full finetuning: how good, how many numbers trained, how much memory, how long.
+"""Compare LoRA adapters with full finetuning: scores, trained parameters, memory, and time a step.
 
-The same pairs, steps and held-out questions for every side, each in a fresh process: all weights at their learning
-rate, and adapters of several ranks (all matrices of the layers, alpha 16) at theirs, which is usually ten to fifty
-times as large. What an adapter saves is gradients and AdamW's moments, 12 bytes a number trained; activations stay.
+Every side has the same pairs, steps and held-out questions and runs in a fresh process: full finetuning at its learning
+rate, and adapters of several ranks (on all matrices of the layers, alpha 16) at theirs, which is usually ten to fifty
+times as large. Adapters save gradients and AdamW's moments, 12 bytes for each parameter that is not trained. They do
+not save activations.
 
     python -m benchmarks lora
     python -m benchmarks lora --ranks 8 --model ~/models/TinyLlama-1.1B --data my_pairs.jsonl
-
-Read next: `load.py`.
 """
 
 import argparse
@@ -30,7 +29,7 @@ BYTES_A_NUMBER = 12  # a gradient and two moments, in float32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="(1 8 32)")
     parser.add_argument("--lr", type=float, default=FINETUNE.lr, metavar="X", help="for all weights (%(default)s)")
     parser.add_argument("--lora-lr", type=float, default=5e-3, metavar="X", help="for adapters (%(default)s)")
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _measure(words: str) -> dict[str, Any]:
-    """Finetune once, in a process of its own."""
+    """Finetune once, in a child process."""
     asked = json.loads(words)
     config = FINETUNE.replace(**asked["train"])
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +86,7 @@ def _measure(words: str) -> dict[str, Any]:
 
 
 def _trained(model: str, out: Path, rank: int) -> tuple[int, int]:
-    """The numbers that were trained, by what the run has saved of them; and those of the model."""
+    """Return the number of trained parameters, from what the run has saved, and that of all the model's parameters."""
     total = sum(parameter.numel() for parameter in load_model(model_path(model)).parameters())
     if not rank:
         return total, total

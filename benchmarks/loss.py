@@ -1,20 +1,20 @@
-"""The head and its loss by every way that there is: how fast each is, in how much memory, and how exact.
+"""Compare all implementations of the head and its loss: speed, memory and error.
 
-From the final hidden states and the head's weights, both in float32, to the summed loss and the gradients at both,
-under the autocast of a step; in turns. At the head a model becomes as wide as its vocabulary, so that for a small model
-it is most of a step's time and memory.
+Each goes from the final hidden states and the head's weights, both in float32, to the summed loss and both gradients,
+under the autocast of a step; they take turns. The logits are as wide as the vocabulary, so for a small model the head
+takes most of a step's time and memory.
 
-* *used*: `minift/kernels/cross_entropy.py`, which has the logits of some positions at a time and none twice;
-* *plain*: its twin, `next_token_loss` (`minift/loss.py`), as it is read;
-* *all logits*: a product and `F.cross_entropy`, which keep N·V numbers several times; and what a compiler makes of it;
-* *F.linear_cross_entropy*: PyTorch's own in chunks (from 2.13 on), by the policy that it takes for this device and
-  dtype, and by its most accurate one. It takes its inputs in the dtype of the products: autocast does not reach it.
+* *used*: `minift/kernels/cross_entropy.py`, which computes the logits of some positions at a time, and each only once;
+* *plain*: its plain twin, `next_token_loss` (`minift/loss.py`);
+* *all logits*: a product and `F.cross_entropy`, which hold several copies of N·V numbers; eager, and compiled;
+* *F.linear_cross_entropy*: PyTorch's own chunked loss (from 2.13 on), with the policy that it chooses for this device
+  and dtype, and with its most accurate one. Autocast has no effect on it, so its inputs are cast before.
 
     python -m benchmarks loss                                    # stories15m's head, 16 x 256 tokens
     python -m benchmarks loss --config tinyllama-1.1b --batch-size 4 --length 2048 --device cuda
 
-*Off* is the distance from the same formula in float64, as a share. What is used must be near it, or there is no result.
-Legend: B rows, T tokens of a row, N = B·T, D model width, V vocabulary. Read next: `ladder.py`.
+*Off* is the relative error compared with the same formula in float64. If that of *used* is too large, the benchmark
+fails. Legend: B rows, T tokens of a row, N = B·T, D model width, V vocabulary.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from minift.errors import InputError
 from minift.kernels.cross_entropy import FusedNextTokenLoss
 from minift.loss import next_token_loss
 
-AGREE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}  # how far the used one may be off
-SPREAD = 2.0  # of the logits: about that of a model which has learned something
-ROWS = 256  # positions that float64 takes at a time
+AGREE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}  # the largest relative error of `used`
+SPREAD = 2.0  # standard deviation of the logits: about that of a trained model
+ROWS = 256  # positions that the float64 formula computes at a time
 Way: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     arguments.add_shape(parser)
     parser.add_argument(
         "--loss-chunk", type=int, default=PRETRAIN.loss_chunk, metavar="N", help="of the used one (%(default)s)"
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
 def make_inputs(
     shape: LlamaConfig, batch_size: int, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [B, T, D] and a head [V, D], float32, whose gradients are wanted; and targets [B, T]."""
+    """Return hidden states [B, T, D] and a head [V, D], float32, that require gradients; and targets [B, T]."""
     generator = torch.Generator(device).manual_seed(0)
     D, V = shape.hidden_size, shape.vocab_size
     hidden = torch.randn(batch_size, length, D, generator=generator, device=device)
@@ -95,7 +95,7 @@ def make_inputs(
 
 
 def ways(dtype: torch.dtype, chunk: int) -> dict[str, Way]:
-    """The ways to a loss, by name. Whether this PyTorch, and this machine, have one is seen when it is called."""
+    """Return the implementations by name. Only a call shows whether this PyTorch and this machine support one."""
 
     def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return next_token_loss(hidden, weight, targets, chunk)
@@ -121,10 +121,10 @@ def ways(dtype: torch.dtype, chunk: int) -> dict[str, Way]:
 
 
 def measure(sides: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor], dtype: str, repeats: int) -> dict[str, Any]:
-    """Time and error of each way; those that this machine has not are named, with the reason.
+    """Return time and error of each implementation, and why others are skipped on this machine.
 
     Raises:
-        InputError: when what is used does not agree with the formula.
+        InputError: when `used` is not available or does not agree with the formula.
     """
     hidden, weight, targets = inputs
     device = hidden.device.type
@@ -166,7 +166,7 @@ def measure(sides: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor], dtype:
 
 
 def _both(way: Way, inputs: tuple[Tensor, Tensor, Tensor], dtype: str) -> Callable[[], Tensor]:
-    """Forward and backward, as in a step: the gradients of the one before are gone."""
+    """Return a call of the forward and the backward pass, as in a step: without gradients of the call before."""
     hidden, weight, _ = inputs
     device = hidden.device.type
 
@@ -181,12 +181,12 @@ def _both(way: Way, inputs: tuple[Tensor, Tensor, Tensor], dtype: str) -> Callab
 
 
 def _memory(name: str, shape: LlamaConfig, config: TrainConfig) -> int:
-    """In a fresh process: by how much a way's second call raises the memory in use, its gradients included."""
+    """Measure in a fresh process how many bytes the second call adds at its peak, gradients included."""
     if config.device == "cpu":
         process.give_back_freed()
     inputs = make_inputs(shape, config.batch_size, config.max_length, torch.device(config.device))
     call = _both(ways(getattr(torch, config.dtype), config.loss_chunk)[name], inputs, config.dtype)
-    call()  # compiles, and loads what there is to load
+    call()  # compiles, and loads libraries
     for leaf in inputs[:2]:
         leaf.grad = None
     process.forget_peak_of(config.device)
@@ -196,12 +196,12 @@ def _memory(name: str, shape: LlamaConfig, config: TrainConfig) -> int:
 
 
 def _formula(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and both gradients in float64, some positions at a time."""
+    """Return the loss and both gradients by the formula in float64, ROWS positions at a time."""
     head = weight.detach().double().requires_grad_()
     loss, grads = torch.zeros((), dtype=torch.float64, device=head.device), []
-    for states, wanted in zip(hidden.detach().flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True):
+    for states, ids in zip(hidden.detach().flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True):
         states = states.double().requires_grad_()
-        part = F.cross_entropy(states @ head.T, wanted, reduction="sum")
+        part = F.cross_entropy(states @ head.T, ids, reduction="sum")
         part.backward()
         loss += part.detach()
         grads.append(states.grad)

@@ -1,17 +1,17 @@
-"""The ledger of memory of `minift info` (`costs/memory.py`) beside what a training step really holds.
+"""Compare the memory ledger of `minift info` (`minift/costs/memory.py`) with what a training step really holds.
 
-The ledger is for the fullest moment of a step: all gradients are there from the micro-batches before, and the forward
-pass has just left all its activations behind. So a step of two micro-batches is taken, each shape and dtype in a
-process of its own, and measured in two ways at once:
+The ledger describes the moment of a step with the most memory: all gradients of the micro-batches before exist, and the
+forward pass has just stored all its activations. So a step of two micro-batches is taken, each shape and dtype in its
+own process, and measured in two ways at once:
 
-* line by line, from a history of every tensor's storage (`alive.py`), at the moment when there were most bytes. What
-  is in no line of the ledger has a line of its own.
-* from outside: on a GPU `torch.cuda.max_memory_allocated`; on a CPU the highest resident memory of the process, above
-  what it was before the first step without the weights (imports, the tokenizer, the buffer of pages). That is taken
-  twice: as it is, and in another process, whose C library was told to give every large freed block back at once. What
-  lies between the two are holes: glibc keeps freed blocks of up to 32 MB, and tensors of other sizes do not fit.
+* line by line, from a history of every tensor's storage (`alive.py`), at the moment with the most bytes. What is in no
+  line of the ledger has its own line.
+* from outside: on a GPU `torch.cuda.max_memory_allocated`; on a CPU the peak resident memory of the process, above what
+  it was before the first step without the weights (imports, the tokenizer, the buffer of pages). The CPU's is measured
+  twice: as it is, and in another process, whose C library releases every large freed block at once. The difference is
+  fragmentation: glibc keeps freed blocks of up to 32 MB, and tensors of other sizes do not fit into them.
 
-A ledger that is more than 10 % off the first of them is said loudly.
+A ledger that is more than 10 % off the first measurement prints a warning.
 
     python -m benchmarks memory
     python -m benchmarks memory --shapes tinyllama-1.1b:2x1024 --dtypes bfloat16 --device cuda
@@ -38,7 +38,7 @@ KEEP, GIVE_BACK = "keep", "give-back"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NAME:BxT", help="(%(default)s)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(%(default)s)")
     arguments.add_device(parser)
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(measure(*options.measure)))
         return
     cases = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]
-    for shape, dtype in cases:  # what is wrong is said before anything runs
+    for shape, dtype in cases:  # raises for wrong options before anything runs
         named = _named(shape, dtype, options.device)
         settings(named)
         LlamaConfig.named(named.config)
@@ -70,10 +70,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(freed: str, shape: str, dtype: str, device: str, tokenizer: str, data: str | None = None) -> dict[str, Any]:
-    """In a fresh process: the ledger of a shape, and the memory of its second step.
+    """Measure in a fresh process the memory of a shape's second step, and compute its ledger.
 
     Args:
-        freed: what the C library does with large blocks that are freed: as always (KEEP), or GIVE_BACK.
+        freed: what the C library does with large freed blocks: its default (KEEP), or release them (GIVE_BACK).
     """
     if freed == GIVE_BACK:
         process.give_back_freed()
@@ -107,14 +107,14 @@ def measure(freed: str, shape: str, dtype: str, device: str, tokenizer: str, dat
 
 
 def purpose(memory: Memory, job: Job) -> str:
-    """The line of the ledger that memory belongs to."""
+    """Return the line of the ledger that memory belongs to."""
     config = job.config
     chunk = (min(config.loss_chunk, config.batch_size * config.max_length), job.shape.vocab_size)
     if memory.label:
         return memory.label
     if memory.copy_of == "weights":
-        turned = memory.part == "loss" and memory.made_by != CAST
-        return "the head, by columns" if turned else "autocast's copies of matrices"
+        transposed = memory.part == "loss" and memory.made_by != CAST
+        return "the head, by columns" if transposed else "autocast's copies of matrices"
     if memory.part == "forward" and memory.saved:
         return "activations for the backward pass"
     if memory.part == "loss" and memory.saved and memory.dtype.is_floating_point:
@@ -142,7 +142,7 @@ def show(run: dict[str, Any]) -> None:
 
 
 def _named(shape: str, dtype: str, device: str) -> argparse.Namespace:
-    """A shape as the options of a run. Raises InputError when it is not NAME:BxT."""
+    """Return a shape as the options of a run. Raise InputError unless it is NAME:BxT."""
     name, _, sizes = shape.rpartition(":")
     rows, _, length = sizes.partition("x")
     if not (name and rows.isdecimal() and length.isdecimal()):

@@ -1,13 +1,12 @@
-"""One operation of a training step, ready to be timed: its inputs, its variants, the least that it costs.
+"""Prepare one operation of a training step for timing: its inputs, its variants, and its minimal cost.
 
 *Variants.* `naive` is the operation as a textbook has it (`textbook.py`), in the same dtype; `used` is what minift
 trains with; `compiled` is what `--compile` makes of it, if it is inside a layer.
 
 *Inputs* have the shape, dtype and layout that they have in a step, because the operations before them make them. Under
-autocast the stream of hidden states and the weights are float32, and q, k, v and what attention gives are not.
+autocast the hidden states and the weights are float32; q, k, v and the result of attention have the lower precision.
 
-Legend: B batch, T tokens of a row, D model width, H query heads, K key/value heads, C head width. Read next:
-`operations.py`.
+Legend: B batch, T tokens of a row, D model width, H query heads, K key/value heads, C head width.
 """
 
 import dataclasses
@@ -29,12 +28,12 @@ Function: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all the operations share.
+    """The settings that all operations share.
 
     Attributes:
-        shape: of the model.
+        shape: the shape of the model.
         batch_size, length: B rows of T tokens.
-        dtype: what the products run in, by autocast.
+        dtype: the dtype of the matrix products, by autocast.
         device: "cpu" or "cuda".
         compile: whether there are compiled variants.
     """
@@ -51,13 +50,13 @@ class Setting:
         return PRETRAIN.replace(device=self.device, dtype=str(self.dtype).removeprefix("torch."), compile=False)
 
     def autocast(self) -> torch.autocast:
-        """As in a training step."""
+        """Return the autocast context of a training step."""
         return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What something costs at least: floating-point operations, and bytes of traffic."""
+    """The minimal cost of a computation: floating-point operations, and bytes of memory traffic."""
 
     flops: float
     nbytes: float
@@ -72,13 +71,13 @@ class Operation:
 
     Attributes:
         calls: how often a training step does it.
-        inside: how many of these calls belong to a layer. The operation `layer` is all of them, and belongs to none.
-        work: by phase: "forward" and "backward", or "step" for what has no backward pass.
-        variants: by name, a call that does it once. Those of a "step" work in place, each on tensors of its own.
+        inside: how many of these calls are inside the layers; 0 for `layer` itself, which contains them.
+        work: the minimal cost by phase: "forward" and "backward", or "step" for what has no backward pass.
+        variants: by name, a call that does it once. Those of a "step" work in place, each on its own tensors.
         leaves: the inputs and weights that get a gradient.
-        gradients: of the outputs, given to the backward pass.
-        early: variants that compute gradients in the forward pass already, so that their two phases are not the two
-            phases of `work`.
+        gradients: the outputs' gradients, which the backward pass starts from.
+        early: variants that compute gradients already in the forward pass: their phases cannot be compared with those
+            of `work`.
     """
 
     calls: int
@@ -90,13 +89,13 @@ class Operation:
     early: tuple[str, ...] = ()
 
     def both(self, variant: str) -> tuple[Tensor, ...]:
-        """Forward, and then backward."""
+        """Run the forward and then the backward pass. Return the gradients of `leaves`."""
         return torch.autograd.grad(self.variants[variant](), self.leaves, self.gradients)
 
 
 @dataclass(frozen=True)
 class Step:
-    """The operations' inputs: what a model of one layer makes on its way from random tokens to the loss."""
+    """The operations' inputs: what a model of one layer computes from random tokens to the loss."""
 
     setting: Setting
     generator: torch.Generator
@@ -108,7 +107,7 @@ class Step:
     targets: Tensor  # int64 [B, T]
     stream: Tensor  # [B, T, D]
     normed: Tensor  # [B, T, D]
-    query: Tensor  # [B, H, T, C], as are those that follow, with K heads for H
+    query: Tensor  # [B, H, T, C]; key and value [B, K, T, C]
     key: Tensor
     value: Tensor
     shared: Shared  # RoPE's tables, [B, 1, T, C]
@@ -118,7 +117,7 @@ class Step:
 
 @torch.no_grad()
 def make_step(setting: Setting) -> Step:
-    """Random weights and tokens, always the same, and what becomes of them in the first layer."""
+    """Return random weights and tokens from a fixed seed, and what the first layer computes from them."""
     generator = torch.Generator(setting.device).manual_seed(0)
     model = _model(dataclasses.replace(setting.shape, num_hidden_layers=1), setting, generator)
     shape, layer = setting.shape, model.layers[0]
@@ -159,14 +158,16 @@ def two_passes(
     inside: int = 0,
     compiled: Function | None = None,
 ) -> Operation:
-    """An operation with a backward pass.
+    """Return an operation with a backward pass.
 
     Args:
-        naive, used: functions of `inputs` that know `weights` themselves.
-        flops: forward, backward.
-        reads: what is read, forward and backward, besides the outputs' gradients; by default inputs and weights.
         calls, inside: see `Operation`.
-        compiled: what `--compile` compiles, of what is inside a layer; by default the used one.
+        naive, used: functions of `inputs`; they refer to `weights` themselves.
+        inputs, weights: those that require a gradient become the operation's `leaves`.
+        flops: of the forward and of the backward pass.
+        reads: the tensors that each of the two passes reads, in addition to the outputs' gradients; by default inputs
+            and weights.
+        compiled: the function that `--compile` compiles inside a layer; by default `used`.
     """
 
     def under_autocast(function: Function) -> Call:
@@ -204,7 +205,7 @@ def whole_model(step: Step) -> Llama:
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """The same numbers in the same layout, as an input that gets a gradient."""
+    """Return the tensor detached, as a leaf that gets a gradient."""
     return tensor.detach().requires_grad_()
 
 

@@ -1,20 +1,20 @@
-"""The operations of a training step, one by one: their variants, and what they cost at least.
+"""Define the operations of a training step, one by one: their variants and their minimal costs.
 
 Legend: B batch, T tokens of a row, N = B·T, D model width, H query heads, K key/value heads, C head width, F
 feed-forward width, V vocabulary, P weights of the whole model.
 
-*FLOPs* are those of the formula, whatever a variant does to get there; computing something twice does not count twice.
-For products they are the convention of `minift/costs/flops.py`: 2·m·k·n, and backward twice that, one product for each
-of the two inputs' gradients; what goes on between them element by element is left out. An operation without products is
-counted by its additions, multiplications, divisions and roots, each 1.
+*FLOPs* are those of the formula, not those that a variant executes: a recomputation does not count. Matrix products
+follow the convention of `minift/costs/flops.py`: 2·m·k·n forward, and twice that backward, one product for the gradient
+of each of the two inputs; elementwise work between products is not counted. An operation without products is counted by
+its additions, multiplications, divisions and roots, each 1.
 
-*Bytes* are the least traffic: each input read once and each output written once. Going backward, the inputs are those
-that the gradient's formula needs and the gradient of the output, and the outputs are the inputs' gradients. What lies
-between (scores, logits, the cast copies of weights) need not exist, and does not count.
+*Bytes* are the least traffic: each input read once and each output written once. In the backward pass the inputs are
+the gradient of the output and what the gradient's formula needs, and the outputs are the inputs' gradients.
+Intermediate results (scores, logits, cast copies of weights) need not be in memory, and do not count.
 
-The operations inside a layer are those of its modules. `layer` is all of them at once, with the additions to the stream
-that they leave out. Nowhere counted are RoPE's tables (made once for all layers), and the gradients' addition where a
-weight is used twice. Read next: `ops.py`.
+The operations inside a layer are those of its modules. `layer` is all of them at once, including the residual
+additions, which the others leave out. RoPE's tables (made once for all layers) and the addition of gradients where a
+weight is used twice are not counted.
 """
 
 import copy
@@ -35,7 +35,7 @@ MAX_NORM = 1.0
 
 
 def embedding(step: Step) -> Operation:
-    """The rows of the table: no arithmetic forward, and N·D additions of gradient rows to the table's backward.
+    """Look up rows of the table: no FLOPs forward; backward N·D additions of gradient rows to the table's gradient.
 
     Bytes: forward, each row that occurs is read once and N are written; backward, N gradient rows are read and the
     whole gradient of the table, V·D, is written.
@@ -54,10 +54,10 @@ def embedding(step: Step) -> Operation:
 
 
 def norm(step: Step) -> Operation:
-    """RMSNorm, n = rsqrt(mean(x²) + eps) · x and y = n · w.
+    """Normalise by RMSNorm: n = rsqrt(mean(x²) + eps) · x and y = n · w.
 
-    FLOPs an element, N·D of them: forward 4 (square, add, two products). Backward 9: the weight's gradient Σ g·n (3, n
-    being made again), and of x, s·(g·w) − x·c with c = s³/D · Σ g·w·x (6).
+    FLOPs for each of N·D elements: forward 4 (square, add, two products). Backward 9: 3 for the weight's gradient
+    Σ g·n, with n recomputed, and 6 for that of x, s·(g·w) − x·c, where s = rsqrt(…) and c = s³/D · Σ g·w·x.
     """
     module = step.model.norm
     return two_passes(
@@ -74,7 +74,7 @@ def norm(step: Step) -> Operation:
 
 
 def rope(step: Step) -> Operation:
-    """RoPE of queries and keys: 3 FLOPs an element, N·(H + K)·C of them. Backward turns the gradients the other way."""
+    """Rotate queries and keys: 3 FLOPs for each of N·(H + K)·C elements. Backward rotates by the opposite angle."""
     query, key, tables = leaf(step.query), leaf(step.key), (step.shared.cos, step.shared.sin)
 
     def rotate_by(layer: DecoderLayer) -> Function:
@@ -96,14 +96,14 @@ def rope(step: Step) -> Operation:
 
 
 def qkv(step: Step) -> Operation:
-    """The three projections into attention: 2·N·D·(H + 2·K)·C FLOPs forward."""
+    """Project to queries, keys and values: 2·N·D·(H + 2·K)·C FLOPs forward."""
     attention = step.layer.self_attn
     modules = (attention.q_proj, attention.k_proj, attention.v_proj)
     weights = tuple(module.weight for module in modules)
     products = 2 * step.tokens.numel() * sum(weight.numel() for weight in weights)
 
     def used(x: Tensor) -> tuple[Tensor, ...]:
-        x = x.to(step.setting.dtype)  # once for all three, as a layer's norm does
+        x = x.to(step.setting.dtype)  # cast once for all three, as a layer's norm does
         return tuple(module(x) for module in modules)
 
     return two_passes(
@@ -119,7 +119,7 @@ def qkv(step: Step) -> Operation:
 
 
 def attention(step: Step) -> Operation:
-    """softmax(q·kᵀ / √C) v under the causal mask: 4·C FLOPs for each of the B·H·T·(T + 1)/2 pairs that may meet."""
+    """Attend, softmax(q·kᵀ / √C) v under the causal mask: 4·C FLOPs for each of B·H·T·(T + 1)/2 pairs."""
     B, H, T, C = step.query.shape
     products = 4 * C * B * H * T * (T + 1) // 2
     return two_passes(
@@ -134,7 +134,7 @@ def attention(step: Step) -> Operation:
 
 
 def output(step: Step) -> Operation:
-    """The projection out of attention: 2·N·H·C·D FLOPs forward."""
+    """Project the result of attention: 2·N·H·C·D FLOPs forward."""
     module = step.layer.self_attn.o_proj
     products = 2 * step.tokens.numel() * module.weight.numel()
     return two_passes(
@@ -150,7 +150,7 @@ def output(step: Step) -> Operation:
 
 
 def swiglu(step: Step) -> Operation:
-    """The whole feed-forward network, down(silu(gate x) · up x): 6·N·D·F FLOPs forward."""
+    """Apply the feed-forward network, down(silu(gate x) · up x): 6·N·D·F FLOPs forward."""
     module = step.layer.mlp
     weights = (module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight)
     products = 2 * step.tokens.numel() * sum(weight.numel() for weight in weights)
@@ -167,10 +167,11 @@ def swiglu(step: Step) -> Operation:
 
 
 def layer(step: Step) -> Operation:
-    """A whole layer. FLOPs: of its products, which are those of the four operations above, by `minift/costs/flops.py`.
+    """Apply a decoder layer. FLOPs: those of its products (`qkv`, `attention`, `output`, `swiglu`).
 
-    Bytes: the stream, the weights and RoPE's tables. Forward the stream is written again, backward its gradient and the
-    weights' are. The used one is `minift/kernels/layer.py` where training takes it; compiled is the plain layer.
+    Bytes: the hidden states, the weights and RoPE's tables are read; the forward pass writes the hidden states, and the
+    backward pass the gradients of hidden states and weights. `used` is `minift/kernels/layer.py` where training
+    installs it; `compiled` is the plain layer.
     """
     module, tables, setting = step.layer, (step.shared.cos, step.shared.sin), step.setting
     head = 2 * step.model.head_weight.numel()
@@ -194,10 +195,10 @@ def layer(step: Step) -> Operation:
 
 
 def loss(step: Step) -> Operation:
-    """The head and the cross-entropy, from hidden states to one number: 2·N·D·V FLOPs forward.
+    """Compute the head and the summed cross-entropy of hidden states: 2·N·D·V FLOPs forward.
 
-    The used one computes the gradients on the way forward (`minift/loss.py`), so only the sum of its two phases can be
-    held against the two phases of the formula.
+    `used` computes the gradients already in the forward pass (`minift/kernels/cross_entropy.py`), so only the sum of
+    its two phases can be compared with the formula.
     """
     head, targets = step.model.head_weight, step.targets
     products = 2 * step.tokens.numel() * head.numel()
@@ -215,10 +216,10 @@ def loss(step: Step) -> Operation:
 
 
 def clip(step: Step) -> Operation:
-    """All the gradients scaled to a joint norm of at most 1: 3·P FLOPs (square, add, scale).
+    """Scale all gradients to a global norm of at most 1: 3·P FLOPs (square, add, scale).
 
-    Bytes: read once and written once. (Only gradients that a cache holds need not be read twice: no gradient can be
-    scaled before the last one is summed.)
+    Bytes: each gradient is read once and written once. In practice it is read twice unless a cache holds it, because no
+    gradient can be scaled before the norm of all is known.
     """
     parameters = list(whole_model(step).parameters())
     gradients = [torch.empty_like(parameter).normal_(generator=step.generator) for parameter in parameters]
@@ -239,11 +240,11 @@ def clip(step: Step) -> Operation:
 
 
 def adamw(step: Step) -> Operation:
-    """AdamW's update of all the weights: 16·P FLOPs and 28·P bytes.
+    """Update all weights by AdamW: 16·P FLOPs and 28·P bytes.
 
-    FLOPs by the formula of `reference.adamw_step`: the mean 3, the mean square 4, their corrections 2, the root and its
-    eps 2, the ratio 1, times the rate and off the weight 2, the decay 2. Bytes: weight, gradient, mean and square are
-    read, all but the gradient written, in float32.
+    FLOPs by the formula of `reference.adamw_step`: 3 for the first moment, 4 for the second, 2 for their bias
+    corrections, 2 for the root and eps, 1 for the ratio, 2 for the learning rate and the subtraction, 2 for weight
+    decay. Bytes: weight, gradient and both moments are read, all but the gradient written, in float32.
     """
     used = whole_model(step)
     naive = copy.deepcopy(used)

@@ -1,22 +1,20 @@
-"""Every operation of a training step, forward and backward: as a textbook has it, as minift trains, and compiled.
+"""Time every operation of a training step, forward and backward: as a textbook has it, as minift trains, and compiled.
 
-For each: the time, its floating-point operations and the least traffic that it needs, and from these and the roofs
-that this machine reached in the same run (`roof.py`), the share of what was possible. The operations and the
-formulas are in `operations.py`, the textbook's versions in `textbook.py`.
+For each operation it reports the time, the FLOPs, the least memory traffic, and the share of the roof: how much of the
+speed that this machine reached in the same run (`roof.py`) was used. The operations and their formulas are in
+`operations.py`, the textbook's versions in `textbook.py`.
 
-The last lines add up a step: from the operations one by one, and with each layer taken as a whole. Only the second is
-what a step does, where training has something for the whole (`minift/kernels/layer.py`).
+The last lines add up a step: from the single operations, and with each layer as a whole. Where training installs a
+kernel for a whole layer (`minift/kernels/layer.py`), only the second is what a step does.
 
-A variant that does not compute what the textbook's does, in value and in gradient, is refused, not timed.
+A variant that does not compute the same values and gradients as the textbook's is refused, not timed.
 
-The forward pass is timed as in training, keeping what the backward pass will need. The backward pass cannot be timed
-without a forward pass before it, unless its graph is kept, which compiled code does not allow; so both are timed
-together, right after the forward pass alone, and the backward pass is the difference within each turn.
+The forward pass is timed as in training, with everything saved that the backward pass needs. The backward pass cannot
+be repeated without a forward pass before it, unless the graph is retained, which compiled code does not allow. So both
+are timed together, right after the forward pass alone, and the backward pass is the difference within each turn.
 
     python -m benchmarks ops
     python -m benchmarks ops --only attention swiglu --no-compile --plot roofline.png
-
-Read next: `roofline.py`.
 """
 
 import argparse
@@ -34,13 +32,13 @@ from minift.config import LlamaConfig
 from minift.errors import InputError
 
 VARIANTS = ("naive", "used", "compiled")
-# How far a variant may be off `naive`, as a share of the norm. In low precision, both are off.
+# The largest relative difference between a variant and `naive`. In low precision both have rounding errors.
 AGREE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2, "float64": 1e-10}
 Times = dict[str, dict[str, list[float]]]  # by phase, by variant: seconds in each turn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     arguments.add_shape(parser)
     arguments.add_machine(parser)
     arguments.add_repeats(parser, 9)
@@ -54,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     setting = _setting(options)
     arguments.check_plot(options.plot)
     roofs = roof.meter(setting.device, setting.dtype)
-    around = [roofs(roof.REPEATS)]  # before each operation, and after the last: a machine's clock may change meanwhile
+    around = [roofs(roof.REPEATS)]  # before each operation, and after the last: the clock rate may change in between
     print(_heading(options.config, setting, around[0]))
     step = make_step(setting)
     operations = {}
@@ -64,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         times = measure(operation, options.repeats, setting.device)
         around.append(roofs(roof.REPEATS_A_TURN))
         operations[name] = summary(operation, times, roof.best(around[-2:]))
-        del operation  # its tensors are gone before the next one makes its own
+        del operation  # release its tensors before the next operation makes its own
         print(_rows(name, operations[name]), flush=True)
     measured = roof.best(around)
     result: dict[str, Any] = {
@@ -101,7 +99,7 @@ def _setting(options: argparse.Namespace) -> Setting:
 def check(name: str, operation: Operation, dtype: torch.dtype) -> None:
     """Raise InputError unless every variant computes what `naive` does: its values, and the gradients of its leaves.
 
-    A wrong variant has no time, no share and no record: a speed of something else is no speed.
+    The speed of a wrong variant means nothing, so it is neither timed nor recorded.
     """
     limit = AGREE[str(dtype).removeprefix("torch.")]
 
@@ -123,7 +121,7 @@ def check(name: str, operation: Operation, dtype: torch.dtype) -> None:
 
 
 def measure(operation: Operation, repeats: int, device: str) -> Times:
-    """Seconds of each phase and variant in each turn. The backward pass is "both" less the same turn's "forward"."""
+    """Return the seconds of each phase and variant by turn; "backward" is "both" minus the same turn's "forward"."""
     if not operation.leaves:
         return {"step": in_turns(operation.variants, repeats, device=device)}
     sides: dict[str, Callable[[], object]] = {}
@@ -137,7 +135,7 @@ def measure(operation: Operation, repeats: int, device: str) -> Times:
 
 
 def summary(operation: Operation, times: Times, measured: roof.Roof) -> dict[str, Any]:
-    """What the record says of an operation: for each phase the work, and for each variant the time and the share."""
+    """Return an operation's record: for each phase the work, and for each variant the time and the share."""
     work = dict(operation.work)
     if operation.leaves:
         work["both"] = work["forward"] + work["backward"]
@@ -169,10 +167,10 @@ def _phase(
 
 
 def step_seconds(operations: Mapping[str, Any], whole_layers: bool = False) -> dict[str, float]:
-    """Seconds of all the operations, each as often as a step does it. What is not compiled counts as used.
+    """Return the seconds of all operations, each as often as a step does it; without a compiled variant, `used` counts.
 
     Args:
-        whole_layers: of what is inside a layer, count nothing but `layer`; otherwise, count all but that.
+        whole_layers: count `layer` in place of the operations inside a layer; otherwise, count those and not `layer`.
     """
     total = {"at the roof": 0.0, **dict.fromkeys(VARIANTS, 0.0)}
     for label, operation in operations.items():
@@ -215,7 +213,7 @@ def _rows(name: str, operation: Mapping[str, Any]) -> str:
 
 
 def _cells(variant: Mapping[str, Any]) -> str:
-    """The median, half the range from the smallest to the largest as a share of it, and the share of the roof."""
+    """Format the median, half the range as a share of the median, and the share of the roof."""
     seconds, share = variant["seconds"], variant["share_of_roof"]
     around = (seconds["max"] - seconds["min"]) / 2 / abs(seconds["median"] or 1)
     return f"{_milliseconds(seconds['median']):>12}{around:>5.0%}{'-' if share is None else f'{share:.2f}':>6}"
@@ -226,5 +224,5 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits, without an exponent."""
+    """Format a number with three digits, without an exponent."""
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:#.3g}" if abs(number) >= 1e-3 else f"{number:.2g}"

@@ -1,7 +1,7 @@
-"""What packing short pairs into rows is worth: steps over packed rows beside steps over padded ones, in turns.
+"""Measure what packing short pairs into rows gains: steps over packed rows and over padded ones, in turns.
 
-Both take the same pairs with the same weights, so the loss per target is the same but for rounding. What differs is how
-many positions are computed for nothing: padded, every pair takes a row as long as the longest of its batch.
+Both use the same pairs and the same weights, so the loss per target is the same to rounding. They differ in how many
+positions are padding: without packing, every pair takes a row as long as the longest of its batch.
 
     python -m benchmarks packing --pairs lamini_docs.jsonl --tokenizer path/to/tokenizer.model
 """
@@ -26,11 +26,11 @@ from minift.tokenizer.base import check_fit
 from minift.tokenizer.load import load_tokenizer
 from minift.train import TrainState, train_step
 
-WINDOWS = 4  # different batches that are stepped over in turn
+WINDOWS = 4  # different batches, with a step over each in a turn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--pairs", metavar="FILE", help="instruction pairs (default: the bundled ones)")
     parser.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help="(%(default)s)")
     parser.add_argument("--config", default="bundled", metavar="NAME|FILE", help="the model's shape (%(default)s)")
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _steps(state: TrainState, windows: list[Batch], config: Any) -> tuple[float, list[float]]:
-    """One step over each batch, at a learning rate of 0: the weights stay what they are, so the losses compare."""
+    """Take one step over each batch, at a learning rate of 0: the weights do not change, so losses can be compared."""
     start = time.perf_counter()
     losses = [train_step(state, [batch], 0.0, config).loss for batch in windows]
     return time.perf_counter() - start, losses

@@ -1,23 +1,21 @@
-"""A training step of minift beside the same step of `transformers`: the same weights, batches and optimizer, in turns.
+"""Compare a training step with that of `transformers`: the same weights, batches and optimizer, in turns.
 
-Every side is a process of its own, which makes its model from the same weights and waits; then they take turns, a few
-steps each, in an order that is reversed each time. All of them train: full finetuning under autocast, AdamW's fused
-kernel, clipping by the global norm. `transformers` attends by SDPA, as minift does. Their losses must agree at every
-step, or the times compare nothing.
+Every side is a process that makes its model from the same weights and waits; then they take turns, a few steps each, in
+an order that is reversed each time. All of them do full finetuning under autocast, with AdamW's fused kernel and
+clipping by the global norm. `transformers` uses SDPA. Their losses must agree at every step, or the comparison is not
+valid.
 
 * *minift, compiled* and *minift*: `train_step`, with and without `--compile`;
 * *transformers, compiled* and *transformers*: the loop of its documentation around `LlamaForCausalLM`;
-* *transformers, checkpointed*: the same, each layer's activations computed again; only when it is named in `--sides`,
-  for models that fit a GPU in no other way.
+* *transformers, checkpointed*: the same with activation checkpointing; only when it is named in `--sides`, for models
+  that do not fit a GPU without it.
 
     python -m benchmarks peers
     python -m benchmarks peers --config smollm2-135m --batch-size 4 --length 512
     python -m benchmarks peers --config llama2-7b --batch-size 2 --length 4096 --device cuda --apart
 
 Where a GPU has room for one model only, `--apart` lets each side take all its turns before the next one begins; a side
-that does not fit is left out by name. What the sides share is then the machine, but not the minute.
-
-Read next: `ladder.py`.
+that does not fit is reported and left out. The sides then run on the same machine, but not at the same time.
 """
 
 import argparse
@@ -42,7 +40,7 @@ from minift.train import train_step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     arguments.add_shape(parser)
     arguments.add_machine(parser)
     parser.add_argument(
@@ -82,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"{together[0]}: skipped, it does not fit")
             turns.skipped.append(together[0])
             continue
-        for name in together if options.apart else ():  # what takes minutes may be cut off before its table
+        for name in together if options.apart else ():  # a long run may be interrupted before its table
             seconds = record.spread([answer["seconds"] for answer in turns.answers[name]])["median"]
             print(f"{name}: {config.batch_size * config.max_length / seconds:,.0f} tokens/s", flush=True)
     result = _result(options, config, shape, turns)
@@ -92,13 +90,13 @@ def run(options: argparse.Namespace) -> None:
 
 @dataclass
 class Turns:
-    """What the sides' processes say, by side.
+    """The answers of the sides' processes, by side.
 
     Attributes:
-        ready: when they are.
-        answers: in each turn.
-        rates: operations a second of a large matrix product: in each turn or, of sides that are apart, before them.
-        skipped: sides that do not fit.
+        ready: the first answer, after the first steps.
+        answers: the answers of all turns.
+        rates: FLOPs a second of a large matrix product: measured in each turn or, with `--apart`, before them.
+        skipped: sides that do not fit in memory.
     """
 
     ready: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +109,7 @@ class Turns:
         dtype = getattr(torch, config.dtype)
         alone = [roof.measure(config.device, dtype).flops] * repeats if apart else None
         if config.device == "cuda":
-            torch.cuda.empty_cache()  # a side that is alone may need it
+            torch.cuda.empty_cache()  # a side with `--apart` may need it
         with ExitStack() as stack:
             workers = {}
             for name in sides:
@@ -134,7 +132,7 @@ class Turns:
 
 
 def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> None:
-    """Make a side's model, take a first pair of steps, and then some whenever a line comes in."""
+    """Make a side's model and take two steps; then take `steps` of them for each line on standard input."""
     generator = torch.Generator(config.device).manual_seed(0)
     with torch.device(config.device):
         model = Llama(shape)
@@ -145,17 +143,17 @@ def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> No
     step = make(model, ids, config.replace(**how))
     del model
     if config.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # for a moment there were two models
+        torch.cuda.reset_peak_memory_stats()  # two models existed for a short time
     start = time.perf_counter()
     losses = [step()]
     first = time.perf_counter() - start
-    losses.append(step())  # some things are made in the second step only
+    losses.append(step())  # some memory is allocated only in the second step
     side.serve({"first_step_seconds": first, "losses": losses}, step, config.device, steps)
 
 
 def _minift_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[], float]:
     batches = cycle(side.whole_rows(ids))
-    state = start_state(model, None, config)  # type: ignore[arg-type]  # no data to keep the place of
+    state = start_state(model, None, config)  # type: ignore[arg-type]  # has no batches
     return lambda: train_step(state, [next(batches)], config.lr, config).loss
 
 
@@ -174,7 +172,7 @@ def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> 
     def step() -> float:
         tokens = next(batches)
         with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = forward(tokens, labels=tokens).loss  # it shifts them
+            loss = forward(tokens, labels=tokens).loss  # it shifts the labels
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.clip)
@@ -187,7 +185,7 @@ def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> 
 
 
 def to_transformers(model: Llama, use_cache: bool = True) -> Any:
-    """`LlamaForCausalLM` with the weights of a model, on its device, attending by SDPA."""
+    """Return a `LlamaForCausalLM` with the weights of a model, on its device, with SDPA."""
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
 
@@ -195,7 +193,7 @@ def to_transformers(model: Llama, use_cache: bool = True) -> Any:
     with torch.device(model.device):
         theirs = LlamaForCausalLM(TheirConfig(**values))
     weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
-    theirs.load_state_dict(weights, strict=not model.config.tie_word_embeddings)  # tied, the head has no entry here
+    theirs.load_state_dict(weights, strict=not model.config.tie_word_embeddings)  # a tied head has no entry here
     return theirs
 
 

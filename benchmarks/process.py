@@ -1,7 +1,7 @@
-"""Measuring in a process of its own: what others left in memory, in caches or in threads does not count.
+"""Measure in a child process, so that memory, caches and threads of other measurements do not count.
 
 A benchmark that is started with `--measure WORDS` is such a process: it measures one thing and prints it as JSON.
-Resident memory is read from /proc, so it needs Linux. Read next: `load.py`.
+Resident memory is read from /proc, so it needs Linux.
 """
 
 import ctypes
@@ -19,19 +19,19 @@ import torch
 
 from minift.errors import InputError
 
-M_MMAP_THRESHOLD, RETURNED = -3, 2**20  # for mallopt: blocks of this size go back to the system when they are freed
+M_MMAP_THRESHOLD, RETURNED = -3, 2**20  # for mallopt: freed blocks from this size on go back to the system
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def fresh(benchmark: str, *words: object, cores: int | None = None, stdin: Iterable[bytes] | None = None) -> Any:
-    """What `python -m benchmarks BENCHMARK --measure WORDS` measures.
+    """Run `python -m benchmarks BENCHMARK --measure WORDS`. Return what it measures.
 
     Args:
         cores: how many the process may run on; by default all.
-        stdin: what to feed it.
+        stdin: blocks to write to its standard input.
 
     Raises:
-        InputError: with its last words, when it fails.
+        InputError: when it fails, with the last line of its standard error.
     """
     command = [sys.executable, "-m", "benchmarks", benchmark, "--measure", *map(str, words)]
     allowed = sorted(os.sched_getaffinity(0))[:cores]
@@ -43,7 +43,7 @@ def fresh(benchmark: str, *words: object, cores: int | None = None, stdin: Itera
         for block in stdin or ():
             child.stdin.write(block)
     except BrokenPipeError:
-        pass  # it has failed, and says why
+        pass  # it has failed; its standard error says why
     stdout, stderr = child.communicate()
     if child.returncode:
         raise InputError(f"{words[0]} failed: {(stderr.decode().strip().splitlines() or ['no message'])[-1]}")
@@ -51,17 +51,17 @@ def fresh(benchmark: str, *words: object, cores: int | None = None, stdin: Itera
 
 
 class Worker:
-    """A fresh process that measures again and again, whenever it is asked to: so that several can take turns.
+    """A child process that measures each time it is asked, so that several can take turns.
 
     It is `python -m benchmarks BENCHMARK --measure WORDS`. It prints a first line of JSON when it is ready (`ready`),
-    and then answers each line that it is sent by a line of JSON, until there is no more.
+    and then answers each line on its standard input with a line of JSON, until the input ends.
 
         with Worker("peers", "minift") as worker:
             print(worker.ready, worker.ask("step"))
     """
 
     def __init__(self, benchmark: str, *words: object, env: dict[str, str] | None = None, wait: bool = True):
-        """`wait`: until it is ready, which those that can only start together must not."""
+        """Start the process; with `wait`, return when it is ready. Processes that must start together do not wait."""
         command = [sys.executable, "-m", "benchmarks", benchmark, "--measure", *map(str, words)]
         self._name = str(words[0])
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
@@ -80,7 +80,7 @@ class Worker:
 
     @cached_property
     def ready(self) -> Any:
-        """Its first line, when it has come."""
+        """Return its first answer; wait for it if necessary."""
         return self.answer()
 
     def __enter__(self) -> "Worker":
@@ -93,25 +93,25 @@ class Worker:
         self._errors.close()
 
     def ask(self, words: str) -> Any:
-        """What the process answers. Raises InputError with its last words, when it fails."""
+        """Send a line and return the answer. Raise InputError with the last line of standard error when it fails."""
         self.tell(words)
         return self.answer()
 
     def tell(self, words: str) -> None:
-        """Ask, and let it work."""
+        """Send a line and do not wait for the answer."""
         assert self.ready is not None
         assert self._child.stdin is not None
         try:
             self._child.stdin.write(words + "\n")
             self._child.stdin.flush()
         except BrokenPipeError:
-            pass  # it has failed, and says why
+            pass  # it has failed; its standard error says why
 
     def answer(self) -> Any:
-        """What it says next. Raises InputError as `ask`."""
+        """Return its next answer. Raise InputError as `ask` does."""
         assert self._child.stdout is not None
         for line in self._child.stdout:
-            if line.startswith(("{", "[")):  # a library may print other things
+            if line.startswith(("{", "[")):  # a library may print other lines
                 return json.loads(line)
         self._child.wait()
         self._errors.seek(0)
@@ -120,27 +120,27 @@ class Worker:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory, pages of mapped files included."""
+    """Return the resident memory of this process in bytes, pages of mapped files included."""
     return _status("VmRSS:")
 
 
 def peak() -> int:
-    """The most that this ever was."""
+    """Return the peak resident memory of this process in bytes."""
     return _status("VmHWM:")
 
 
 def peak_of(device: str) -> int:
-    """The most memory of a device that this process ever had, in bytes: of a GPU what PyTorch allocated."""
+    """Return the peak memory of this process on a device, in bytes; on a GPU, what PyTorch allocated for tensors."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak()
 
 
 def held_by(device: str) -> int:
-    """Bytes of a device that this process holds now: of a GPU what tensors take."""
+    """Return the bytes that this process holds on a device now; on a GPU, those of tensors."""
     return torch.cuda.memory_allocated() if device == "cuda" else resident()
 
 
 def forget_peak_of(device: str) -> None:
-    """Let the peak start from what there is now."""
+    """Reset the peak memory of a device to what is in use now."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -148,10 +148,10 @@ def forget_peak_of(device: str) -> None:
 
 
 def give_back_freed() -> None:
-    """Have the C library give large blocks back to the system when they are freed. It must not have freed any yet.
+    """Let the C library release large blocks to the system when they are freed. Call before any was freed.
 
     Raises:
-        InputError: when it is not glibc.
+        InputError: when the C library is not glibc.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):

@@ -1,21 +1,21 @@
-"""One optimizer step under the profiler: its operators, what the device waits for, and where its memory goes.
+"""Profile one optimizer step: its operators, the device's idle time, and its memory by purpose.
 
     python -m benchmarks profile --trace step.json.gz         # opens in Perfetto, https://ui.perfetto.dev
     python -m benchmarks profile --config smollm2-135m --batch-size 4 --length 512 --device cuda
 
-The step is `job.take_step`; its parts are ranges in the trace. It is taken several times, as each tool disturbs what
-another measures:
+The step is `job.take_step`; its parts are ranges in the trace. It is taken several times, because each tool disturbs
+what another measures:
 
-* without the profiler: the wall clock and, on a CPU, the time that its threads were busy (waiting for each other in a
-  loop counts as busy, which is how OpenMP waits).
-* with it: the trace, and the table of operators by *self* time: without the operators that they call. On a GPU that is
-  the time of the kernels that they started. What is left of the parts is the row "Python, between the operators".
-* with every tensor's storage watched (`alive.py`): memory at the fullest moment, by what it is for. "activations" are
-  what autograd keeps for the backward pass: those of the layers, autocast's copies of weights, and what the loss has
-  prepared; "other" is what comes and goes, logits above all. A compiled step cannot be watched in this way.
+* without the profiler: the wall clock and, on a CPU, the CPU time of its threads. A thread that waits for others in a
+  loop counts as busy; OpenMP waits in this way.
+* with the profiler: the trace, and the table of operators by *self* time, without the operators that they call. On a
+  GPU that is the time of the kernels that they launch. The rest is the row "Python, between the operators".
+* with every tensor's storage recorded (`alive.py`): the memory at its peak, by purpose. "activations" are what autograd
+  saves for the backward pass: those of the layers, autocast's copies of weights, and the gradients that the loss has
+  computed; "other" is temporary memory, mainly logits. A compiled step cannot be recorded in this way.
 
-A GPU is idle while neither a kernel nor a copy runs: their time in the trace is held against that of a step without the
-profiler. On a CPU the idle share is 1 − CPU time / (wall clock × threads). Read next: `memory.py`.
+A GPU is idle while neither a kernel nor a copy runs: their time in the trace is compared with that of a step without
+the profiler. On a CPU the idle share is 1 − CPU time / (wall clock × threads).
 """
 
 import argparse
@@ -41,7 +41,7 @@ from benchmarks.timing import wait_for
 from minift.errors import InputError
 from minift.values import size
 
-WARMUP = 3  # steps before any that is measured
+WARMUP = 3  # steps before the first measured one
 PYTHON = "Python, between the operators"
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace's events that keep a GPU busy
 CATEGORIES = {
@@ -52,7 +52,7 @@ CATEGORIES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     add_job_arguments(parser)
     parser.add_argument("--top", type=int, default=15, metavar="N", help="operators to show (%(default)s)")
     arguments.add_repeats(parser, 5, "steps without the profiler")
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def time_steps(job: Job, repeats: int) -> tuple[float, float]:
-    """Median seconds of a step, and the median share of them in which this process's threads were busy."""
+    """Return the median seconds of a step, and the median share of them in which this process's threads were busy."""
     seconds, busy = [], []
     for _ in range(repeats):
         wait_for(job.config.device)
@@ -107,10 +107,10 @@ def time_steps(job: Job, repeats: int) -> tuple[float, float]:
 
 
 def profile_step(job: Job, trace: Path) -> tuple[float, list[dict[str, Any]]]:
-    """Take a step under the profiler and write its trace. Returns its seconds, and all its operators.
+    """Take a step under the profiler and write its trace.
 
     Returns:
-        The seconds, and for each operator its name, calls, self time on the CPU and on the GPU, and share.
+        The seconds of the step, and for each operator its name, calls, self time on the CPU and on the GPU, and share.
     """
     cuda = job.config.device == "cuda"
     wait_for(job.config.device)
@@ -124,11 +124,11 @@ def profile_step(job: Job, trace: Path) -> tuple[float, list[dict[str, Any]]]:
 
 
 def operators_of(events: Sequence[Any], cuda: bool) -> list[dict[str, Any]]:
-    """The operators of a profile, the one with the most self time first; what is in none of them as one row, PYTHON."""
+    """Return the operators of a profile by descending self time; time in none of them is one row, PYTHON."""
     rows: dict[str, dict[str, Any]] = {}
     for event in events:
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel: its time is in the operator that started it, too
+            continue  # a kernel: the operator that launched it includes its time
         name = PYTHON if event.is_user_annotation else event.key
         row = rows.setdefault(name, {"name": name, "calls": 0, "self_cpu_seconds": 0.0, "self_cuda_seconds": 0.0})
         row["calls"] += event.count
@@ -142,14 +142,14 @@ def operators_of(events: Sequence[Any], cuda: bool) -> list[dict[str, Any]]:
 
 
 def read_trace(file: Path) -> list[dict[str, Any]]:
-    """The events of a trace."""
+    """Return the events of a trace."""
     with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as opened:
         events: list[dict[str, Any]] = json.load(opened)["traceEvents"]
     return events
 
 
 def busy_seconds(events: Sequence[dict[str, Any]]) -> float:
-    """In how many seconds of a trace a GPU did something: what runs at the same time counts once."""
+    """Return the seconds of a trace in which the GPU was busy: work that runs at the same time counts once."""
     spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in ON_DEVICE)
     busy, reached = 0.0, float("-inf")
     for start, end in spans:
@@ -159,7 +159,7 @@ def busy_seconds(events: Sequence[dict[str, Any]]) -> float:
 
 
 def peak_memory(job: Job) -> dict[str, Any]:
-    """Bytes at the fullest moment of a step, by category; and on a GPU the most that its allocator had given out."""
+    """Return the bytes at the peak of a step, by category; on a GPU also the allocator's peak."""
     if job.config.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     peak = watch_step(job).peak(category)
@@ -171,7 +171,7 @@ def peak_memory(job: Job) -> dict[str, Any]:
 
 
 def category(memory: Memory) -> str:
-    """What memory is for."""
+    """Return the category of memory."""
     return CATEGORIES.get(memory.label) or ("activations" if memory.saved else "other")
 
 

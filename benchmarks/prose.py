@@ -1,7 +1,7 @@
-"""Natural text that is there wherever Python is: the docstrings of the standard library and of installed packages.
+"""Collect text that every Python installation has: docstrings of the standard library and of installed packages.
 
-None of it is stored here, none is used twice, and there are some 30 MB of it beside torch and transformers. It has more
-words that occur only once (names in code) than web pages have. Read next: `data.py`.
+None of it is stored here, and none is used twice. With torch and transformers installed there are about 30 MB of it. It
+has more words that occur only once (names in code) than web pages have.
 """
 
 import gzip
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-PAGE = 2_200  # characters, about the mean of C4's
+PAGE = 2_200  # characters of a page, about the mean of C4
 
 
 def pages(megabytes: float) -> Iterator[str]:
-    """Texts of about PAGE characters, until there are so many millions of characters or no text is left."""
+    """Yield texts of about PAGE characters, until `megabytes` million characters are reached or no text is left."""
     docstrings = sorted(set(_docstrings()))
     random.Random(0).shuffle(docstrings)
     characters, page = 0, ""
@@ -33,14 +33,14 @@ def pages(megabytes: float) -> Iterator[str]:
 
 
 def lines(megabytes: float) -> Iterator[bytes]:
-    """The pages as C4 has them: JSON, with a time and an address."""
+    """Yield the pages in C4's format: JSON with a timestamp and a URL."""
     for number, text in enumerate(pages(megabytes)):
         values = {"text": text, "timestamp": "2021-03-04T05:06:07Z", "url": f"https://www.example.com/{number}"}
         yield json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
 
 def write_shards(folder: Path, megabytes: float, shards: int) -> tuple[list[Path], int]:
-    """Write gzipped shards. Returns their paths and how many characters of text they hold."""
+    """Write gzipped shards. Return their paths and their number of characters of text."""
     files = [folder / f"prose-{number:05d}-of-{shards:05d}.json.gz" for number in range(shards)]
     characters = 0
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
-"""What every result says beside its numbers: the machine, the versions, the commit, the command.
+"""Record what every result contains in addition to its numbers: the machine, the versions, the commit, the command.
 
-A time without these cannot be compared with another. Read next: `load.py`.
+Times without these cannot be compared.
 """
 
 import json
@@ -22,7 +22,7 @@ PACKAGES = ("minift", "torch", "numpy", "sentencepiece", "safetensors", "tokeniz
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the versions of what takes part, the commit (with "+" if files were changed), date and command."""
+    """Return the machine, the packages' versions, the commit (with "+" if files were changed), date and command."""
     return {
         "command": "python -m benchmarks " + shlex.join(_without_places(sys.argv[1:])),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -39,19 +39,19 @@ def environment() -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest of repeated measurements."""
+    """Return median, minimum, maximum and number of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def write(file: str | None, result: dict[str, Any]) -> None:
-    """Write a result as JSON, if a file is asked for."""
+    """Write a result as JSON, if a file is given."""
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _without_places(words: Sequence[str]) -> list[str]:
-    """A command without the options that only say where files go."""
+    """Return a command without the options that only name files."""
     kept, place = [], False
     for word in words:
         if word.startswith("--"):

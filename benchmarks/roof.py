@@ -1,12 +1,12 @@
-"""What this machine can do at most, measured: the two roofs under which every operation has to live.
+"""Measure the roofs of this machine: the highest speed of arithmetic and of memory traffic.
 
-A product of large square matrices is the fastest arithmetic there is, a copy of a large tensor the fastest traffic, and
-a product of a matrix with a vector, which reads each weight once, is what generating a token comes to. What an
-operation takes at least is the larger of its FLOPs over the first and its bytes over the second; which of the two it is
-depends on its arithmetic intensity, FLOPs a byte. Data sheets promise more than any program gets; these are numbers
-that a program got, in the same run as what is held against them.
+A product of large square matrices is the fastest arithmetic, and a copy of a large tensor the fastest traffic. A
+matrix-vector product, which reads each weight once, is most of the work of generating a token. The least time of an
+operation is the larger of two: its FLOPs over the speed of the first, and its bytes over that of the second. Which of
+them is larger depends on its arithmetic intensity, FLOPs a byte. Data sheets promise more than programs reach; these
+roofs are reached by a program, in the same run as what is compared with them.
 
-Source: Williams et al., "Roofline" (Communications of the ACM 52, 2009). Read next: `ops.py`.
+Source: Williams et al., "Roofline" (Communications of the ACM 52, 2009).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,19 +17,19 @@ import torch
 from benchmarks.timing import in_turns
 
 SIDE = {"cpu": 2_048, "cuda": 8_192}  # of the square matrices
-COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes: more than any cache holds
+COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes read and written: more than a cache holds
 REPEATS = 7
 REPEATS_A_TURN = 3
 
 
 @dataclass(frozen=True)
 class Roof:
-    """The machine's best, as measured.
+    """The highest speeds of the machine, as measured.
 
     Attributes:
-        dtype: of the matrices.
+        dtype: the dtype of the matrices.
         flops: floating-point operations a second of a matrix product.
-        bandwidth: bytes a second of a copy, those read and those written.
+        bandwidth: bytes a second of a copy, read and written.
         matvec_bandwidth: bytes of weights a second that a matrix-vector product reads.
     """
 
@@ -39,16 +39,16 @@ class Roof:
     matvec_bandwidth: float
 
     def seconds(self, flops: float, nbytes: float) -> float:
-        """The least time for so many operations and so much traffic."""
+        """Return the least seconds for this work: the larger of the times for arithmetic and for traffic."""
         return max(flops / self.flops, nbytes / self.bandwidth)
 
     def to_dict(self) -> dict[str, str | float]:
-        """For the record."""
+        """Return the values for a record."""
         return asdict(self)
 
 
 def best(roofs: Sequence[Roof]) -> Roof:
-    """The highest of several."""
+    """Return the highest of each value."""
     keys = ("flops", "bandwidth", "matvec_bandwidth")
     return Roof(roofs[0].dtype, *(max(getattr(one, key) for one in roofs) for key in keys))
 
@@ -59,10 +59,10 @@ def measure(device: str, dtype: torch.dtype) -> Roof:
 
 
 def meter(device: str, dtype: torch.dtype) -> Callable[[int], Roof]:
-    """A function that measures the roofs as they are at the moment; the best of so many runs counts: it is a roof.
+    """Return a function that measures the roofs now: the best of `repeats` runs, because a roof is a maximum.
 
-    For a benchmark that takes minutes, on a machine whose clock changes meanwhile: what is measured in a turn is held
-    against the roofs of that turn.
+    It is for a benchmark that takes minutes, while the machine's clock rate may change: what is measured in a turn is
+    compared with the roofs of that turn.
     """
     side, generator = SIDE[device], torch.Generator(device).manual_seed(0)
 

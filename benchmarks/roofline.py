@@ -1,12 +1,12 @@
-"""Draws the operations under the machine's roofs: arithmetic intensity across, floating-point operations a second up.
+"""Draw the operations under the machine's roofs: FLOPs a second over arithmetic intensity.
 
 A point on the slope moves its bytes as fast as a copy does; one on the flat top computes as fast as a matrix product.
-The distance up to the roof is what could still be gained. An operation stands at the same intensity in all of its
-variants, because its bytes are the least that it needs, not those that a variant moves.
+The distance to the roof is what could still be gained. All variants of an operation have the same intensity, because
+its bytes are the least that it needs, not those that a variant moves.
 
     python -m benchmarks ops --plot roofline.png
 
-Source: Williams et al., "Roofline" (Communications of the ACM 52, 2009). Read next: `load.py`.
+Source: Williams et al., "Roofline" (Communications of the ACM 52, 2009).
 """
 
 import math
@@ -17,10 +17,10 @@ from typing import Any
 
 from minift.errors import need
 
-# Of Okabe and Ito's colours, which the colour-blind can tell apart; the shapes differ, too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; the markers differ as well.
 STYLES = {"naive": ("#D55E00", "v"), "used": ("#0072B2", "o"), "compiled": ("#009E73", "s")}
-NEAR = 0.09  # of the plot's width, which a name needs
-LINE = 0.024  # of the plot's height, which a name needs
+NEAR = 0.09  # share of the plot's width that a name needs
+LINE = 0.024  # share of the plot's height that a name needs
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Point:
 
 
 def points(operations: Mapping[str, Any]) -> list[Point]:
-    """All operations in all variants, the forward and the backward pass together."""
+    """Return the points of all operations in all variants, forward and backward pass together."""
     found = []
     for name, operation in operations.items():
         whole = operation["phases"].get("both") or operation["phases"]["step"]
@@ -84,7 +84,7 @@ def draw(result: Mapping[str, Any], file: str) -> None:
 
 
 def spread_out(places: Sequence[float], gap: float) -> list[float]:
-    """Places in ascending order, moved as little as it takes for each to be `gap` away from the next."""
+    """Return ascending places, moved just enough that each is about `gap` away from the next."""
     apart = list(places)
     for _ in range(200):
         for i in range(len(apart) - 1):
@@ -96,7 +96,7 @@ def spread_out(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _groups(found: Sequence[Point], near: float) -> list[list[Point]]:
-    """From left to right, points so near to each other that a name could lie on another's point."""
+    """Group points from left to right that are so near to each other that a name could cover another point."""
     groups: list[list[Point]] = []
     for point in sorted(found, key=lambda p: p.intensity):
         if groups and math.log(point.intensity / groups[-1][0].intensity) < near:
@@ -107,7 +107,7 @@ def _groups(found: Sequence[Point], near: float) -> list[list[Point]]:
 
 
 def _label(axes: Any, group: Sequence[Point]) -> None:
-    """The names of a group's points in a column to their right, in the variants' colours, with a line to each point."""
+    """Write the names of a group's points in a column to their right, in the variants' colours, with a line to each."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     width, height = math.log(right / left), math.log(top / bottom)
     ordered = sorted(group, key=lambda p: p.speed)

@@ -1,15 +1,13 @@
-"""A training step shared by processes: how much of one process's speed two of them keep, each with half of the cores.
+"""Measure how a training step scales: one process with all cores, compared with several that share them.
 
 The same global batch is trained by one process with all threads, and by N processes that share the threads (two of one
-thread each, on two cores), under DDP and under FSDP. What is lost is what they have to send each other, and the parts
-of a step that each of them does for itself: the optimizer's step, the head turned round, Python.
+thread each, on two cores), under DDP and under FSDP. Communication takes time, and so do the parts of a step that each
+process repeats: the optimizer's step under DDP, the transpose of the head, Python.
 
-The processes of a side start together and then take turns with the other sides, a few steps each.
+The processes of a side start together, and the sides take turns, a few steps each.
 
     python -m benchmarks scale
     python -m benchmarks scale --config smollm2-135m --batch-size 4 --length 512 --processes 2
-
-Read next: `minift/distributed/world.py`.
 """
 
 import argparse
@@ -36,7 +34,7 @@ LEARNING_RATE = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     arguments.add_shape(parser, rows="rows of all together")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="that share the cores (%(default)s)")
     arguments.add_machine(parser)
@@ -82,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _environment(rank: int, size: int, port: int, threads: int) -> dict[str, str]:
-    """What torchrun would set."""
+    """Return the environment variables that torchrun would set."""
     each = {"OMP_NUM_THREADS": str(max(1, threads // size))}
     if size > 1:
         each |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
@@ -101,7 +99,7 @@ def _free_port() -> int:
 
 
 def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> None:
-    """Take two steps, and then some whenever a line comes in."""
+    """Join the world and take two steps; then take `steps` of them for each line on standard input."""
     with join("auto" if name == "one process" else name, torch.device(config.device)) as world:
         _serve_rank(world, shape, config, steps, sys.__stdout__)
 
@@ -112,7 +110,7 @@ def _serve_rank(world: World, shape: LlamaConfig, config: TrainConfig, steps: in
     weights = model.random_weights(generator)
     if world.parallel == "fsdp":
         model = model.to("meta")
-        state = start_state(model, None, config, world)  # type: ignore[arg-type]  # no data to keep the place of
+        state = start_state(model, None, config, world)  # type: ignore[arg-type]  # has no batches
         fill(model, world, weights)
     else:
         model.init_weights(generator)

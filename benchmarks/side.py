@@ -1,6 +1,6 @@
-"""A side of a comparison that trains, in a process of its own: the batches that all sides take, and how it takes turns.
+"""Serve one side of a comparison of training steps from a child process: its batches, its turns and its answers.
 
-`process.Worker` is the other end. Read next: `peers.py`.
+`process.Worker` is the other end.
 """
 
 import json
@@ -17,12 +17,12 @@ from benchmarks.timing import seconds_a_call
 from minift.errors import InputError
 from minift.pack import IGNORE, Batch
 
-BATCHES = 4  # different ones, which all sides go through again and again
-AGREE = 0.01  # how far the losses of a step may be apart, as a share of the smallest
+BATCHES = 4  # different batches, which all sides repeat in the same order
+AGREE = 0.01  # the largest difference between the losses of a step, as a share of the smallest
 
 
 def whole_rows(ids: Tensor) -> list[Batch]:
-    """Batches of rows that are one document each and end with it, so that a row's last token has no target.
+    """Return batches of rows that are one document each; a row's last token has no target.
 
     Args:
         ids: int64 [batches, B, T].
@@ -42,17 +42,18 @@ def serve(
     together: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Say that this side is ready, and take steps whenever a line comes in.
+    """Print that this side is ready, and take steps for each line on standard input.
 
-    It answers with the seconds of a step, the losses, and the most memory that it ever had.
+    Each answer has the seconds of a step, the losses, and the peak memory of the process.
 
     Args:
-        ready: what to say first.
-        step: takes one, and returns its loss.
-        steps: of a turn.
-        out: where the answers go, if not to standard output.
-        together: waits for the others of a side of several processes.
-        clock: seconds, for the tests.
+        ready: the first answer.
+        step: takes one step and returns its loss.
+        device: "cpu" or "cuda".
+        steps: the number of steps of a turn.
+        out: where the answers go; by default standard output.
+        together: waits for the other processes of the same side.
+        clock: returns seconds; tests replace it.
     """
     losses: list[float] = []
     print(json.dumps(ready), file=out, flush=True)
@@ -64,10 +65,10 @@ def serve(
 
 
 def losses_apart(losses: Mapping[str, Sequence[float]]) -> float:
-    """How far the sides' losses of a step are apart at most, as a share of the smallest.
+    """Return the largest difference between the sides' losses of a step, as a share of the smallest.
 
     Raises:
-        InputError: when that is more than AGREE: then their times compare nothing.
+        InputError: when that is more than AGREE: then their times cannot be compared.
     """
     apart = max(max(step) / min(step) - 1 for step in zip(*losses.values(), strict=True))
     if apart > AGREE:

@@ -1,15 +1,15 @@
-"""Hours of training: does memory grow, do files stay open, does a run that is killed again and again lose anything?
+"""Train for hours: test whether memory grows, files stay open, or a run that is killed many times loses anything.
 
-The bundled job is trained twice at once, with the same seed and one thread each. One run is left alone, and its memory
-and open files are looked at every few seconds. The other is killed (SIGKILL) at random moments and resumed, until it is
-done, too. Both save and evaluate all the time. In the end their `metrics.jsonl`, but for the times in it, and their
+The bundled job is trained twice at once, with the same seed and one thread each. One run is undisturbed, and its memory
+and open files are sampled every few seconds. The other is killed (SIGKILL) at random moments and resumed, until it has
+finished too. Both save and evaluate regularly. At the end their `metrics.jsonl`, except for the times in it, and their
 weights must be the same.
 
     python -m benchmarks soak                          # two hours
     python -m benchmarks soak --minutes 10 --kills 4
 
-Memory is read from /proc, so this needs Linux. A minute's memory is the most that was seen in it: an evaluation takes
-more than a step.
+Memory is read from /proc, so this needs Linux. A minute's memory is the largest sample in it, because an evaluation
+takes more than a step.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from benchmarks.process import ROOT
 from minift.errors import InputError
 from minift.values import size
 
-WARM_UP = 0.1  # of the time, which does not count: caches and the allocator fill up
-LOOK = 2.0  # seconds between two looks at a process
-TIMES = ("seconds", "tokens_per_second")  # of a line of metrics: what no two runs have in common
+WARM_UP = 0.1  # share of the time that does not count: caches and the allocator fill up
+LOOK = 2.0  # seconds between two samples of a process
+TIMES = ("seconds", "tokens_per_second")  # keys of a line of metrics that differ from run to run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--minutes", type=float, default=120, metavar="N", help="of undisturbed training (%(default)s)")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="of the other run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the kills' moments (%(default)s)")
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train both runs, say what was seen, and write the JSON. Raises InputError when they are not the same."""
+    """Train both runs, print the result, and write the JSON. Raise InputError when they are not the same."""
     if options.minutes <= 0:
         raise InputError("--minutes must be more than 0")
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,8 +80,8 @@ class Run:
 
     Attributes:
         out: the folder.
-        looks: (seconds since it began, bytes of memory, open files), while it trains.
-        began, ended: when, in seconds; `ended` when it was done.
+        looks: samples (seconds since the start, bytes of memory, open files), taken while it trains.
+        began, ended: the times of start and end, in seconds; `ended` is 0 until the end.
     """
 
     def __init__(self, out: Path, steps: int, core: int):
@@ -111,7 +111,7 @@ class Run:
         os.sched_setaffinity(self._child.pid, {cores[self._core % len(cores)]})
 
     def done(self) -> bool:
-        """Whether it has ended; raises InputError with its last words when that was a failure."""
+        """Return whether it has ended. Raise InputError with the last line of its log when it failed."""
         if self._child.poll() is None:
             return False
         if self._child.returncode:
@@ -121,7 +121,7 @@ class Run:
         return True
 
     def look(self) -> None:
-        """Note its memory and its open files, as long as it trains: what comes after `final/` is another job."""
+        """Sample its memory and its open files while it trains: what follows `final/` is not training."""
         if (self.out / "metrics.jsonl").exists() and not (self.out / "final").exists():
             try:
                 status = Path(f"/proc/{self._child.pid}/status").read_text()
@@ -132,7 +132,7 @@ class Run:
             self.looks.append((time.monotonic() - self.began, resident, files))
 
     def kill(self) -> None:
-        """End it at once, as if the power were lost, and start it again."""
+        """Kill it, as if the power were lost, and resume it."""
         self._child.send_signal(signal.SIGKILL)
         self._child.wait()
         begun = (self.out / "config.json").exists()
@@ -140,7 +140,7 @@ class Run:
 
 
 def _steps(folder: Path, minutes: float) -> int:
-    """How many steps take so long, on one core while the other is at work, too."""
+    """Return how many steps take this many minutes on one core, while a second run uses another core."""
     pair = [Run(folder / f"trial_{core}", 150, core) for core in range(2)]
     while not all(run.done() for run in pair):
         time.sleep(0.2)
@@ -149,7 +149,7 @@ def _steps(folder: Path, minutes: float) -> int:
 
 
 def _train_both(alone: Run, killed: Run, options: argparse.Namespace) -> int:
-    """Until both are done. Returns how often the second was killed."""
+    """Wait until both runs are done. Return how often the second was killed."""
     draw = random.Random(options.seed)
     moments = sorted(draw.uniform(0, 60 * options.minutes) for _ in range(options.kills))
     kills = 0
@@ -165,12 +165,15 @@ def _train_both(alone: Run, killed: Run, options: argparse.Namespace) -> int:
 
 
 def flatness(looks: list[tuple[float, int]]) -> dict[str, Any]:
-    """How a quantity changed: its most in each minute, after the warm-up.
+    """Summarise how a quantity changed over time: the maximum of each minute, after the warm-up.
+
+    Args:
+        looks: (seconds since the start, value) of each sample.
 
     Returns:
         first, last: the median of the first and of the last tenth of these minutes.
-        off: how far any of them is from the median of all, as a share of it.
-        minutes: all of them, from the start.
+        off: the largest difference from the median of all, as a share of it.
+        minutes: the maxima of all minutes, from the start.
     """
     minutes: dict[int, int] = defaultdict(int)
     for when, value in looks:
@@ -192,11 +195,11 @@ def _median(values: list[int]) -> int:
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, without the times in them."""
+    """Return the lines of a run's metrics, without the times in them."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def checksum(out: Path) -> str:
-    """Of the finished model's weights."""
+    """Return the SHA-256 of the finished model's weights."""
     return hashlib.sha256((out / "final" / "model.pt").read_bytes()).hexdigest()

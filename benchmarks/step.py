@@ -1,17 +1,18 @@
-"""Where the time of an optimizer step goes, from the next batch to the bookkeeping.
+"""Time the parts of an optimizer step, from the next batch to the bookkeeping.
 
-A step is timed part by part (`job.take_step`), and the parts have to add up: to that step by one clock around all of it
-(if not, something is in no part), and to a step of the real `train.train_step`, taken in turns with it (if not, taking
-it apart has changed it, or the machine was busy with something else: then more `--repeats` help). More than 5 % off
-either is said loudly. On a GPU the clock waits for its work at the end of each part; what a real step overlaps, the
-parts do not, so they may come to more when the GPU has little to do.
+A step is timed part by part (`job.take_step`), and the parts have to add up to two other times. One is the time of the
+same step by one clock around all of it; if it differs, something is in no part. The other is a step of the real
+`train.train_step`, in turns with it; if it differs, measuring the parts has changed the step, or the machine was busy
+with something else (then more `--repeats` help). A difference of more than 5 % from either prints a warning. On a GPU
+the clock waits for its work at the end of each part. A real step overlaps work of different parts, so the parts may add
+up to more when the GPU has little to do.
 
     python -m benchmarks step
     python -m benchmarks step --config smollm2-135m --batch-size 4 --length 512 --device cuda --dtype bfloat16
 
-*share* is of the time of all steps together, as some parts come in bursts: text is encoded for many batches at once.
-MFU: the FLOPs of the model (`costs/flops.py`) that the real steps do in a second, as a share of those of a large matrix
-product in the same dtype, measured in the same run (`roof.py`). Read next: `profile.py`.
+*share* is a share of the time of all steps together, because some parts come in bursts: text is encoded for many
+batches at once. MFU: the FLOPs a second of the model (`minift/costs/flops.py`) in the real steps, as a share of those
+of a large matrix product in the same dtype, measured in the same run (`roof.py`).
 """
 
 import argparse
@@ -32,12 +33,12 @@ from minift.costs.flops import data_sheet_flops, training_flops_per_token
 from minift.optim import learning_rate
 from minift.train import train_step
 
-WARMUP = 2  # steps of each kind that do not count
-TOLERANCE = 0.05  # by which the parts may miss the whole
+WARMUP = 2  # steps of each kind that are not counted
+TOLERANCE = 0.05  # largest difference between the parts and the whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     add_job_arguments(parser)
     arguments.add_repeats(parser, 10, "steps of each kind")
 
@@ -61,10 +62,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 class Stopwatch:
-    """Seconds of each part of a step. A part that comes several times, for each micro-batch, adds up.
+    """A stopwatch for the parts of a step. The times of a part that comes once for each micro-batch are added up.
 
     Attributes:
-        seconds: by part, since the beginning.
+        seconds: the total by part.
     """
 
     def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter):
@@ -74,7 +75,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time what is done inside."""
+        """Add the seconds of the `with` block to a part."""
         start = self._clock()
         yield
         wait_for(self._device)
@@ -82,7 +83,7 @@ class Stopwatch:
 
 
 def whole_step(job: Job) -> None:
-    """A step as the loop takes it."""
+    """Take a step as the training loop does."""
     state, config = job.state, job.config
     state.batches.state_dict()
     window = [next(job.micro_batches).to(state.model.device) for _ in range(config.grad_accum)]
@@ -93,7 +94,11 @@ def whole_step(job: Job) -> None:
 def measure(
     job: Job, repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[list[float], list[float], list[dict[str, float]]]:
-    """Seconds of whole steps; and of as many in parts, in turns with them: by one clock around each, and by part."""
+    """Time whole steps, and in turns with them steps in parts.
+
+    Returns:
+        The seconds of each whole step; of each step in parts by one clock around it; and of its parts.
+    """
     device = job.config.device
     whole: list[float] = []
     around: list[float] = []
@@ -122,7 +127,7 @@ def measure(
 
 
 def summary(job: Job, whole: list[float], around: list[float], parts: list[dict[str, float]]) -> dict[str, Any]:
-    """What the measurements come to."""
+    """Return the record of the measurements."""
     sums = [sum(step.values()) for step in parts]
     of_same, of_whole = paired_ratio(sums, around), paired_ratio(sums, whole)
     measured = roof.measure(job.config.device, getattr(torch, job.config.dtype))

@@ -1,7 +1,7 @@
-"""How much memory streaming takes: the peak for a small corpus and for one a hundred times as large.
+"""Measure the memory of streaming: the peak for a small corpus and for one a hundred times as large.
 
-A fresh process reads JSON Lines from standard input, shuffles, encodes and packs them, and says what its highest
-resident memory was. The lines are made on the way (docstrings of Python, again and again); nothing is stored.
+A fresh process reads JSON Lines from standard input, shuffles, encodes and packs them, and reports its peak resident
+memory. The lines are generated while it reads (docstrings of Python, repeated); nothing is stored.
 
     python -m benchmarks stream                       # 40 MB and 4 GB: a quarter of an hour
     python -m benchmarks stream --megabytes 40 400
@@ -17,11 +17,11 @@ from typing import Any
 from benchmarks import arguments, process, prose, record
 from minift.values import size
 
-UNIQUE = 24  # megabytes of text, before it comes again
+UNIQUE = 24  # megabytes of text before it repeats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--megabytes", type=float, nargs="+", default=[40, 4_000], metavar="N", help="(%(default)s)")
     arguments.add_json(parser)
     arguments.add_measure(parser)
@@ -56,7 +56,7 @@ def _endless(lines: list[bytes], nbytes: float) -> Iterator[bytes]:
 
 
 def _measure() -> dict[str, Any]:
-    """In a fresh process: the peak of its memory while it makes batches of what it is fed."""
+    """Measure in a fresh process the peak memory of making batches from standard input."""
     from minift.data.batches import PageBatches
     from minift.data.stream import DocumentStream
     from minift.storage.names import bundled

@@ -1,10 +1,8 @@
-"""Taking the time: things that are compared take turns, and the clock is read when the work is done.
+"""Time calls: what is compared takes turns, and the clock is read when the work is done.
 
-A machine is not equally fast from one second to the next; what is compared is therefore measured in turns, in an order
-that is reversed each time, and by medians. The first calls warm up (caches, allocators, compilers) and do not count. A
-GPU works on while Python runs ahead of it, so the clock waits for it on both sides of a measurement.
-
-Read next: `roof.py`.
+The speed of a machine changes from one second to the next. So what is compared is measured in turns, in an order that
+is reversed each time, and the median counts. The first calls warm up caches, allocators and compilers, and do not
+count. A GPU works asynchronously, so the clock waits for it before and after a measurement.
 """
 
 import statistics
@@ -13,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-SHORTEST = 0.02  # seconds that a measurement should last: what is shorter is called several times in a row
+SHORTEST = 0.02  # seconds that a measurement should last: a shorter call is repeated within it
 
 
 def in_turns(
@@ -23,13 +21,13 @@ def in_turns(
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds that a call of each side takes, `repeats` times.
+    """Return the seconds of a call of each side, measured `repeats` times.
 
     Args:
         sides: what to call, by name.
         warmup: calls of each that do not count.
-        device: the kind of device that the work is done on; "cuda" is waited for.
-        clock: seconds, for the tests.
+        device: the kind of device that does the work; the clock waits for "cuda".
+        clock: returns seconds; tests replace it.
     """
     calls = {}
     for name, call in sides.items():
@@ -45,17 +43,17 @@ def in_turns(
 
 
 def in_turn_order(names: Sequence[str], turn: int) -> Sequence[str]:
-    """The names in the order of a turn: reversed in every other one, so that nobody is always the first."""
+    """Return the names in the order of a turn: reversed in every second one, so that none is always the first."""
     return names if turn % 2 == 0 else names[::-1]
 
 
 def paired_ratio(slower: list[float], faster: list[float]) -> float:
-    """How many times as fast: the median over the turns, as whatever else the machine did in a turn hit both."""
+    """Return how many times as fast: the median of the ratios by turn, as another load in a turn slowed both sides."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def wait_for(device: str) -> None:
-    """Return when all the work that was given to a GPU is done. A CPU's work is done when a call returns."""
+    """Return when all work on a GPU is done. On a CPU it is done when a call returns."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -63,7 +61,7 @@ def wait_for(device: str) -> None:
 def seconds_a_call(
     call: Callable[[], object], calls: int, device: str, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Of so many in a row, from when the device has nothing else to do until it is done with them."""
+    """Return the mean seconds of `calls` calls in a row, from an idle device until its work is done."""
     wait_for(device)
     start = clock()
     for _ in range(calls):

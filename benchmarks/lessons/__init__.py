@@ -1,1 +1,1 @@
-"""Experiments of one screen each, for a lesson. Read next: `../lesson.py`."""
+"""Run experiments for lessons, each with one table and one chart; `benchmarks/lesson.py` lists them."""

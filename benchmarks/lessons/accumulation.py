@@ -1,17 +1,18 @@
-"""What a mean of means does to a gradient, by how unequal its micro-batches are.
+"""Measure the error of a gradient that is a mean of means, by how unequal its micro-batches are.
 
-A step's gradient is summed over micro-batches. The right one divides the summed loss by the targets of them all, as
-`train.train_step` does. The usual fault divides each micro-batch's loss by its own targets and averages these means:
-then a target weighs more, the fewer neighbours it has. Where all micro-batches are equal, the two are the same.
+A step's gradient is summed over micro-batches. The right one divides the summed loss by the number of targets in all
+micro-batches, as `train.train_step` does. A common fault divides each micro-batch's loss by its own number of targets
+and averages these means: then the targets of a micro-batch with few of them weigh more. Where all micro-batches have
+the same number, the two gradients are the same.
 
 Here a window of pairs, whose answers all have the same number of tokens, is split over the micro-batches in several
-ways: evenly, and so that the first one gets more and more of them. The right gradient is the same for every split. Told
-are the faulty one's direction (the *cosine* of the angle between the two: 1 is the same direction) and its length (the
-*norm ratio*: 1 is the same length), as means over windows drawn anew, with their 95 % intervals.
+ways: evenly, and with a growing share in the first one. The right gradient is the same for every split. The table shows
+the faulty gradient's direction (the *cosine* of the angle between the two: 1 is the same direction) and its length (the
+*norm ratio*: 1 is the same length), as means over random windows, with their 95 % intervals.
 
     python -m benchmarks lesson accumulation
 
-The fault stood in several training libraries until October 2024. Read next: `leakage.py`.
+Several training libraries had this fault until October 2024.
 """
 
 import argparse
@@ -36,11 +37,11 @@ from minift.tokenizer.load import load_tokenizer
 from minift.train import Objective
 from minift.values import check_number
 
-CHUNK = 512  # targets whose logits exist at the same time
+CHUNK = 512  # targets whose logits are in memory at the same time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this lesson."""
+    """Add the options of this lesson."""
     parser.add_argument("--micro-batches", type=int, default=4, metavar="N", help="of a window (%(default)s)")
     parser.add_argument("--pairs", type=int, default=32, metavar="N", help="of a window, of all of them (%(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=4, metavar="N", help="of each answer (%(default)s)")
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The two gradients for each split of each window."""
+    """Compare the two gradients for each split of each window."""
     for name in ("micro_batches", "windows"):
         check_number(name, getattr(options, name), least=1 if name == "windows" else 2)
     if options.pairs % options.micro_batches:
@@ -79,7 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line for each split."""
+    """Return a table with a line for each split."""
     lines = [
         f"{'pairs of the micro-batches':<30}{'largest share':>14}{'cosine':>26}{'norm ratio':>26}{'relative error':>18}"
     ]
@@ -91,7 +92,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def chart(result: dict[str, Any]) -> Chart:
-    """The cosine over the largest micro-batch's share."""
+    """Return a chart of the cosine over the largest micro-batch's share."""
     points = [estimate.point(round(level["share"], 2), level["cosine"]) for level in result["levels"]]
     return Chart(
         "The mean of means points elsewhere",
@@ -102,7 +103,7 @@ def chart(result: dict[str, Any]) -> Chart:
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """How the fault grows."""
+    """State how the error grows."""
     levels = result["levels"]
     cosines = [level["cosine"]["value"] for level in levels]
     equal, most = levels[0], levels[-1]
@@ -121,25 +122,25 @@ def conclusion(result: dict[str, Any]) -> str:
 
 
 def sizes(pairs: int, micro_batches: int) -> list[list[int]]:
-    """Splits from even to one micro-batch with nearly everything: the others lose a pair each from one to the next."""
+    """Return splits from even to most unequal: from one to the next, all micro-batches but the first lose a pair."""
     even = pairs // micro_batches
     return [[pairs - (micro_batches - 1) * rest, *[rest] * (micro_batches - 1)] for rest in range(even, 0, -1)]
 
 
 def cut(window: Sequence[Example], split: Sequence[int]) -> list[list[Example]]:
-    """The window in parts of these sizes."""
+    """Cut the window into parts of these sizes."""
     ends = [sum(split[: i + 1]) for i in range(len(split))]
     return [list(window[end - size : end]) for size, end in zip(split, ends, strict=True)]
 
 
 def right_gradient(model: Llama, parts: Sequence[Sequence[Example]]) -> Tensor:
-    """Summed over the micro-batches and divided once, by the targets of them all: as one vector of all weights."""
+    """Return the gradient of the loss summed over the micro-batches, divided by all their targets, as one vector."""
     n_targets = sum(len(example.answer) for part in parts for example in part)
     return _gradient(model, parts, [n_targets] * len(parts))
 
 
 def mean_of_means(model: Llama, parts: Sequence[Sequence[Example]]) -> Tensor:
-    """The fault: each micro-batch's loss divided by its own targets, and these means averaged."""
+    """Return the faulty gradient: of the average of the micro-batches' mean losses."""
     return _gradient(model, parts, [len(parts) * sum(len(example.answer) for example in part) for part in parts])
 
 
@@ -153,7 +154,7 @@ def _gradient(model: Llama, parts: Sequence[Sequence[Example]], divisors: Sequen
 
 
 def compare(faulty: Tensor, right: Tensor) -> tuple[float, float, float]:
-    """The cosine, the norm ratio, and the length of the difference over the right one's."""
+    """Return the cosine, the norm ratio, and the norm of the difference over that of the right gradient."""
     faulty, right = faulty.double(), right.double()
     cosine = float(faulty @ right / (faulty.norm() * right.norm()))
     return cosine, float(faulty.norm() / right.norm()), float((faulty - right).norm() / right.norm())

@@ -1,7 +1,4 @@
-"""One picture of a lesson's numbers, drawn twice: as bars of text for the terminal, and as a PNG to show.
-
-Read next: `estimate.py`.
-"""
+"""Draw a chart of a lesson's numbers: as bars of text for the terminal, and as a PNG."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +8,7 @@ from typing import Any
 
 from minift.errors import need
 
-# Of Okabe and Ito's colours, which the colour-blind can tell apart; the shapes differ, too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; the markers differ as well.
 STYLES = (("#0072B2", "o"), ("#D55E00", "v"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "^"), ("#56B4E9", "P"))
 WIDTH = 40  # characters of the longest bar
 
@@ -21,7 +18,7 @@ class Point:
     """A measured value.
 
     Attributes:
-        x: where it stands: a number, or the name of what was measured.
+        x: its position: a number, or the name of what was measured.
         y: the value.
         low, high: the ends of its interval; None without one.
     """
@@ -34,13 +31,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Chart:
-    """What to draw.
+    """The contents of a chart.
 
     Attributes:
         title: one line above it.
-        x, y: what the axes show, with units.
+        x, y: the labels of the axes, with units.
         series: points from left to right, by the name of their line.
-        log_x, log_y: axes that go by factors; what stands on a logarithmic axis is above 0.
+        log_x, log_y: whether an axis is logarithmic; its values must be above 0.
     """
 
     title: str
@@ -51,7 +48,7 @@ class Chart:
     log_y: bool = False
 
     def text(self) -> str:
-        """A bar for each point, with the value and its interval. Bars begin at 0, or below the least of a log axis."""
+        """Return a bar for each point with its value and interval. Bars begin at 0, on log axes at half the least."""
         points = [point for line in self.series.values() for point in line]
         scale = self._scale([point.y for point in points])
         width = max(len(_name(point.x)) for point in points)
@@ -65,7 +62,7 @@ class Chart:
         return "\n".join(lines)
 
     def draw(self, file: str) -> None:
-        """Draw it to a PNG: a line for each series, or groups of bars from top to bottom where `x` are names."""
+        """Draw a PNG: a line for each series, or groups of horizontal bars where `x` are names."""
         plt = need("matplotlib.pyplot", "plot", "--plot")
         figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
         names = list(dict.fromkeys(point.x for line in self.series.values() for point in line))
@@ -99,7 +96,7 @@ class Chart:
         plt.close(figure)
 
     def _scale(self, values: Sequence[float]) -> Callable[[float], float]:
-        """From a value to the share of the longest bar."""
+        """Return a function from a value to its share of the longest bar."""
         most = max(values)
         if not self.log_y:
             return lambda value: max(0.0, value / most) if most > 0 else 0.0
@@ -108,7 +105,7 @@ class Chart:
 
 
 def _label_by_factors(axis: Any) -> None:
-    """1, 2, 5, 10, 20, … as plain numbers."""
+    """Label an axis with 1, 2, 5, 10, 20, … as plain numbers."""
     axis.set_major_locator(need("matplotlib.ticker", "plot", "--plot").LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
@@ -119,7 +116,7 @@ def _name(x: float | str) -> str:
 
 
 def _errors(line: Sequence[Point]) -> list[list[float]] | None:
-    """How far the intervals reach down and up; None where there are none."""
+    """Return the distances from the values to the lower and upper ends of their intervals; None without intervals."""
     if any(point.low is None or point.high is None for point in line):
         return None
     pairs: list[Any] = [(point.y - (point.low or 0.0), (point.high or 0.0) - point.y) for point in line]

@@ -1,4 +1,4 @@
-"""A value with its interval, as plain values and as text. Read next: `accumulation.py`."""
+"""Estimate a value with its interval, as plain values and as text."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,39 +9,39 @@ from minift.evaluation.intervals import Score
 
 
 def mean(values: Sequence[float]) -> dict[str, Any]:
-    """The `value`, the ends of its 95 % `interval` (bootstrap), and `n`, of how many values it is."""
+    """Return the mean as `value`, the ends of its 95 % `interval` (bootstrap), and `n`, the number of values."""
     score = Score(list(values), [1.0] * len(values))
     return {"value": score.value, "interval": list(score.interval()), "n": len(values)}
 
 
 def of_runs(values: Sequence[float]) -> dict[str, Any]:
-    """The median of a few runs, as `value`, and the least and the greatest of them, as `interval`.
+    """Return the median of a few runs as `value`, and their minimum and maximum as `interval`.
 
-    For so few a bootstrap interval would be too narrow. How sure this one is can be said exactly: `certainty`.
+    For so few runs a bootstrap interval would be too narrow. `certainty` gives the exact confidence of this one.
     """
     return {"value": statistics.median(values), "interval": [min(values), max(values)], "n": len(values)}
 
 
 def certainty(n: int) -> float:
-    """With what probability the median of all possible runs lies between the least and the greatest of `n`.
+    """Return the probability that the median of all possible runs lies between the minimum and the maximum of `n`.
 
-    Each run is above it or below it like a coin, and it lies outside only if all of them are on one side. Source: David
-    & Nagaraja, "Order Statistics" (2003), section 7.1.
+    Each run is above or below the median with probability 1/2, and the median is outside only if all runs are on one
+    side. Source: David & Nagaraja, "Order Statistics" (2003), section 7.1.
     """
     return 1 - 2 * 0.5**n
 
 
 def apart(lower: dict[str, Any], higher: dict[str, Any]) -> bool:
-    """Whether the whole of one interval lies below the whole of the other."""
+    """Return whether one interval ends below the start of the other."""
     return bool(lower["interval"][1] < higher["interval"][0])
 
 
 def shown(found: dict[str, Any], digits: int = 2) -> str:
-    """A value as "0.50 [0.40, 0.60]"."""
+    """Format a value as "0.50 [0.40, 0.60]"."""
     low, high = found["interval"]
     return f"{found['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def point(x: float | str, found: dict[str, Any]) -> Point:
-    """A value as a point of a chart."""
+    """Return a value as a point of a chart."""
     return Point(x, found["value"], *found["interval"])

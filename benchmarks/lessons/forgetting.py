@@ -1,21 +1,21 @@
-"""What finetuning forgets: the pages that a base has read, before and after, by learning rate and by LoRA rank.
+"""Measure what finetuning forgets: the perplexity of pretraining pages, by learning rate and by LoRA rank.
 
 The bundled base is finetuned on the bundled pairs: all its weights at several learning rates, and adapters of several
-ranks beside frozen weights (`minift/lora.py`) at theirs. Each time two things are measured: *exact match*, the share of
-held-out questions that are answered right to the letter, which is what finetuning is for; and how well the model still
-foresees pages of its pretraining, as *perplexity*: between how many tokens it hesitates, on average. What is gained and
-what is lost stand side by side. The pages are some of those that the base was made of: it has read them, and how much
-it has forgotten can be measured only on what it knew.
+ranks (`minift/lora.py`), with frozen weights, at several others. Each time two things are measured. *Exact match*, the
+share of held-out questions whose answer is right to the letter, is the purpose of finetuning. The *perplexity* of
+pages of pretraining, exp of the mean loss a token, shows how well the model still predicts them. The pages are some of
+those that the base was trained on, because forgetting can be measured only on what it knew.
 
-They are of two sorts. Pages that *tell* hold facts and guides, and finetuning need not touch them. Pages that *ask*
-hold nothing but questions, one below the other: a base that has read them goes on asking, and not to is just what the
-pairs teach. To lose those is the purpose; to lose the others is the price.
+There are two kinds of pages. Pages that *tell* hold facts and guides, and finetuning need not change how they are
+predicted. Pages that *ask* hold only questions, one per line: after a question, a base trained on them writes another
+one, and the pairs teach it to answer instead. So it is the purpose to forget the pages that ask, and the cost to forget
+those that tell.
 
     python -m benchmarks lesson forgetting
     python -m benchmarks lesson forgetting --rates 1e-4 --lora-rates 3e-4 1e-3 --ranks 8
 
 Source: Biderman et al., "LoRA Learns Less and Forgets Less" (arXiv 2405.09673), who finetuned models of 7 billion
-weights on far more text, each at its best learning rate. Read next: `../operations.py`.
+weights on far more text, each at its best learning rate.
 """
 
 import argparse
@@ -44,12 +44,12 @@ from minift.tokenizer.load import load_tokenizer
 from minift.values import check_number
 
 PAGES = ROOT / "data" / "pages"
-WINDOW = 256  # tokens of a page that are read at once
-NEAR = 0.05  # of exact match: what is so close to the best has learned as much
+WINDOW = 256  # tokens of a page that are evaluated at once
+NEAR = 0.05  # of exact match: a run so close to the best has learned as much
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this lesson."""
+    """Add the options of this lesson."""
     rates = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
     parser.add_argument("--rates", type=float, nargs="+", default=rates, metavar="X", help="for all weights (3e-5 …)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="of adapters (1 8 32)")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The base, and for each learning rate and rank a run of each seed."""
+    """Measure the base, and a run of each seed for each learning rate and rank."""
     _check(options)
     asks = _pages_that_ask(options.pages)
     common = {name: getattr(options, name) for name in ("steps", "batch_size", "pages", "questions")}
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line for the base, and for each learning rate and rank."""
+    """Return a table with a line for the base, and one for each learning rate and rank."""
     lines = [
         f"{'':<18}{'learning':>9}{'numbers':>10}{'':>19}{'pages that tell:':>21}{'of them':>21}{'pages that ask:':>22}",
         f"{'':<18}{'rate':>9}{'trained':>10}{'exact match':>19}{'perplexity':>21}{'over the base':>21}"
@@ -112,7 +112,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def chart(result: dict[str, Any]) -> Chart:
-    """The perplexity of the pages that tell, over the learning rate."""
+    """Return a chart of the perplexity of the pages that tell, over the learning rate."""
     series: dict[str, list[Any]] = {}
     for side in result["sides"]:
         series.setdefault(_name(side), []).append(estimate.point(side["lr"], side["tell"]))
@@ -121,7 +121,7 @@ def chart(result: dict[str, Any]) -> Chart:
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """What a larger learning rate costs, whether adapters keep more, and what it is that is lost."""
+    """State what a larger learning rate costs, whether adapters forget less, and which pages are forgotten."""
     base, sides = result["base"], result["sides"]
     full, adapters = [side for side in sides if not side["rank"]], [side for side in sides if side["rank"]]
     words = [_on_rates(base, full)]
@@ -161,7 +161,7 @@ def _on_rates(base: dict[str, Any], full: list[dict[str, Any]]) -> str:
 
 
 def _on_adapters(full: dict[str, Any], adapters: dict[str, Any], near: str) -> str:
-    """The gentlest of either kind, of those that have learned as much."""
+    """Compare two good runs, each of its kind the one that forgets least: of all weights, and of adapters."""
     if estimate.apart(adapters["tell"], full["tell"]):
         verdict = "So at the rates tried adapters forget less, for as many right answers."
     elif estimate.apart(full["tell"], adapters["tell"]):
@@ -198,7 +198,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _pages_that_ask(count: int) -> list[bool]:
-    """For each of the first pages: whether it asks. Raises InputError when none of them tells."""
+    """Return for each of the first pages whether it asks. Raise InputError when none of them tells."""
     asks = ["?" in text for text in islice(DocumentStream([PAGES], epochs=1), count)]
     if all(asks):
         raise InputError(f"--pages {count}: none of them tells anything; take more")
@@ -206,7 +206,7 @@ def _pages_that_ask(count: int) -> list[bool]:
 
 
 def _together(runs: list[dict[str, Any]], asks: list[bool], base: dict[str, Any]) -> dict[str, Any]:
-    """The runs of several seeds as one. `rise` is of the pages that tell, whose losses are summed over the runs."""
+    """Combine the runs of several seeds. `rise` is for the pages that tell, with losses summed over the runs."""
 
     def likelihoods(run: dict[str, Any], sort: bool) -> list[Likelihood]:
         return [Likelihood(*page) for page, ask in zip(run["pages"], asks, strict=True) if ask is sort]
@@ -230,11 +230,11 @@ def _together(runs: list[dict[str, Any]], asks: list[bool], base: dict[str, Any]
 
 
 def _measure(asked: dict[str, Any]) -> dict[str, Any]:
-    """Finetune once (not at all at a rate of 0), ask, and foresee the pages.
+    """Finetune once (not at a learning rate of 0), ask the questions, and evaluate the pages.
 
     Returns:
-        `trained`, how many numbers were; `right`, the share of right answers; `pages`, of each page its loss in nats,
-        its targets, and how many of those were foreseen.
+        `trained`, the number of trained parameters; `right`, the share of right answers; `pages`, for each page its
+        loss in nats, its number of targets, and how many of them were the most likely token.
     """
     path = model_path("bundled")
     model, tokenizer = load_model(path), load_tokenizer(path)

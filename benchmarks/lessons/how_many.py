@@ -1,18 +1,18 @@
-"""How many pairs does finetuning need? Held-out exact match after 10, 30, 100, 300 and 1,000 of them.
+"""Measure how many pairs finetuning needs: held-out exact match after 10, 30, 100, 300 and 1,000 of them.
 
-The bundled base is finetuned on so many pairs, drawn by a seed, and asked the held-out questions about facts: about
-things that no pair speaks of. *Exact match* is the share of them that it answers right to the letter.
+The bundled base is finetuned on this many pairs, drawn by a seed, and asked the held-out questions, which are about
+facts that are in no pair. *Exact match* is the share of them that it answers right to the letter.
 
-What is the same for every count is the number of optimizer steps, and of pairs in a step. So all runs compute as much,
-and a small set is read more often than a large one: what differs is only how many *different* pairs there are. With
-equal epochs, 10 pairs would have got a hundredth of the steps of 1,000, and nobody could say which of the two they were
-short of. The sets of a seed are nested: its 30 pairs are its 10 and 20 more.
+The number of optimizer steps, and of pairs in a step, is the same for every count. So all runs compute as much, and
+only the number of *different* pairs differs: a small set is repeated more often than a large one. With equal epochs, 10
+pairs would get a hundredth of the steps of 1,000, and too few pairs could not be distinguished from too few steps. The
+sets of a seed are nested: its 30 pairs are its 10 and 20 more.
 
     python -m benchmarks lesson how-many
     python -m benchmarks lesson how-many --counts 10 1000 --steps 50 --seeds 3
 
-Source of the idea that few, varied pairs may do, as they teach how to answer and not what: Zhou et al., "LIMA" (arXiv
-2305.11206). Read next: `forgetting.py`.
+Source of the idea that a few varied pairs may be enough, because they teach how to answer and not what: Zhou et al.,
+"LIMA" (arXiv 2305.11206).
 """
 
 import argparse
@@ -33,11 +33,11 @@ from minift.storage.names import bundled, model_path
 from minift.tokenizer.load import load_tokenizer
 from minift.values import check_number
 
-NEAR = 0.05  # of exact match: what is so close to the best is good enough
+NEAR = 0.05  # of exact match: a count so close to the best is enough
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this lesson."""
+    """Add the options of this lesson."""
     counts = [10, 30, 100, 300, 1_000]
     parser.add_argument("--counts", type=int, nargs="+", default=counts, metavar="N", help="of pairs (10 … 1000)")
     parser.add_argument("--seeds", type=int, default=6, metavar="N", help="draws of pairs for each (%(default)s)")
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """A run for each count and seed."""
+    """Finetune once for each count and seed."""
     _check(options)
     counts = sorted(set(options.counts))
     common = {"steps": options.steps, "batch_size": options.batch_size, "lr": options.lr}
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line for each count: the median over the draws, and each of them."""
+    """Return a table with a line for each count: the median over the draws, and each of them."""
     chosen = result["settings"]
     read = chosen["steps"] * chosen["batch_size"]
     lines = [f"{'pairs':>6}{'each read':>12}{'exact match':>20}{'of other kinds':>18}   each draw"]
@@ -92,14 +92,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def chart(result: dict[str, Any]) -> Chart:
-    """Exact match over the number of pairs."""
+    """Return a chart of exact match over the number of pairs."""
     points = [estimate.point(row["count"], row) for row in result["counts"]]
     y = "exact match on held-out questions"
     return Chart("How many pairs it takes to learn to answer", "different pairs", y, {"right": points}, log_x=True)
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """Where the curve rises, whether by more than chance, and where it ends."""
+    """State where the curve rises, whether by more than chance, and where it ends."""
     rows = result["counts"]
     first, last = rows[0], rows[-1]
     falls = [(a, b) for a, b in pairwise(rows) if b["value"] < a["value"]]
@@ -146,17 +146,17 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _of_count(count: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs on so many pairs, together."""
+    """Combine the runs with this many pairs."""
     sums = {name: sum(run[name] for run in runs) for name in ("right_of_others", "others")}
     return {"count": count, **estimate.of_runs([run["right"] for run in runs]), **sums}
 
 
 def _measure(asked: dict[str, Any]) -> dict[str, Any]:
-    """Finetune on the first `count` pairs of the seed's order, and ask.
+    """Finetune on the first `count` pairs of the seed's order, and ask the questions.
 
     Returns:
-        `right`, the share of right answers; `questions`, their number; `others`, how many of them are of a kind that
-        none of the pairs is of; `right_of_others`, how many of those are answered right.
+        `right`, the share of right answers; `questions`, the number of questions; `others`, how many of them are of a
+        kind that no pair is of; `right_of_others`, how many of those are answered right.
     """
     path = model_path("bundled")
     model, tokenizer = load_model(path), load_tokenizer(path)
@@ -180,6 +180,6 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kinds() -> dict[str, str]:
-    """What kind each bundled question is of: the relation that it asks for."""
+    """Return the kind of each bundled question: the relation that it asks for."""
     records = [record for name in ("pairs.jsonl", "test.jsonl") for record in read_records(bundled(name))]
     return {record.text("question"): record.text("relation") for record in records}

@@ -1,26 +1,26 @@
-"""What finetuning can bring out of a model depends on how its pages were written.
+"""Measure how the wording of pretraining pages decides which facts finetuning can make a model answer.
 
-The same facts, the same number of times, on pages of three kinds:
+The same facts are stated the same number of times, in three corpora:
 
-* *many wordings*: each page states an entity's facts in an order and in wordings drawn anew; all pages are shuffled;
+* *many wordings*: each page states an entity's facts in a random order and in random wordings; all pages are shuffled;
 * *one wording*: each page states them in one wording and one order, always the same; shuffled as well;
 * *in order*: the pages of many wordings, unshuffled: all pages about one entity, then all about the next.
 
-A small model is pretrained on each, from the same random weights, once over its pages, and then finetuned on the same
-questions and answers about four fifths of the entities. Asked is about the last fifth: their facts stood on the pages,
-and in no pair. Each pretrained model is also asked to go on with a page of its own up to a fact: that shows whether it
-knows the text by heart.
+A small model is pretrained on each corpus, from the same random weights, for one epoch, and then finetuned on the same
+questions and answers about four fifths of the entities. The test questions are about the last fifth: their facts are on
+the pages, and in no pair. Each pretrained model also has to continue the page of one wording up to each fact: that
+shows whether it knows the text by heart.
 
     python -m benchmarks lesson knowledge
     python -m benchmarks lesson knowledge --own first
 
-How much one wording loses depends on which it is. By default a page has the values that are an entity's own (a capital,
-a symbol) behind its other facts; with `--own first` they come right behind the name, and more of them can be asked for.
+How much one wording loses depends on its order. By default a page has the values that only this entity has (a capital,
+a symbol) after its other facts; with `--own first` they come right after the name, and more of them are answered.
 
-A model can know its pages by heart and still not be asked: it has stored a fact behind all the words that always stood
-before it, and not behind the name. Source: Allen-Zhu & Li, "Physics of Language Models: Part 3.1, Knowledge Storage and
+A model can know its pages by heart and still not answer: it predicts a fact from all the words that always came before
+it, not from the name alone. Source: Allen-Zhu & Li, "Physics of Language Models: Part 3.1, Knowledge Storage and
 Extraction" (arXiv 2309.14316), where 9.7 % of the answers are right after one wording, and 96.6 % after five wordings
-in shuffled order. Read next: `how_many.py`.
+in shuffled order.
 """
 
 import argparse
@@ -52,17 +52,17 @@ from minift.values import check_number
 
 SETTINGS = ("rounds", "width", "layers", "entities", "batch_size", "lr", "finetune_lr", "epochs", "own", "seed")
 CORPORA = ("many wordings", "one wording", "in order")
-# The one order of the facts, or its reverse: what is an entity's own comes last, or first.
+# The order of the facts in one wording: values that only this entity has come last, or first in reverse.
 ORDER = {
     "country": ("country/language", "country/currency", "country/continent", "country/capital"),
     "element": ("element/number", "element/symbol"),
     "animal": ("animal/young", "animal/class"),
 }
-OWN = ("country/capital", "element/symbol")  # relations whose value is the entity's own, and cannot be guessed
+OWN = ("country/capital", "element/symbol")  # relations whose value only this entity has: it cannot be guessed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this lesson."""
+    """Add the options of this lesson."""
     parser.add_argument("--rounds", type=int, default=80, metavar="N", help="pages about each entity (%(default)s)")
     parser.add_argument("--width", type=int, default=128, metavar="N", help="of the models (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="of the models (%(default)s)")
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Pretrain, finetune and ask a model for each corpus."""
+    """Pretrain and finetune a model for each corpus, and ask it the questions."""
     chosen = {key: value for key, value in vars(options).items() if key in SETTINGS}
     for name in ("rounds", "width", "layers", "batch_size", "epochs"):
         check_number(name, chosen[name], least=1)
@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """By heart, and asked about entities of which no pair spoke."""
+    """Return a table of the facts known by heart, and of the answers about entities that are in no pair."""
     corpora = result["corpora"]
     relations = list(corpora[CORPORA[0]]["relations"])
     lines = [f"{'':<28}" + "".join(f"{corpus:>26}" for corpus in corpora)]
@@ -106,7 +106,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def chart(result: dict[str, Any]) -> Chart:
-    """By heart beside asked, for each corpus."""
+    """Return a chart of what is known by heart and what is answered, for each corpus."""
     corpora = result["corpora"]
 
     def points(key: str) -> list[Point]:
@@ -121,7 +121,7 @@ def chart(result: dict[str, Any]) -> Chart:
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """What the three corpora say."""
+    """State what the three corpora show."""
     many, one, ordered = (result["corpora"][name] for name in CORPORA)
     first = (
         f"The model of one wording knows {one['by_heart']['value']:.0%} of its facts by heart. Asked for values that "
@@ -148,7 +148,7 @@ def _cell(found: dict[str, Any]) -> str:
 
 
 def _measure(asked: dict[str, Any]) -> dict[str, Any]:
-    """Pretrain, finetune and ask one model."""
+    """Pretrain and finetune one model, and ask it the questions."""
     tokenizer = load_tokenizer(model_path("bundled"))
     world = _world(asked["entities"])
     width = asked["width"]
@@ -187,7 +187,7 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _world(entities: int) -> pages.World:
-    """The world without its guides, which have no entity to be asked about; a smaller one for a test."""
+    """Return the world without its guides, which have no entity to ask about; with `entities`, a part of it."""
     world = pages.load_world()
     kinds = {kind: [one for one in world.entities if one.kind == kind] for kind in pages.KINDS}
     chosen = [one for kind in kinds.values() for one in kind[: entities or None]]
@@ -195,7 +195,7 @@ def _world(entities: int) -> pages.World:
 
 
 def _pairs(world: pages.World, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Questions about four fifths of the entities of each kind, and about the rest; `metric` is the relation."""
+    """Return pairs about four fifths of the entities of each kind, and about the rest; `metric` is the relation."""
     rng = Random(f"{seed} pairs")
     train: list[Pair] = []
     test: list[Pair] = []
@@ -211,7 +211,7 @@ def _pairs(world: pages.World, seed: int) -> tuple[list[Pair], list[Pair]]:
 
 
 def corpus_texts(world: pages.World, corpus: str, rounds: int, own: str, seed: int) -> list[str]:
-    """The pages of a corpus, in the order in which they are read: `rounds` about each entity."""
+    """Return the pages of a corpus in the order of reading: `rounds` about each entity."""
     rng = Random(f"{seed} knowledge")
     if corpus == "one wording":
         texts = [" ".join(sentences(world, entity, own)) for entity in world.entities for _ in range(rounds)]
@@ -223,7 +223,7 @@ def corpus_texts(world: pages.World, corpus: str, rounds: int, own: str, seed: i
 
 
 def sentences(world: pages.World, entity: pages.Entity, own: str) -> list[str]:
-    """An entity's facts in one wording, the first of each relation's, and one order: its own value `own`."""
+    """Return an entity's facts in the first wording of each relation, in one order; `own` is "first" or "last"."""
     return [
         pages.fill(world.wordings[relation]["statements"][0], entity.name, entity.facts[relation])
         for relation in _order(entity, own)
@@ -236,7 +236,7 @@ def _order(entity: pages.Entity, own: str) -> tuple[str, ...]:
 
 
 def _pretrain(model: Llama, tokenizer: Tokenizer, texts: Sequence[str], asked: dict[str, Any]) -> tuple[float, int]:
-    """Once over the pages. Returns the mean loss of the last tenth of the steps, and the tokens read."""
+    """Train one epoch of the pages. Return the mean loss of the last tenth of the steps, and the tokens read."""
     config = settings(PRETRAIN, asked["seed"], lr=asked["lr"], batch_size=asked["batch_size"], max_length=128)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pages.jsonl"
@@ -250,7 +250,7 @@ def _pretrain(model: Llama, tokenizer: Tokenizer, texts: Sequence[str], asked: d
 
 
 def _by_heart(model: Llama, tokenizer: Tokenizer, world: pages.World, own: str) -> list[float]:
-    """For every fact: 1 if the model goes on with it where a page of one wording has it."""
+    """Return for every fact 1 if the model continues the page of one wording with it, or 0."""
     prompts = []
     for entity in world.entities:
         before: list[str] = []

@@ -1,16 +1,14 @@
-"""What crosses the border between two documents of a row, and what it costs to close it.
+"""Measure what leaks between two documents of a row, and what it costs to isolate them.
 
-Short documents share a row, so that nothing is computed for padding. Packed *naively*, they stand one behind the other
-as one text: each sees all that came before it, and its positions go on counting. *Isolated*, as minift packs pairs,
-attention stays inside a document, and its positions start at 0.
+Short documents share a row, so that little is computed for padding. Packed *naively*, they form one text: each attends
+to all that comes before it, and its positions continue those before. *Isolated*, as minift packs pairs, attention
+stays inside a document, and its positions start at 0.
 
-Here a page B stands behind a page about something else (a *stranger*), and behind another page about the same thing,
-each as long as the other. What changes in B has crossed the border: its loss at each token, and the gradient of that
-loss. Alone is how B will be met when the model is used.
+Here a page B follows a page about something else (a *stranger*), or another page about the same thing of the same
+length. Whatever changes in B is leakage: its loss at each token, and the gradient of that loss. *Alone* is the case of
+a model in use, where B has a row for itself.
 
     python -m benchmarks lesson leakage
-
-Read next: `precision.py`.
 """
 
 import argparse
@@ -39,13 +37,13 @@ from minift.tokenizer.load import load_tokenizer
 from minift.train import Objective
 from minift.values import check_number, size
 
-PLACES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))  # tokens of B, from the first on
-DOCUMENT = 32  # tokens of a document where the cost is measured
-CHUNK = 512  # targets whose logits exist at the same time
+PLACES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))  # ranges of tokens of B, counted from 1
+DOCUMENT = 32  # tokens of a document in the measurement of the cost
+CHUNK = 512  # targets whose logits are in memory at the same time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this lesson."""
+    """Add the options of this lesson."""
     parser.add_argument("--rows", type=int, default=60, metavar="N", help="of two pages each (%(default)s)")
     lengths = [64, 128, 256, 512]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths, metavar="N", help="of rows (%(default)s)")
@@ -55,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """What crosses, in rows of two pages; and what isolation costs, by the length of the rows."""
+    """Measure the leakage in rows of two pages, and the cost of isolation by the length of the rows."""
     check_number("rows", options.rows, least=2)
     check_number("repeats", options.repeats, least=1)
     for length in options.lengths:
@@ -75,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """B's loss by place, what crossed, and the cost."""
+    """Return a table of B's loss by position, the leakage, and the cost."""
     sides = ("alone", "stranger", "same")
     lines = [f"{'loss of page B, nats a token':<30}" + "".join(f"{name:>22}" for name in _LABELS.values())]
     for place in result["places"]:
@@ -101,7 +99,7 @@ _LABELS = {"alone": "alone, or isolated", "stranger": "behind a stranger", "same
 
 
 def chart(result: dict[str, Any]) -> Chart:
-    """B's loss by place, behind each neighbour."""
+    """Return a chart of B's loss by position, after each neighbour."""
     series = {
         label: [estimate.point(statistics.mean(place["place"]), place[side]) for place in result["places"]]
         for side, label in _LABELS.items()
@@ -110,7 +108,7 @@ def chart(result: dict[str, Any]) -> Chart:
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """What crossed, which way, and at what price."""
+    """State what leaked, in which direction, and what isolation costs."""
     naive, isolated, whole = result["naive"], result["isolated"], result["whole"]
     if isolated["largest"] == 0.0:
         first = (
@@ -135,13 +133,13 @@ def conclusion(result: dict[str, Any]) -> str:
 
 
 def naive(batch: Batch) -> Batch:
-    """The fault: the same rows as one text each, with plain causal attention and positions that count on."""
+    """Return the same rows as one text each, the fault: plain causal attention, and positions that do not restart."""
     T = batch.tokens.shape[1]
     return dataclasses.replace(batch, positions=torch.arange(T).expand_as(batch.tokens), isolated=False)
 
 
 def _rows(tokenizer: Tokenizer, count: int, rng: Random) -> list[tuple[Example, Example, Example]]:
-    """(B, a page about the same thing, a stranger): the two are equally long, and no shorter than B."""
+    """Return triples (B, a page about the same thing, a stranger); the last two are equally long, no shorter than B."""
     world = pages.load_world()
     by_length: dict[int, list[tuple[str, Example]]] = {}
     for entity in world.entities:
@@ -154,7 +152,7 @@ def _rows(tokenizer: Tokenizer, count: int, rng: Random) -> list[tuple[Example, 
         B = _example(tokenizer, pages.paragraph(world, entity, rng))
         same = _example(tokenizer, pages.paragraph(world, entity, rng))
         strangers = [page for name, page in by_length.get(len(same), []) if name != entity.name]
-        # A row's longest page comes first (pack.py): B must not be longer than what it is to stand behind.
+        # A row's longest page comes first (`minift/pack.py`): B must not be longer than the page that it follows.
         if len(same) >= len(B) and strangers:
             rows.append((B, same, rng.choice(strangers)))
     return rows
@@ -166,14 +164,14 @@ def _example(tokenizer: Tokenizer, text: str) -> Example:
 
 
 def _row(model: Llama, B: Example, same: Example, stranger: Example) -> dict[str, Any]:
-    """B's loss at each token, alone and behind each neighbour; and what changes from one neighbour to the other."""
+    """Return B's loss at each token, alone and after each neighbour, and what changes between the neighbours."""
     pad_id = model.config.eos_token_ids[0]
     neighbours = {"same": same, "stranger": stranger}
-    behind = {name: collate([page, B], pad_id, len(page) + len(B)) for name, page in neighbours.items()}
-    # Only B is learned here: what its neighbour changes in its own loss is no leak.
+    joined = {name: collate([page, B], pad_id, len(page) + len(B)) for name, page in neighbours.items()}
+    # Only B's tokens are targets: a change in the neighbour's own loss is not leakage.
     only = {
         name: dataclasses.replace(batch, targets=torch.where(batch.document_ids == 1, batch.targets, IGNORE))
-        for name, batch in behind.items()
+        for name, batch in joined.items()
     }
     nll = {name: _nll(model, naive(batch)) for name, batch in only.items()} | {"alone": _nll(model, only["same"])}
     changes = {
@@ -196,7 +194,7 @@ def _nll(model: Llama, batch: Batch) -> Tensor:
 
 
 def _gradient_change(model: Llama, batch: Batch, other: Batch) -> float:
-    """How long the difference of the two gradients is, over the length of the first."""
+    """Return the norm of the difference of the two gradients, over the norm of the first."""
     gradients = []
     for one in (batch, other):
         Objective(model, CHUNK)(one).backward()
@@ -223,7 +221,7 @@ def _crossed(found: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
 
 
 def _cost(model: Llama, tokenizer: Tokenizer, length: int, options: argparse.Namespace) -> dict[str, Any]:
-    """A step's forward and backward pass over rows of `length`, packed both ways, in turns."""
+    """Time the forward and backward pass over rows of `length`, packed both ways, in turns."""
     config = FINETUNE.replace(device="cpu")
     config = config.replace(dtype=choose_dtype(config, choose_device(config)))
     ids = [3 + i % (tokenizer.vocab_size - 3) for i in range(DOCUMENT)]

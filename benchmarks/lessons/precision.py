@@ -1,19 +1,19 @@
-"""Where fewer digits are enough, and where they are not: float32, bfloat16 and float16 in a training step.
+"""Show where low precision is enough and where it is not: float32, bfloat16 and float16 in a training step.
 
-A number is a sign, an exponent and a fraction. float32 has 23 bits of fraction, float16 10, bfloat16 only 7: it tells
-1 from 1.008, not from 1.003. But bfloat16 has float32's exponent, and reaches as far; float16 ends at 65,504, and
-what is below 6e-8 is 0. Four experiments:
+A number is a sign, an exponent and a fraction. float32 has 23 bits of fraction, float16 10, bfloat16 only 7: it
+distinguishes 1 from 1.008, but not from 1.003. bfloat16 has float32's exponent, and so its range; float16's largest
+value is 65,504, and values below 3e-8 become 0. Four experiments:
 
-* *autocast*: in which dtype each part of a step really computes, asked of the model's own modules;
-* *positions*: how wrong RoPE's angles become when positions are rounded;
-* *updates*: which share of AdamW's updates is lost when the weights themselves have fewer digits, and what becomes of
-  finetuning then: why the master weights stay float32;
-* *the scaler*: which share of a gradient's values float16 takes for 0 or cannot hold, and how `GradScaler` finds a
+* *autocast*: the dtype of each part of a step, measured on the model's own modules;
+* *positions*: the error of RoPE's angles when positions are rounded;
+* *updates*: the share of AdamW's updates that is lost when the weights have low precision, and its effect on the loss:
+  the reason why master weights stay float32;
+* *the scaler*: the share of a gradient's values that become 0 or infinite in float16, and how `GradScaler` finds a
   scale.
 
     python -m benchmarks lesson precision
 
-Source of mixed precision: Micikevicius et al. (arXiv 1710.03740). Read next: `knowledge.py`.
+Source of mixed precision: Micikevicius et al. (arXiv 1710.03740).
 """
 
 import argparse
@@ -44,11 +44,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = (256, 257, 1_001, 5_001, 30_001)
 SCALES = (1.0, 2.0**8, 2.0**16, 2.0**24)
 RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-FIRST_SCALE, GROWTH_INTERVAL = 2.0**28, 6  # of the trace: too large at first, and grown soon, to be seen
+FIRST_SCALE, GROWTH_INTERVAL = 2.0**28, 6  # of the trace: both the decrease and the growth are seen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this lesson."""
+    """Add the options of this lesson."""
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), metavar="X", help="learning rates")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="of finetuning (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pairs (%(default)s)")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The four experiments."""
+    """Do the four experiments."""
     for name in ("steps", "batch_size", "scaler_steps"):
         check_number(name, getattr(options, name), least=1)
     for rate in options.rates:
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Four small tables."""
+    """Return four small tables."""
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     parts = list(result["autocast"]["float32"])
     lines = ["1  what computes in which dtype, by the dtype of autocast"]
@@ -108,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def chart(result: dict[str, Any]) -> Chart:
-    """The share of updates lost, by learning rate."""
+    """Return a chart of the share of lost updates, by learning rate."""
     series = {dtype: [Point(row["lr"], row[dtype]) for row in result["updates"]] for dtype in DTYPES}
     return Chart(
         "Updates that change nothing", "learning rate", "share of the weights left as they were", series, log_x=True
@@ -116,7 +116,7 @@ def chart(result: dict[str, Any]) -> Chart:
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """What the numbers say of each."""
+    """State what the numbers of each experiment show."""
     low = [part for part, dtype in result["autocast"]["bfloat16"].items() if dtype == "bfloat16"]
     kept = len(result["autocast"]["bfloat16"]) - len(low)
     first = f"Under bfloat16 {len(low)} of {len(low) + kept} parts compute in it, the products; the rest stays float32."
@@ -142,7 +142,7 @@ def conclusion(result: dict[str, Any]) -> str:
 
 
 def dtypes_of_parts(dtype: str) -> dict[str, str]:
-    """The dtype of what each part of a small model gives back, forward and backward, under autocast of `dtype`."""
+    """Return the dtype of each part's output in a small model, forward and backward, under autocast of `dtype`."""
     model = _small_model(0)
     found: dict[str, torch.dtype] = {}
     layer = cast(DecoderLayer, model.layers[0])
@@ -183,10 +183,10 @@ def _note(found: dict[str, torch.dtype], name: str) -> Any:
 
 
 def _position(position: int) -> dict[str, Any]:
-    """How far RoPE's fastest pair of channels, which turns by a radian a position, is from where it should be."""
+    """Return the error of the angle of RoPE's fastest pair of channels, which rotates by one radian a position."""
     rounded = float(torch.tensor(position, dtype=torch.bfloat16))
     cos, sin = rope_tables(torch.tensor([[position]]), 32, 10_000.0)
-    angle = torch.atan2(sin.double(), cos.double())[0, 0, 0, 0]  # what minift's own tables hold
+    angle = torch.atan2(sin.double(), cos.double())[0, 0, 0, 0]  # the angle in minift's own tables
     turn = 2 * torch.pi
     error = float((angle - position + turn / 2) % turn - turn / 2)
     return {
@@ -201,8 +201,8 @@ def _position(position: int) -> dict[str, Any]:
 
 
 def lost_updates(window: Batch, lr: float) -> dict[str, float]:
-    """The share of the bundled base's weights that AdamW's first update leaves as they were, by the weights' dtype."""
-    model = load_model(model_path("bundled"), dtype=torch.float64)  # in which no update is lost
+    """Return the share of the base's weights that AdamW's first update does not change, by the weights' dtype."""
+    model = load_model(model_path("bundled"), dtype=torch.float64)  # loses no update
     before = _flat(model).float()
     config = FINETUNE.replace(dtype="float32", device="cpu", compile=False)
     train_step(start_state(model, _no_batches(), config), [window], lr, config)
@@ -218,7 +218,7 @@ def lost_updates(window: Batch, lr: float) -> dict[str, float]:
 
 
 def _finetune(windows: Sequence[Batch], dtype: str, lr: float) -> dict[str, float]:
-    """Finetune the bundled base with weights rounded to `dtype` after each step; the mean of the last losses."""
+    """Finetune the bundled base with weights rounded to `dtype` after each step. Return the mean of the last losses."""
     model = load_model(model_path("bundled"))
     config = FINETUNE.replace(dtype="float32", device="cpu", compile=False)
     state = start_state(model, _no_batches(), config)
@@ -235,7 +235,7 @@ def _finetune(windows: Sequence[Batch], dtype: str, lr: float) -> dict[str, floa
 
 
 def _underflow(window: Batch, scale: float) -> dict[str, float]:
-    """The share of the bundled base's gradient that float16 takes for 0, and the share that is too large for it."""
+    """Return the share of the bundled base's gradient that becomes 0 in float16, and the share that is too large."""
     model = load_model(model_path("bundled"))
     nll_sum = Objective(model, 512)(window)
     (nll_sum / window.n_targets * scale).backward()
@@ -246,7 +246,7 @@ def _underflow(window: Batch, scale: float) -> dict[str, float]:
 
 
 def scaler_trace(steps: int, seed: int) -> list[dict[str, Any]]:
-    """Steps of a small model in float16 (which is slow on a CPU): the scale, and whether a step was taken."""
+    """Train a small model in float16 (slow on a CPU). Return each step's scale, and whether the step was taken."""
     model = _small_model(seed)
     config = TrainConfig(dtype="float16", lr=1e-3, clip=1.0, compile=False)
     state = start_state(model, _no_batches(), config)
@@ -260,7 +260,7 @@ def scaler_trace(steps: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _runs(trace: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trace without the steps that repeat the one before."""
+    """Return the trace without the steps that repeat the one before."""
     return [
         step
         for i, step in enumerate(trace)
@@ -283,7 +283,7 @@ def _small_model(seed: int) -> Llama:
 
 
 def _patterns(seed: int) -> Iterator[Batch]:
-    """Batches of rows in which every token follows from the one before."""
+    """Yield batches of rows in which every token is determined by the one before."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(3, 64, (4, 1), generator=generator)
@@ -293,7 +293,7 @@ def _patterns(seed: int) -> Iterator[Batch]:
 
 
 def _no_batches() -> PairBatches:
-    """A place to draw from that nothing is drawn from: the batches are given to each step."""
+    """Return an empty source of batches: each step is given its batch directly."""
     return PairBatches([], 1, 0, 0)
 
 

@@ -1,7 +1,4 @@
-"""Several small trainings at the same time, a core each: matrices this small gain little from a second thread.
-
-Read next: `knowledge.py`.
-"""
+"""Run several small trainings in parallel, one core each: small matrices gain little from a second thread."""
 
 import multiprocessing
 import os
@@ -18,18 +15,19 @@ Found = TypeVar("Found")
 def side_by_side(
     measure: Callable[[Asked], Found], asked: Sequence[Asked], processes: int | None = None
 ) -> list[Found]:
-    """What `measure` finds for each of `asked`, in their order.
+    """Return the result of `measure` for each of `asked`, in their order.
 
     Args:
-        measure: a function of a module, so that another process can find it; so must `asked` be plain values.
-        processes: how many work at the same time, with a thread each; by default one for each core. 0 does it all here,
-            one after the other.
+        measure: a function at the top level of a module, so that another process can import it.
+        asked: plain values, which can be pickled.
+        processes: how many run at the same time, with one thread each; by default one for each core. 0 runs all in this
+            process, one after the other.
     """
     cores = len(os.sched_getaffinity(0))
     count = min(cores if processes is None else processes, len(asked))
     if count == 0:
         return [measure(one) for one in asked]
-    # Started afresh: a fork would copy the threads' locks of a process that computes.
+    # "spawn" starts new processes: a fork would copy locks that threads of this process hold.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(measure, asked))

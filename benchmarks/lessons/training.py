@@ -1,7 +1,4 @@
-"""What the lessons that finetune share: steps over given batches, and questions asked afterwards.
-
-Read next: `side_by_side.py`.
-"""
+"""Train over given batches and ask questions afterwards: what the lessons that train share."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -21,7 +18,7 @@ from minift.train import train_step
 
 
 def settings(defaults: TrainConfig, seed: int, **changes: Any) -> TrainConfig:
-    """A run's settings on a CPU, in the dtype that is fastest there."""
+    """Return a run's settings on a CPU, in the dtype that minift chooses there."""
     config = defaults.replace(device="cpu", seed=seed, compile=False, **changes)
     return config.replace(dtype=choose_dtype(config, choose_device(config)))
 
@@ -29,7 +26,7 @@ def settings(defaults: TrainConfig, seed: int, **changes: Any) -> TrainConfig:
 def train_on(
     model: Llama, batches: PairBatches | PageBatches, windows: Sequence[Batch], config: TrainConfig
 ) -> list[float]:
-    """A step for each batch, with a warm-up of a tenth of them at most. Returns the losses."""
+    """Take a step for each batch, with a warm-up of at most a tenth of them. Return the losses."""
     config = config.replace(warmup=min(config.warmup, len(windows) // 10))
     state = start_state(model, batches, config)
     return [
@@ -39,7 +36,7 @@ def train_on(
 
 
 def finetune(model: Llama, tokenizer: Tokenizer, pairs: Sequence[Pair], config: TrainConfig, steps: int) -> int:
-    """So many steps over pairs, epoch after epoch. Returns the targets that were learned from."""
+    """Take `steps` steps over the pairs, epoch after epoch. Return the number of targets trained on."""
     examples, _ = encode_pairs(pairs, template_named("plain"), tokenizer, config.max_length)
     batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed)
     windows = list(islice(batches, steps))
@@ -48,7 +45,7 @@ def finetune(model: Llama, tokenizer: Tokenizer, pairs: Sequence[Pair], config: 
 
 
 def right_answers(model: Llama, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[float]:
-    """Each question is asked: 1 if the answer is right to the letter, or 0."""
+    """Ask each question. Return 1 for an answer that is right to the letter, or 0."""
     questions, _ = make_questions(pairs, template_named("plain"), tokenizer, model.config.max_position_embeddings - 1)
     answers = answer_questions(model, tokenizer, questions)
     return [float(answer.text.strip() == q.pair.answer) for q, answer in zip(questions, answers, strict=True)]
