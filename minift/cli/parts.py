@@ -83,7 +83,7 @@ def add_template(command: argparse.ArgumentParser, default: str = "auto") -> Non
 
 def add_plain(command: argparse.ArgumentParser) -> None:
     """Add --plain."""
-    text = "run the code as it is read: install no faster kernels (minift/kernels/)"
+    text = "run the code as it is read: install no faster kernels (minift/kernels/). --resume wants it again"
     command.add_argument("--plain", action="store_true", help=text)
 
 

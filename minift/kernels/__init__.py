@@ -13,9 +13,9 @@
     decode.py          one more token of one text     a CPU                                     2.0 x; stories15m 3.5 x
     graph.py           one more token of each text    a GPU                                     7.7 x
 
-What they buy is a step of stories15m on two cores of an AMD EPYC, over the step without them (`python -m benchmarks
-ladder`); the last two of the table are tokens a second (`generate`), of smollm2-135m on that machine
-and on an H200.
+The files down to compiling.py are installed by name, `install(model, ["norm", "attention"])`; `generate` asks for the
+other two itself. What they buy is a step of stories15m on two cores of an AMD EPYC, over the step without them (`python
+-m benchmarks ladder`); for the last two it is tokens a second of smollm2-135m (`generate`), there and on an H200.
 
     choice.py          which of them a run takes
     decoding.py        which decoder generates the next token

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minift.cache import KVCache
 from minift.config import LlamaConfig
@@ -84,14 +84,17 @@ class WrittenLayer(TargetsLayer):
         if isinstance(shared, Shared):
             return super().forward(x, shared, places)
         attention, mlp = self.self_attn, self.mlp
-        qkvo = (one.weight for one in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj))
-        gate_up_down = (one.weight for one in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        matrices = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        matrices += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        if any(type(matrix) is not nn.Linear for matrix in matrices):
+            raise RuntimeError("a matrix got an adapter after kernels were installed: install them again")
+        weights = [matrix.weight for matrix in matrices]
         with torch.autocast("cpu", enabled=False):
             # Two functions, so that what the MLP keeps is freed before the gradients of attention are computed.
-            stream: Tensor = _Attention.apply(x, shared, self.input_layernorm.weight, *qkvo)
+            stream: Tensor = _Attention.apply(x, shared, self.input_layernorm.weight, *weights[:4])
             if places is not None:
                 stream = stream.flatten(0, 1).index_select(0, places)
-            out: Tensor = _MLP.apply(stream, shared, self.post_attention_layernorm.weight, *gate_up_down)
+            out: Tensor = _MLP.apply(stream, shared, self.post_attention_layernorm.weight, *weights[4:])
         return out
 
 

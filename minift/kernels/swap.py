@@ -48,10 +48,9 @@ def install(module: _Module, names: Collection[str]) -> _Module:
         The module itself; or for "targets" the objective that takes its place.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or names of which one device takes only some.
     """
-    if unknown := sorted(set(names) - set(ALL)):
-        raise ValueError(f"unknown kernel {unknown[0]!r}; known: {', '.join(ALL)}")
+    _check(names)
     if "malloc" in names:
         keep_freed_memory()
     if "compiling" in names:
@@ -63,10 +62,20 @@ def install(module: _Module, names: Collection[str]) -> _Module:
 def with_kernels(module: _Module, names: Collection[str]) -> _Module:
     """Return a copy of a model with kernels, which shares its weights; the model itself is left as it is.
 
-    Of the names, those of modules count: nothing is set for the process.
+    Of the names, those of modules count: nothing is set for the process. Raises ValueError as `install`.
     """
+    _check(names)
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return _install_modules(copy.deepcopy(module, shared), names)
+
+
+def _check(names: Collection[str]) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"names are a list of strings; give [{names!r}]")
+    if unknown := sorted(set(names) - set(ALL)):
+        raise ValueError(f"unknown kernel {unknown[0]!r}; known: {', '.join(ALL)}")
+    if "flex" in names and (others := [name for name in ("attention", "layer") if name in names]):
+        raise ValueError(f"'flex' attends on a GPU, and {others[0]!r} on a CPU: install one of them")
 
 
 def _install_modules(module: _Module, names: Collection[str]) -> _Module:

@@ -46,7 +46,7 @@ class TargetsObjective(Objective):
         """Return final hidden states and their targets: [1, N, D] and [1, N], or of many, [B, T, D] and [B, T]."""
         model = self.model
         check_input(batch.tokens, batch.positions, None, model.config)
-        if batch.n_targets > FEW * batch.targets.numel():
+        if batch.n_targets > FEW * batch.targets.numel() or not isinstance(model.layers[-1], TargetsLayer):
             return model.hidden(batch.tokens, batch.positions, batch.documents), batch.targets
         targets = batch.targets.flatten()
         places = (targets != IGNORE).nonzero()[:, 0]  # [N]

@@ -24,12 +24,13 @@ from minift.kernels.flex import FlexPrepare, FlexScaledDotProduct
 from minift.kernels.layer import WrittenLayer, WrittenPrepare
 from minift.kernels.norm import FusedInputNorm, FusedRMSNorm, FusedRoPE
 from minift.kernels.targets import TargetsLayer, TargetsObjective
+from minift.lora import add_lora
 from minift.loss import NextTokenLoss
 from minift.model import DecoderLayer, Prepare, RMSNorm, RoPE, ScaledDotProduct
 from minift.pack import Batch, collate
 from minift.runs.start import start_state
 from minift.train import Objective
-from tests.helpers import ROOT, adapted_model, make_examples, random_model
+from tests.helpers import LORA, ROOT, adapted_model, make_examples, random_model
 from tests.twins import apart, difference
 
 PLAIN = {Objective, Prepare, DecoderLayer, RMSNorm, RoPE, ScaledDotProduct, NextTokenLoss}
@@ -282,13 +283,48 @@ def test_unknown_names_are_refused() -> None:
     assert kinds(model) <= PLAIN
 
 
+@pytest.mark.parametrize("put_in", [install, with_kernels])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("norm", r"give \['norm'\]"),
+        (["norm", "nonsense"], "unknown kernel 'nonsense'"),
+        (ALL, "install one of them"),
+        (["attention", "flex"], "'flex' attends on a GPU, and 'attention' on a CPU"),
+        (["layer", "flex"], "'flex' attends on a GPU, and 'layer' on a CPU"),
+    ],
+)
+def test_names_that_cannot_be_installed_are_refused(put_in: Any, names: Any, message: str) -> None:
+    model = random_model()
+    with pytest.raises(ValueError, match=message):
+        put_in(model, names)
+    assert kinds(model) <= PLAIN
+
+
+def test_an_adapter_put_into_a_layer_that_is_written_out_is_not_passed_over() -> None:
+    model = install(random_model(), ["layer"])
+    add_lora(model, LORA, torch.Generator())
+    with pytest.raises(RuntimeError, match="install them again"):
+        model(torch.zeros(1, 8, dtype=torch.int64))
+    install(model, ["layer"])
+    model(torch.zeros(1, 8, dtype=torch.int64))
+
+
+def test_kernels_taken_out_below_an_objective() -> None:
+    objective = install(Objective(random_model(torch.float64)), ["targets"])
+    expected = objective(a_batch())
+    install(objective.model, [])
+    assert torch.allclose(objective(a_batch()), expected, rtol=1e-12)
+
+
 def test_what_sets_something_for_the_process_is_set_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
     monkeypatch.setattr("minift.kernels.swap.keep_freed_memory", lambda: done.append("malloc"))
     monkeypatch.setattr("minift.kernels.swap.keep_less_for_the_backward_pass", done.append)
-    everything_else = [name for name in ALL if name not in ("malloc", "compiling")]
-    install(random_model(), everything_else)
-    with_kernels(random_model(), ALL)
+    for other in ("flex", "attention"):  # which exclude each other
+        names = [name for name in ALL if name not in ("flex", "attention", "layer")] + [other]
+        install(random_model(), [name for name in names if name not in ("malloc", "compiling")])
+        with_kernels(random_model(), names)
     assert done == []
     install(random_model(), ["malloc", "compiling"])
     install(random_model().to("meta"), ["compiling"])
