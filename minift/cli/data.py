@@ -6,7 +6,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minift.cli.parts import MODEL_HELP, TEMPLATES, TEXT_FIELD_HELP, add_command, add_group, add_template, write_json
+from minift.cli.parts import (
+    MODEL_HELP,
+    TEMPLATES,
+    TEXT_FIELD_HELP,
+    add_command,
+    add_encoding,
+    add_group,
+    add_template,
+    write_json,
+)
 from minift.errors import InputError, RunError, one_line
 from minift.look.report import shorten
 from minift.values import check_number
@@ -36,6 +45,7 @@ def add_tokenizer(commands: Any) -> None:
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="make a vocabulary of N pieces")
     text = "find a page's text under this key of its record (default: text)"
     train.add_argument("--text-field", default="text", metavar="NAME", help=text)
+    add_encoding(train)
     train.add_argument("--out", required=True, metavar="FILE", help="write the tokenizer.model to FILE")
     show = add_command(verbs, "show", _tokenizer_show, "show the pieces and ids of a text", SHOW_MORE)
     show.add_argument("text", metavar="TEXT", help="encode this text")
@@ -44,14 +54,15 @@ def add_tokenizer(commands: Any) -> None:
 
 
 def _tokenizer_train(options: dict[str, Any]) -> int:
-    from minift.data.records import Skipped
+    from minift.data.records import Skipped, find_files
     from minift.data.stream import DocumentStream
     from minift.tokenizer.sentencepiece import train_tokenizer
 
     out = Path(options["out"])
     if out.exists():
         raise InputError(f"{out}: exists; choose another --out")
-    stream = DocumentStream(options["data"], options["text_field"], epochs=1, skipped=Skipped())
+    files, text_field, encoding = find_files(options["data"]), options["text_field"], options["encoding"]
+    stream = DocumentStream(files, text_field, epochs=1, skipped=Skipped(), encoding=encoding)
     tokenizer = train_tokenizer(stream, options["vocab_size"])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +110,7 @@ def add_data(commands: Any) -> None:
     peek = add_command(verbs, "peek", _peek, "print the first records of a corpus of any size", PEEK_MORE)
     peek.add_argument("data", nargs="+", metavar="GLOB", help=PAGES_HELP)
     peek.add_argument("-n", type=int, default=5, metavar="N", help="print N records (default: 5)")
+    add_encoding(peek)
     peek.add_argument("--full", action="store_true", help="do not shorten long texts")
 
     text = "count documents or pairs, their tokens, and the records that cannot be used"
@@ -107,12 +119,14 @@ def add_data(commands: Any) -> None:
     text = "count the tokens of this tokenizer: a model, or a tokenizer's file (default: bundled)"
     stats.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help=text)
     stats.add_argument("--text-field", metavar="NAME", help=TEXT_FIELD_HELP)
+    add_encoding(stats)
     add_template(stats)
     stats.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
 
     text = "print instruction pairs in each template, or write them as JSON Lines"
     formats = add_command(verbs, "format", _format, text, FORMAT_MORE)
     formats.add_argument("data", nargs="+", metavar="FILE", help="read these instruction pairs")
+    add_encoding(formats)
     formats.add_argument("-n", type=int, default=1, metavar="N", help="print N pairs (default: 1)")
     text = f"use only this template: {TEMPLATES} (default: all that fit; required with --out)"
     formats.add_argument("--template", metavar="NAME", help=text)
@@ -124,7 +138,7 @@ def _peek(options: dict[str, Any]) -> int:
     from minift.data.records import find_files, read_records
 
     check_number("-n", options["n"], least=1)
-    records = chain.from_iterable(read_records(file) for file in find_files(options["data"]))
+    records = chain.from_iterable(read_records(file, options["encoding"]) for file in find_files(options["data"]))
     shown = 0
     for record in islice(records, options["n"]):  # each at once, however long the next one takes
         shown += 1
@@ -144,7 +158,7 @@ def _stats(options: dict[str, Any]) -> int:
 
     files = find_files(options["data"])
     tokenizer = load_tokenizer(options["tokenizer"])
-    result = survey(files, tokenizer, options["text_field"], options["template"])
+    result = survey(files, tokenizer, options["text_field"], options["template"], options["encoding"])
     print(survey_text(result))
     write_json(options["json"], result)
     return 0
@@ -160,7 +174,7 @@ def _format(options: dict[str, Any]) -> int:
     out, template = options["out"], options["template"]
     if out is not None and Path(out).exists():
         raise InputError(f"{out}: exists; choose another --out")
-    pairs = read_all_pairs(options["data"], Skipped())
+    pairs = read_all_pairs(options["data"], Skipped(), options["encoding"])
     if out is None:
         for pair in pairs[: options["n"]]:
             _print_pair(pair, template)

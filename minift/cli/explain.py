@@ -10,6 +10,7 @@ from minift.cli.parts import (
     MODEL_HELP,
     add_command,
     add_device,
+    add_encoding,
     add_plain,
     add_template,
     json_text,
@@ -41,6 +42,7 @@ def add_explain(commands: Any) -> None:
     command.add_argument("--against", metavar="DIR", help="a second model, of any of these formats")
     command.add_argument("--answer", metavar="TEXT", help="learn this answer; the question is then only given")
     command.add_argument("--data", nargs="+", metavar="FILE", help="show records of these files instead of TEXT")
+    add_encoding(command)
     text = "show N records of --data, packed as in training (default: 1)"
     command.add_argument("-n", type=int, default=1, metavar="N", help=text)
     command.add_argument("--skip", type=int, default=0, metavar="N", help="skip the first N records (default: 0)")
@@ -119,7 +121,8 @@ def _pairs(options: dict[str, Any]) -> "list[Pair]":
     check_number("n", count, least=1)
     check_number("skip", skip, least=0)
     files = find_files(options["data"])
-    pairs = list(islice(scan_pairs(item for file in files for item in scan(file)), skip, skip + count))
+    records = (item for file in files for item in scan(file, options["encoding"]))
+    pairs = list(islice(scan_pairs(records), skip, skip + count))
     for pair in pairs:
         if isinstance(pair, InputError):
             raise pair

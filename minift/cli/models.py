@@ -13,6 +13,7 @@ from minift.cli.parts import (
     TEXT_FIELD_HELP,
     add_command,
     add_device,
+    add_encoding,
     add_plain,
     add_template,
     json_text,
@@ -91,8 +92,9 @@ def add_compare(commands: Any) -> None:
     command = add_command(commands, "compare", _compare, text, COMPARE_MORE)
     command.add_argument("before", metavar="BEFORE", help=MODEL_HELP)
     command.add_argument("after", metavar="AFTER", help="a second model, of any of these formats")
-    text = "ask these pairs: JSON Lines, a JSON array or CSV, compressed or not"
+    text = "ask these pairs: JSON Lines, a JSON array, CSV or TSV, compressed or not"
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
+    add_encoding(command)
     add_template(command)
     command.add_argument("--show", type=int, default=4, metavar="N", help="print N answers (default: 4)")
     command.add_argument("--json", metavar="FILE", help="write the scores and all answers to FILE")
@@ -108,7 +110,7 @@ def _compare(options: dict[str, Any]) -> int:
     from minift.prompts import choose_template, template_named
 
     check_number("show", options["show"], least=0)
-    pairs = read_all_pairs(options["data"])
+    pairs = read_all_pairs(options["data"], None, options["encoding"])
     template = choose_template(options["template"], pairs)
     before, after = (load(options[name], options["device"], options["plain"]) for name in ("before", "after"))
     scores = compare(before, after, pairs, template_named(template), options["plain"])
@@ -138,6 +140,7 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
     text = "score on these records; the first one tells whether they are pairs, multiple choice, or pages"
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
+    add_encoding(command)
     add_template(command)
     command.add_argument("--text-field", metavar="NAME", help=TEXT_FIELD_HELP)
     text = "cut a page into windows of N tokens (default: 256, or the model's positions if they are fewer)"
@@ -152,15 +155,16 @@ def add_evaluate(commands: Any) -> None:
 def _evaluate(options: dict[str, Any]) -> int:
     from minift.data.pairs import is_pair
     from minift.data.records import find_files, read_records
-    from minift.data.unpack import STDIN
+    from minift.data.unpack import STDIN, is_pipe
     from minift.evaluation.choices import has_choices
 
     check_number("mistakes", options["mistakes"], least=0)
     model, tokenizer = load(options["model"], options["device"], options["plain"])
     files = find_files(options["data"])
-    if STDIN in files:
-        raise InputError("-: standard input can be read only once; evaluate has to look at its data first")
-    first = next(read_records(files[0]), None)
+    if (pipe := next(filter(is_pipe, files), None)) is not None:
+        name = "standard input" if pipe == STDIN else "a pipe"
+        raise InputError(f"{pipe}: {name} can be read only once; evaluate has to look at its data first")
+    first = next(read_records(files[0], options["encoding"]), None)
     if first is not None and has_choices(first):
         scores = _evaluate_choices(model, tokenizer, files, options)
     elif first is None or is_pair(first, options["text_field"]):
@@ -177,7 +181,7 @@ def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
     from minift.evaluation.mistakes import mistakes
     from minift.prompts import choose_template, template_named
 
-    pairs = read_all_pairs(options["data"])
+    pairs = read_all_pairs(options["data"], None, options["encoding"], say=None)
     template = template_named(choose_template(options["template"], pairs))
     questions, skipped = make_questions(pairs, template, tokenizer, model.config.max_position_embeddings - 1)
     found = evaluate(model, tokenizer, questions, options["plain"])
@@ -200,7 +204,7 @@ def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
     window = min(256, positions) if options["max_length"] is None else options["max_length"]
     check_number("max_length", window, least=1, below=positions + 1)
     text_field = options["text_field"] or TEXT_FIELD
-    stream = DocumentStream(options["data"], text_field, epochs=1, skipped=Skipped())
+    stream = DocumentStream(options["data"], text_field, epochs=1, skipped=Skipped(), encoding=options["encoding"])
     found = list(page_likelihoods(model, stream, tokenizer, window))
     scores = {**score_values(likelihood_scores(found)), "n": len(found)}
     print(score_lines(scores))
@@ -213,7 +217,7 @@ def _evaluate_choices(model: Any, tokenizer: Any, files: Sequence[Path], options
     from minift.evaluation.intervals import score_values
     from minift.prompts import Pair, choose_template, template_named
 
-    questions = read_choices(chain.from_iterable(map(read_records, files)))
+    questions = read_choices(chain.from_iterable(read_records(file, options["encoding"]) for file in files))
     name = choose_template(options["template"], [Pair(one.question, "", where=one.where) for one in questions])
     found = choose(model, tokenizer, questions, template_named(name))
     scores = {**score_values(choice_scores(questions, found)), "n": len(questions)}

@@ -81,6 +81,21 @@ def add_template(command: argparse.ArgumentParser, default: str = "auto") -> Non
     command.add_argument("--template", default=default, metavar="NAME", help=text)
 
 
+def add_encoding(command: argparse.ArgumentParser, default: str = "utf-8") -> None:
+    """Add --encoding."""
+    text = "read the data in this encoding: utf-8, utf-16, cp1252 or another (default: utf-8)"
+    command.add_argument("--encoding", type=_encoding, default=default, metavar="NAME", help=text)
+
+
+def _encoding(name: str) -> str:
+    from minift.data.encodings import check_encoding
+
+    try:
+        return check_encoding(name)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_plain(command: argparse.ArgumentParser) -> None:
     """Add --plain."""
     text = "run the code as it is read: install no faster kernels (minift/kernels/). --resume wants it again"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from minift.cli.parts import MODEL_HELP, add_command, add_plain
+from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain
 from minift.cli.streams import outlive_reader
 from minift.config import FINETUNE, PRETRAIN, TrainConfig
 from minift.errors import InputError
@@ -38,7 +38,7 @@ def add_finetune(commands: Any) -> None:
     command = add_command(commands, "finetune", _finetune, text, FINETUNE_MORE)
     given = argparse.SUPPRESS  # a flag that is not given is absent from the options
     command.add_argument("--model", default=given, metavar="DIR", help=f"{MODEL_HELP} (default: bundled)")
-    text = "train on these instruction pairs: JSON Lines, a JSON array or CSV, compressed or not (default: bundled)"
+    text = "train on these pairs: JSON Lines, a JSON array, CSV or TSV, compressed or not (default: bundled)"
     command.add_argument("--data", nargs="+", default=given, metavar="FILE", help=text)
     text = "hold out these pairs (default: a tenth of --data; for the bundled pairs, the bundled questions)"
     command.add_argument("--test", nargs="+", default=given, metavar="FILE", help=text)
@@ -75,6 +75,7 @@ def add_pretrain(commands: Any) -> None:
 
 def _add_run_flags(command: argparse.ArgumentParser, out: str) -> None:
     """Add the flags that are not part of a run's settings."""
+    add_encoding(command, argparse.SUPPRESS)
     command.add_argument("--out", default=out, metavar="DIR", help=f"make the run's folder here (default: {out})")
     text = "continue the run in --out from its last checkpoint, with the settings that it has"
     command.add_argument("--resume", action="store_true", help=text)
@@ -111,7 +112,9 @@ def _finetune(options: dict[str, Any]) -> int:
         job = jobs.finetune_job(**inputs)
     else:
         config = FINETUNE.replace(**train_options(options))
-        job = jobs.finetune_job(options.get("model", "bundled"), options.get("data"), options.get("test"))
+        job = jobs.finetune_job(
+            options.get("model", "bundled"), options.get("data"), options.get("test"), options.get("encoding", "utf-8")
+        )
     result = jobs.finetune(job, config, out, resume, plain)
     if result is None:
         return _say_how_to_resume("finetune", out, plain)

@@ -10,10 +10,11 @@ A record that holds a question and an answer is a pair, whatever else it holds: 
 and the answer. `is_pair` decides it, once for all commands.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from minift.data.records import Record, Skipped, find_files, scan
+from minift.data.encodings import UTF8
+from minift.data.records import Record, Skipped, find_files, scan, warn
 from minift.errors import InputError
 from minift.prompts import Pair
 
@@ -28,35 +29,43 @@ TEXT_FIELD = "text"  # of a record without a question: its text is learned from 
 METRICS = ("exact_match", "token_f1")
 
 
-def read_all_pairs(sources: Iterable[str | Path], skipped: Skipped | None = None) -> list[Pair]:
+def read_all_pairs(
+    sources: Iterable[str | Path],
+    skipped: Skipped | None = None,
+    encoding: str = UTF8,
+    say: Callable[[str], object] | None = warn,
+) -> list[Pair]:
     """Return the pairs of several files, globs or folders, in order.
 
     Args:
         skipped: counts what cannot be used; by default the first such record is raised.
+        encoding: that of the files.
+        say: as for `find_files`.
 
     Raises:
         InputError: as `find_files`, `read_pairs` and `Skipped` do.
     """
     skipped = skipped or Skipped(strict=True)
-    pairs = [pair for file in find_files(sources) for pair in read_pairs(file, skipped)]
+    pairs = [pair for file in find_files(sources, say) for pair in read_pairs(file, skipped, encoding)]
     skipped.check()
     return pairs
 
 
-def read_pairs(path: str | Path, skipped: Skipped | None = None) -> list[Pair]:
+def read_pairs(path: str | Path, skipped: Skipped | None = None, encoding: str = UTF8) -> list[Pair]:
     """Return the instruction pairs of one file, in order.
 
     Args:
         skipped: counts what cannot be used; by default the first such record is raised.
+        encoding: that of the file.
 
     Raises:
-        InputError: for an unreadable file, invalid JSON (`file:line`), a record whose fields are missing or not text, a
-            blank question, unless `skipped` tolerates it; for a file without records.
+        InputError: for a file that cannot be read to its end, invalid JSON (`file:line`), a record whose fields are
+            missing or not text, a blank question, unless `skipped` tolerates it; for a file without records.
     """
     skipped = skipped or Skipped(strict=True)
     pairs: list[Pair] = []
     before = skipped.skipped
-    for item in scan_pairs(scan(path)):
+    for item in scan_pairs(scan(path, encoding)):
         skipped.records += 1
         if isinstance(item, InputError):
             skipped.add(item)

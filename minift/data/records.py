@@ -3,7 +3,7 @@
 A web corpus such as C4 comes as shards of JSON Lines, gzipped: one object a line, with a `text`, a `timestamp` and a
 `url`. The Pile's objects have a `text` and a `meta`, and its shards are compressed with zstd. Both are read here, and
 no more than one line is held in memory. Plain text (`.txt`) is one document a file, a long one in several parts; `-` is
-standard input. Instruction pairs may also come as a table (`data/tables.py`).
+standard input. Instruction pairs may also come as a table or an array (`data/tables.py`).
 
 Real corpora have bad lines. Between the records, `scan` yields an error for each of them, with its place and the
 reason. Its callers decide what to do: `read_records` raises the first; `Skipped` counts them and tolerates a few.
@@ -11,12 +11,11 @@ reason. Its callers decide what to do: `read_records` raises the first; `Skipped
     minift data peek 'data/pages/*.json.gz' -n 3
 """
 
-import codecs
 import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
@@ -24,11 +23,13 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from minift.data.tables import array_items, csv_rows
-from minift.data.unpack import STDIN, open_unpacked
+from minift.data.encodings import UTF8, not_text
+from minift.data.tables import array_items, csv_rows, find_array
+from minift.data.unpack import STDIN, UnreadableError, is_pipe, open_unpacked
 from minift.errors import InputError, need, one_line
 
-KINDS = (".jsonl", ".json", ".csv", ".txt")
+SEPARATORS = {".csv": None, ".tsv": "\t"}  # of the kinds that are tables; None where its first row tells it
+KINDS = (".jsonl", ".json", *SEPARATORS, ".txt")
 SUFFIXES = tuple(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst"))
 MAX_LINE = 2**24  # bytes; a longer line is a fault, or one bad file could take all memory
 TEXT_PART = 2**20  # bytes of a .txt after which the next line begins another document
@@ -77,15 +78,24 @@ class Record:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def find_files(sources: Iterable[str | Path]) -> list[Path]:
+def warn(text: str) -> None:
+    """Print a line on standard error."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def find_files(sources: Iterable[str | Path], say: Callable[[str], object] | None = warn) -> list[Path]:
     """Return the data files that `sources` name: files, globs, and folders (all files in them with a known suffix).
 
     The order is that of `sources`, and by name within a glob or a folder: it does not depend on the disk. `-` is
-    standard input.
+    standard input. A file that is reached twice (its name is given twice, or it has a link) is read once, where it is
+    reached first.
+
+    Args:
+        say: gets a line about files that are reached twice; None for no such line.
 
     Raises:
         InputError: for a source that names nothing, a file with an unknown suffix, one that needs the `zstd` extra,
-            or standard input twice.
+            or a pipe or standard input twice.
     """
     files: list[Path] = []
     for source in sources:
@@ -101,13 +111,40 @@ def find_files(sources: Iterable[str | Path]) -> list[Path]:
             raise InputError(f"{source}: no such file, or no data file in it ({', '.join(SUFFIXES)})")
         files += found
     for file in files:
-        if file != STDIN and not file.name.endswith(SUFFIXES):
+        if not file.name.endswith(SUFFIXES) and not is_pipe(file):
             raise InputError(f"{file}: unknown kind of data file; known: {', '.join(SUFFIXES)}")
         if file.suffix == ".zst":
             need("zstandard", "zstd", str(file))
-    if files.count(STDIN) > 1:
-        raise InputError("-: standard input can be read only once")
-    return files
+    return _without_repeated(files, say)
+
+
+def _without_repeated(files: list[Path], say: Callable[[str], object] | None) -> list[Path]:
+    """Return each file once. Raises InputError for a pipe that is there twice."""
+    first: dict[object, Path] = {}
+    repeated: list[tuple[Path, Path]] = []
+    for file in files:
+        identity = _identity(file)
+        if identity not in first:
+            first[identity] = file
+        elif is_pipe(file):
+            raise InputError(f"{file}: {'standard input' if file == STDIN else 'a pipe'} can be read only once")
+        else:
+            repeated.append((file, first[identity]))
+    if repeated and say is not None:
+        file, same = repeated[0]
+        others = f", and {len(repeated) - 1:,} more like it" if len(repeated) > 1 else ""
+        state = "is named twice" if file == same else f"is the same file as {same}"
+        say(f"read once: {one_line(file)} {one_line(state)}{others}")
+    return list(first.values())
+
+
+def _identity(file: Path) -> object:
+    """Return what two names of one file have in common."""
+    try:
+        found = file.stat()
+    except OSError:
+        return file
+    return (found.st_dev, found.st_ino) if file != STDIN and found.st_ino else file
 
 
 def is_plain_text(file: Path) -> bool:
@@ -116,72 +153,75 @@ def is_plain_text(file: Path) -> bool:
 
 
 def is_table(file: Path) -> bool:
-    """Return True for a table of pairs (`data/tables.py`): CSV, or JSON that begins as an array.
-
-    Raises:
-        InputError: when the file cannot be read.
-    """
-    return _kind(file) == ".csv" or (_kind(file) == ".json" and file.is_file() and _begins_as_array(file))
+    """Return True for a table of pairs (`data/tables.py`)."""
+    return _kind(file) in SEPARATORS
 
 
 def _kind(file: Path) -> str:
     return Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
-def _begins_as_array(file: Path) -> bool:
-    with open_unpacked(file, lambda: ":1") as opened:
-        head = opened.read(4_096)
-    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-
-
 # Records --------------------------------------------------------------------------------------------------------------
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
+def read_records(path: str | Path, encoding: str = UTF8) -> Iterator[Record]:
     """Yield the records of one file in order, in the memory of one line. Blank lines are left out.
 
     Raises:
         InputError: at the first fault that `scan` finds.
     """
-    for item in scan(path):
+    for item in scan(path, encoding):
         if isinstance(item, InputError):
             raise item
         yield item
 
 
-def scan(path: str | Path) -> Iterator[Record | InputError]:
+def scan(path: str | Path, encoding: str = UTF8) -> Iterator[Record | InputError]:
     """Yield the records of one file in order and, in the place of each unusable one, what is wrong with it.
 
-    A line is faulty when it is not a JSON object, not UTF-8 or longer than MAX_LINE; the next one may be good. The file
-    may also be a table (`data/tables.py`). A fault of the file itself (it cannot be read, its compressed data is
-    damaged) is the last item.
+    A line is faulty when it is not a JSON object, not text in `encoding` or longer than MAX_LINE; the next one may be
+    good. The file may also be a table or an array (`data/tables.py`). The last item is an UnreadableError when the file
+    cannot be read to its end.
     """
-    path = Path(path)
+    lines = Lines(Path(path), encoding)
     try:
-        yield from _scan_table(path) if is_table(path) else _scan_lines(path)
+        with open_unpacked(lines.path, lambda: f":{lines.number + 1}", encoding) as file:
+            if is_table(lines.path):
+                rows = csv_rows(file, str(path), SEPARATORS[_kind(lines.path)], encoding)
+                yield from _scan_table(rows, lines)
+                return
+            key = None
+            if not is_plain_text(lines.path):
+                key, file = find_array(file, in_object=_kind(lines.path) == ".json")
+            if key is None:
+                yield from _scan_lines(file, lines)
+            else:
+                yield from _scan_table(array_items(file, str(path), key, encoding), lines)
     except InputError as fault:
         yield fault
 
 
-def _scan_lines(path: Path) -> Iterator[Record | InputError]:
-    for start, content in Lines(path).items():
+def _scan_lines(file: BinaryIO, lines: "Lines") -> Iterator[Record | InputError]:
+    for start, content in lines.items_of(file):
         try:
-            record = parse(content, path, start)
+            record = parse(content, lines.path, start, lines.encoding)
         except InputError as fault:
             yield fault
         else:
             yield record
 
 
-def _scan_table(path: Path) -> Iterator[Record | InputError]:
-    with open_unpacked(path) as file:
-        for item in (csv_rows if _kind(path) == ".csv" else array_items)(file, str(path)):
-            if isinstance(item, InputError):
-                yield item
-            else:
-                line, values = item
-                half = _HALF_PAIR.search(json.dumps(values, ensure_ascii=False))
-                yield InputError(f"{path}:{line}: {NOT_UNICODE}") if half else Record(values, path, line)
+def _scan_table(
+    items: Iterable[tuple[int, dict[str, Any]] | InputError], lines: "Lines"
+) -> Iterator[Record | InputError]:
+    for item in items:
+        if isinstance(item, InputError):
+            yield item
+            continue
+        line, values = item
+        lines.number = line - 1  # where the last record begins, for the message of a file that is damaged after it
+        half = _HALF_PAIR.search(json.dumps(values, ensure_ascii=False))
+        yield InputError(f"{lines.path}:{line}: {NOT_UNICODE}") if half else Record(values, lines.path, line)
 
 
 class Lines:
@@ -193,8 +233,9 @@ class Lines:
         failed: True when the file could not be read to its end.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, encoding: str = UTF8):
         self.path = path
+        self.encoding = encoding
         self.number = 0
         self.checksum = 0
         self.failed = False
@@ -208,11 +249,15 @@ class Lines:
             InputError: with `file:line`, when the file cannot be read any further.
         """
         try:
-            with open_unpacked(self.path, lambda: f":{self.number + 1}") as file:
-                yield from self._parts(file) if is_plain_text(self.path) else self._lines(file)
+            with open_unpacked(self.path, lambda: f":{self.number + 1}", self.encoding) as file:
+                yield from self.items_of(file)
         except InputError:
             self.failed = True
             raise
+
+    def items_of(self, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+        """Yield what `items` does, of the file that is open already."""
+        return self._parts(file) if is_plain_text(self.path) else self._lines(file)
 
     def _lines(self, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
         """Yield each line that is not blank."""
@@ -249,8 +294,11 @@ class Lines:
             yield None
 
 
-def parse(content: bytes | None, file: Path, line: int) -> Record:
+def parse(content: bytes | None, file: Path, line: int, encoding: str = UTF8) -> Record:
     """Return the record that begins at `file:line`, from what `Lines.items` yields.
+
+    Args:
+        encoding: that of the file, for messages. `content` is in UTF-8.
 
     Raises:
         InputError: with `file:line`, when it is no record.
@@ -264,9 +312,9 @@ def parse(content: bytes | None, file: Path, line: int) -> Record:
             return Record({"text": text}, file, line)
         values = json.loads(text)
     except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8 text") from None
+        raise InputError(f"{where}: {not_text(content, encoding)}") from None
     except json.JSONDecodeError as error:
-        hint = " (each line must be an object; only a .json of pairs may be an array)" if text[:1] == "[" else ""
+        hint = " (each line must be an object; only a file of pairs may be an array)" if text[:1] == "[" else ""
         raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where}: not valid JSON: {error}") from None
@@ -290,6 +338,7 @@ class Skipped:
         records: how many were read, usable or not.
         skipped: how many were not usable.
         first: what was wrong with the first of those.
+        unread: the files of pages that cannot be read to their end. The place counts as one record, but more are lost.
     """
 
     strict: bool = False
@@ -297,23 +346,26 @@ class Skipped:
     records: int = 0
     skipped: int = 0
     first: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
-    def add(self, fault: InputError, lost: int = 0) -> None:
+    def add(self, fault: InputError, lost: int | None = None) -> None:
         """Count an unusable record, and `lost` more that cannot be read because of it.
 
         Raises:
-            InputError: the fault itself if strict; and when too many records are unusable (`check`), as soon as there
-                are more than SKIPPED_BEFORE_CHECK of them.
+            InputError: the fault itself if strict, or if a file cannot be read to its end and `lost` is not given; and
+                when too many records are unusable (`check`), as soon as there are more than SKIPPED_BEFORE_CHECK.
         """
-        self.records += lost
-        self.skipped += 1 + lost
+        if lost is None and isinstance(fault, UnreadableError):
+            raise fault
+        self.records += lost or 0
+        self.skipped += 1 + (lost or 0)
         shown = len(self.first) < SHOWN
         if shown:
             self.first.append(one_line(fault))
         if self.strict:
             raise fault
         if shown and not self.quiet:
-            tqdm.write(f"skipped: {self.first[-1]}", file=sys.stderr)
+            warn(f"skipped: {self.first[-1]}")
         if self.skipped > SKIPPED_BEFORE_CHECK:
             self.check()
 
@@ -325,4 +377,6 @@ class Skipped:
 
     def __str__(self) -> str:
         """Return the count and the first faults, each on a line of its own."""
-        return "\n  ".join((f"{self.skipped:,} of {self.records:,} records skipped:", *self.first))
+        files = "1 file" if len(self.unread) == 1 else f"{len(self.unread):,} files"
+        rest = f", and the rest of {files} that cannot be read to the end" if self.unread else ""
+        return "\n  ".join((f"{self.skipped:,} of {self.records:,} records skipped{rest}:", *self.first))

@@ -22,9 +22,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minift.data.records import Lines, Record, Skipped, find_files, parse
-from minift.data.unpack import STDIN
-from minift.errors import InputError
+from minift.data.encodings import UTF8
+from minift.data.records import Lines, Record, Skipped, find_files, is_table, parse
+from minift.data.unpack import STDIN, is_pipe
+from minift.errors import InputError, one_line
 
 OPEN_SHARDS = 8  # shards that are read at the same time when shuffling
 BUFFER_CHARACTERS = 2**26  # at which the shuffle buffer is full, even if it holds few documents
@@ -44,6 +45,7 @@ class DocumentStream:
         seed: of the order.
         shuffle_buffer: documents from which the next one is drawn; 0 keeps the order of the files.
         skipped: counts what cannot be used; by default the first such record is raised.
+        encoding: that of the files.
 
     Iterating yields texts. `state_dict()` taken between two documents, given to `load_state_dict()` of a stream over
     the same sources, continues with the next document.
@@ -64,11 +66,13 @@ class DocumentStream:
         seed: int = 0,
         shuffle_buffer: int = 0,
         skipped: Skipped | None = None,
+        encoding: str = UTF8,
     ):
-        self.files = find_files(sources)
-        if tables := [file for file in self.files if ".csv" in file.suffixes]:
+        self.files = find_files(sources, say=None)
+        if tables := [file for file in self.files if is_table(file)]:
             raise InputError(f"{tables[0]}: a table, of pairs perhaps; pages are JSON Lines or text")
         self.text_field = text_field
+        self.encoding = encoding
         self.epochs = epochs
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
@@ -77,6 +81,11 @@ class DocumentStream:
         self._complete: dict[int, tuple[int, int]] = {}  # of each file read to its end: records, checksum of its lines
         self._loaded_state: dict[str, Any] | None = None  # a state whose files have not been read yet
         self._start_epoch()
+
+    @cached_property
+    def pipe(self) -> Path | None:
+        """The first of the files that can be read only once: standard input, or a pipe with a name."""
+        return next(filter(is_pipe, self.files), None)
 
     def _start_epoch(self) -> None:
         self._random = random.Random(f"{self.seed}, epoch {self.epoch}")
@@ -100,8 +109,9 @@ class DocumentStream:
             self.skipped.check()
             if not self._yielded:
                 raise InputError(f"{self.files[0]}: the corpus holds no documents")
-            if STDIN in self.files and self.epochs != self.epoch + 1:
-                raise InputError(f"standard input ended after {self._yielded:,} documents, and cannot be read again")
+            if (pipe := self.pipe) is not None and self.epochs != self.epoch + 1:
+                name = "standard input" if pipe == STDIN else str(pipe)
+                raise InputError(f"{name} ended after {self._yielded:,} documents, and cannot be read again")
             self.epoch += 1
             self._start_epoch()
 
@@ -147,8 +157,11 @@ class DocumentStream:
         while self._opened < len(self.files) and len(self._shards) < (OPEN_SHARDS if self.shuffle_buffer else 1):
             index = self._order[self._opened]
             self._check_same(index)
-            self._shards.append(_Shard(index, self.files[index]))
+            self._shards.append(self._open(index))
             self._opened += 1
+
+    def _open(self, index: int) -> "_Shard":
+        return _Shard(index, self.files[index], self.encoding)
 
     def _skip(self, fault: InputError, shard: "_Shard") -> None:
         """Count an unusable record. Raises InputError when `skipped` does not tolerate it."""
@@ -159,6 +172,10 @@ class DocumentStream:
             # An earlier epoch may have counted its records: all that come after this one are lost.
             in_file, _ = self._complete.get(shard.index, (0, 0))
             lost = max(0, in_file - shard.records - 1)
+            if shard.index not in self._complete:  # how many are lost is not known, and that is said
+                if (name := str(shard.lines.path)) not in self.skipped.unread:
+                    self.skipped.unread.append(name)
+                fault = InputError(f"{one_line(fault)}; the rest of the file is not read, and how much it is not known")
         self.skipped.add(fault, lost)
 
     def _close(self, shard: "_Shard") -> None:
@@ -182,8 +199,9 @@ class DocumentStream:
         if self._loaded_state is not None:
             return self._loaded_state
         skipped = self.skipped
+        names = ("seed", "shuffle_buffer", "text_field", "encoding")
         return {
-            "settings": {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "text_field": self.text_field},
+            "settings": {name: getattr(self, name) for name in names},
             "files": self._fingerprints,
             "epoch": self.epoch,
             "given": self._yielded,
@@ -192,7 +210,12 @@ class DocumentStream:
             "buffer": list(self._places),
             "random": self._random.getstate(),
             "whole": dict(self._complete),
-            "skipped": {"records": skipped.records, "skipped": skipped.skipped, "first": list(skipped.first)},
+            "skipped": {
+                "records": skipped.records,
+                "skipped": skipped.skipped,
+                "first": list(skipped.first),
+                "unread": list(skipped.unread),
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,7 +226,8 @@ class DocumentStream:
         Raises:
             InputError: when the files or a setting have changed; it names what differs.
         """
-        check_settings(state["settings"], self.state_dict()["settings"])
+        saved = {"encoding": UTF8, **state["settings"]}  # the only one that there was in earlier versions
+        check_settings(saved, self.state_dict()["settings"])
         if state["files"] != self._fingerprints:
             raise InputError(_difference(state["files"], self._fingerprints))
         self._loaded_state = state
@@ -217,7 +241,8 @@ class DocumentStream:
         self._complete = {int(index): (records, checksum) for index, (records, checksum) in state["whole"].items()}
         version, words, gauss = state["random"]
         self._random.setstate((version, tuple(words), gauss))
-        vars(self.skipped).update(state["skipped"] | {"first": list(state["skipped"]["first"])})
+        lists = {name: list(state["skipped"].get(name, ())) for name in ("first", "unread")}
+        vars(self.skipped).update(state["skipped"] | lists)
         if self.skipped.strict and self.skipped.first:  # it ended the run, or would have
             raise InputError(self.skipped.first[0])
         self._places = [(file, line, checksum) for file, line, checksum in state["buffer"]]
@@ -226,14 +251,14 @@ class DocumentStream:
             buffered[file][line] = checksum
         texts: dict[tuple[int, int], str] = {}
         for index, records, number, checksum in state["shards"]:
-            shard = _Shard(index, self.files[index])
+            shard = self._open(index)
             texts |= shard.read_again(number, buffered.pop(index, {}), self.text_field)
             if shard.lines.checksum != checksum:
                 raise InputError(f"{shard.lines.path}: {_CHANGED}")
             shard.records = records
             self._shards.append(shard)
         for index, documents in buffered.items():  # of shards that have been read to their end
-            texts |= _Shard(index, self.files[index]).read_again(max(documents), documents, self.text_field)
+            texts |= self._open(index).read_again(max(documents), documents, self.text_field)
         self._texts = [texts[file, line] for file, line, _ in self._places]
         self._characters = sum(map(len, self._texts))
 
@@ -245,10 +270,10 @@ class DocumentStream:
 class _Shard:
     """A file that is being read. `records` counts what was found in it, usable or not."""
 
-    def __init__(self, index: int, path: Path):
+    def __init__(self, index: int, path: Path, encoding: str):
         self.index = index
         self.records = 0
-        self.lines = Lines(path)
+        self.lines = Lines(path, encoding)
         self._items = self.lines.items()
 
     def read(self) -> tuple[Record, int] | None:
@@ -257,7 +282,10 @@ class _Shard:
         if item is None:
             return None
         self.records += 1
-        return parse(item[1], self.lines.path, item[0]), zlib.crc32(item[1] or b"")
+        return self._parse(item), zlib.crc32(item[1] or b"")
+
+    def _parse(self, item: tuple[int, bytes | None]) -> Record:
+        return parse(item[1], self.lines.path, item[0], self.lines.encoding)
 
     @property
     def position(self) -> tuple[int, int, int, int]:
@@ -280,7 +308,7 @@ class _Shard:
                 if item is None:
                     break
                 if documents.get(item[0]) == zlib.crc32(item[1] or b""):
-                    texts[self.index, item[0]] = parse(item[1], self.lines.path, item[0]).text(text_field)
+                    texts[self.index, item[0]] = self._parse(item).text(text_field)
             except InputError as fault:
                 raise InputError(f"{fault}; {_CHANGED}") from None
         if len(texts) < len(documents):

@@ -14,8 +14,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from minift.data.encodings import UTF8
 from minift.data.pairs import TEXT_FIELD, is_pair, scan_pairs
 from minift.data.records import SHOWN, Record, scan
+from minift.data.unpack import UnreadableError
 from minift.errors import InputError, one_line
 from minift.prompts import Pair, Template, choose_template, template_named
 from minift.tokenizer.base import Tokenizer
@@ -25,13 +27,18 @@ BAR = 40  # characters of the histogram's longest bar
 
 
 def survey(
-    files: Sequence[Path], tokenizer: Tokenizer, text_field: str | None = None, template: str = "auto"
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    text_field: str | None = None,
+    template: str = "auto",
+    encoding: str = UTF8,
 ) -> dict[str, Any]:
     """Count the documents of pages, or the pairs of an instruction set. The first usable record tells which it is.
 
     Args:
         text_field: the key of a page's text; None for "text", in records that hold no pair.
         template: of the pairs.
+        encoding: of the files.
 
     Returns:
         `kind` ("documents" or "pairs"), how many there are under that name, `malformed` and what is wrong with the
@@ -40,9 +47,10 @@ def survey(
         (least, most, documents) by tokens. Pairs have the name of their `template`.
 
     Raises:
-        InputError: when there is no usable record at all, or for an unknown template.
+        InputError: when there is no usable record at all, for a file that cannot be read to its end,
+            or for an unknown template.
     """
-    items = chain.from_iterable(scan(file) for file in files)
+    items = chain.from_iterable(scan(file, encoding) for file in files)
     head: list[Record | InputError] = []
     pairs = False
     for item in islice(items, LOOKED_AT):
@@ -144,6 +152,8 @@ class _Faults:
         self.first: list[str] = []
 
     def add(self, fault: InputError) -> None:
+        if isinstance(fault, UnreadableError):  # the counts would be those of a part
+            raise fault
         self.count += 1
         if len(self.first) < SHOWN:
             self.first.append(one_line(fault))

@@ -1,4 +1,7 @@
-"""A file → its bytes, unpacked where its name ends in .gz or .zst. `-` is standard input.
+"""A file → its bytes, unpacked where its name ends in .gz or .zst, in UTF-8. `-` is standard input.
+
+A pipe that has a name (a FIFO, `<(…)` of a shell) is read as standard input is: once, and its first bytes tell whether
+it is packed.
 
 Nothing is unpacked further than it is read, so a small file that unpacks to a very large one takes no memory. Damaged
 data and data that ends too early raise an error: a corpus is never cut short in silence.
@@ -15,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from minift.data.encodings import UTF8, other_unicode, recoded
 from minift.errors import InputError, need
 
 STDIN = Path("-")
@@ -22,43 +26,75 @@ _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes o
 _ZSTD_BLOCK = 2**11  # bytes that are unpacked at once: few, because a hostile file may hold 16,000 times as many
 
 
+class UnreadableError(InputError):
+    """A file that cannot be read to its end. How many records come after the place is not known."""
+
+
+def is_pipe(path: Path) -> bool:
+    """Return True for what can be read only once: standard input, and a pipe that has a name."""
+    return path == STDIN or (path.exists() and not path.is_file() and not path.is_dir())
+
+
 @contextmanager
-def open_unpacked(path: Path, place: Callable[[], str] = lambda: "") -> Iterator[BinaryIO]:
-    """Open a file for reading its unpacked bytes.
+def open_unpacked(path: Path, place: Callable[[], str] = lambda: "", encoding: str = UTF8) -> Iterator[BinaryIO]:
+    """Open a file for reading its unpacked bytes in UTF-8.
 
     Args:
         place: returns the place reached so far (":12"), for messages.
+        encoding: that of the file.
 
     Raises:
-        InputError: when the file cannot be read, or its compressed data is damaged.
+        UnreadableError: when the file cannot be read, its compressed data is damaged, or it is not in `encoding`.
     """
     try:
         with _open(path) as file:
-            yield file
+            if encoding == UTF8:
+                _check_unicode(file, path)
+            yield file if encoding == UTF8 else recoded(file, encoding)
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
         packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix, "compressed")
-        raise InputError(f"{path}{place()}: damaged {packing} data: {error}") from None
+        raise UnreadableError(f"{path}{place()}: damaged {packing} data: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{path}{place()}: not {encoding} text: {error.reason}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _check_unicode(file: BinaryIO, path: Path) -> None:
+    """Raise UnreadableError for a file in UTF-16 or UTF-32: no line of it could be read."""
+    head = cast(io.BufferedReader, file).peek(4)[:4]
+    if reason := other_unicode(head):
+        raise UnreadableError(f"{path}:1: {reason}")
 
 
 def _open(path: Path) -> BinaryIO:
     if path == STDIN:
         return _open_stdin()
+    if path.suffix not in (".gz", ".zst") and is_pipe(path):
+        return _unpack_pipe(path.open("rb"), str(path))
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     return _unpack_zstd(path.open("rb"), str(path)) if path.suffix == ".zst" else path.open("rb")
 
 
 def _open_stdin() -> BinaryIO:
-    """Open standard input, and unpack it if its first bytes are those of gzip or zstd: it has no name to tell."""
     if sys.stdin is None or sys.stdin.buffer.closed:
-        raise InputError("-: standard input is closed, or was read already")
-    head = sys.stdin.buffer.read(len(_ZSTD_MAGIC))
-    file = cast(BinaryIO, io.BufferedReader(_Rejoined(head, cast(io.BufferedReader, sys.stdin.buffer))))
+        raise UnreadableError("-: standard input is closed, or was read already")
+    return _unpack_pipe(sys.stdin.buffer, "standard input")
+
+
+def _unpack_pipe(pipe: BinaryIO, name: str) -> BinaryIO:
+    """Unpack a pipe if its first bytes are those of gzip or zstd: it has no name to tell."""
+    head = pipe.read(len(_ZSTD_MAGIC))
+    file = rejoined(head, pipe)
     if head.startswith(_GZIP_MAGIC):
         return cast(BinaryIO, gzip.open(file, "rb"))
-    return _unpack_zstd(file, "standard input") if head == _ZSTD_MAGIC else file
+    return _unpack_zstd(file, name) if head == _ZSTD_MAGIC else file
+
+
+def rejoined(head: bytes, rest: BinaryIO) -> BinaryIO:
+    """Return a file that gives `head`, which has been read from `rest`, and then what is left of it."""
+    return cast(BinaryIO, io.BufferedReader(_Rejoined(head, cast(io.BufferedReader, rest))))
 
 
 class _Rejoined(io.RawIOBase):

@@ -24,6 +24,7 @@ from minift import kernels
 from minift.checkpoint import load_model, model_without_memory, weights_of
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
+from minift.data.encodings import check_encoding
 from minift.data.pairs import read_all_pairs
 from minift.data.records import Skipped, find_files
 from minift.distributed.sharding import fill
@@ -46,12 +47,14 @@ from minift.train import Plan
 HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given
 
 
-def finetune_job(model: str, data: Sequence[str] | None = None, test: Sequence[str] | None = None) -> FinetuneJob:
+def finetune_job(
+    model: str, data: Sequence[str] | None = None, test: Sequence[str] | None = None, encoding: str = "utf-8"
+) -> FinetuneJob:
     """Return a job in which what is not given is bundled: the pairs and, with those, the held-out questions."""
     if data is None:
         data = (str(bundled("pairs.jsonl")),)
         test = (str(bundled("test.jsonl")),) if test is None else test
-    return FinetuneJob(str(model_path(model)), tuple(data), tuple(test or ()))
+    return FinetuneJob(str(model_path(model)), tuple(data), tuple(test or ()), check_encoding(encoding))
 
 
 def finetune(
@@ -144,10 +147,11 @@ def read_pairs(job: FinetuneJob, config: TrainConfig) -> PairSplit:
     Raises:
         InputError: for a file that is missing or cannot be used, or a template that does not fit the pairs.
     """
-    find_files([*job.data, *job.test])
+    find_files([*job.data, *job.test], say=None)
     skipped = Skipped(config.strict, quiet=True)  # reported once, after all files are read
-    pairs = read_all_pairs(job.data, skipped)
-    training, held_out = (pairs, read_all_pairs(job.test)) if job.test else _hold_out(pairs, config.seed)
+    pairs = read_all_pairs(job.data, skipped, job.encoding, say=print)
+    test = read_all_pairs(job.test, None, job.encoding, say=print) if job.test else []
+    training, held_out = (pairs, test) if job.test else _hold_out(pairs, config.seed)
     return PairSplit(training, held_out, choose_template(config.template, [*training, *held_out]), skipped)
 
 

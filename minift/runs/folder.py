@@ -36,17 +36,24 @@ from minift.values import read_json
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """What to finetune: a model folder, files of pairs, and files of held-out pairs (none: a tenth of the pairs)."""
+    """What to finetune: a model folder, files of pairs, and files of held-out pairs (none: a tenth of the pairs).
+
+    `encoding` is that of all these files.
+    """
 
     name: ClassVar[str] = "finetune"
     model: str
     data: tuple[str, ...]
     test: tuple[str, ...] = ()
+    encoding: str = "utf-8"
 
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """What to pretrain: a preset or config file, pages, a tokenizer, and held-out pages (none: no evaluation)."""
+    """What to pretrain: a preset or config file, pages, a tokenizer, and held-out pages (none: no evaluation).
+
+    `encoding` is that of all pages.
+    """
 
     name: ClassVar[str] = "pretrain"
     config: str
@@ -54,6 +61,7 @@ class PretrainJob:
     tokenizer: str
     validation: tuple[str, ...] = ()
     text_field: str = "text"
+    encoding: str = "utf-8"
 
 
 Job: TypeAlias = FinetuneJob | PretrainJob
@@ -126,6 +134,7 @@ def _check_inputs(name: str, inputs: dict[str, Any], where: Path) -> None:
     """Raise InputError unless `inputs` are the fields of the job called `name`: texts, and lists of texts."""
     fields = dataclasses.fields(JOBS[name])
     names = {item.name for item in fields}
+    inputs.setdefault("encoding", "utf-8")  # runs of earlier versions read no other
     if set(inputs) != names:
         raise InputError(f"{where}: inputs are {sorted(inputs)}; a {name} run has {sorted(names)}")
     for item in fields:

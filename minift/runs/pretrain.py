@@ -19,6 +19,7 @@ from minift.config import LlamaConfig, TrainConfig
 from minift.costs.flops import training_flops_per_token
 from minift.data.batches import PageBatches
 from minift.data.encode import encode_documents
+from minift.data.encodings import check_encoding
 from minift.data.records import Skipped, find_files
 from minift.data.stream import DocumentStream
 from minift.data.unpack import STDIN
@@ -46,9 +47,10 @@ def pretrain_job(
     tokenizer: str,
     validation: Sequence[str] = (),
     text_field: str = "text",
+    encoding: str = "utf-8",
 ) -> PretrainJob:
     """Return a job from the words of the command line, or from a run's `config.json`."""
-    return PretrainJob(config, tuple(data), tokenizer, tuple(validation), text_field)
+    return PretrainJob(config, tuple(data), tokenizer, tuple(validation), text_field, check_encoding(encoding))
 
 
 def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = False, plain: bool = False) -> bool:
@@ -106,15 +108,19 @@ def open_pages(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig, worl
     Raises:
         InputError: when a file is missing, or the first page cannot be used: before anything is written.
     """
-    find_files([*job.data, *job.validation])
+    find_files([*job.data, *job.validation], say=None)
+    find_files(job.data, say=print)
     skipped = Skipped(config.strict, quiet=not world.is_main)
-    stream = DocumentStream(job.data, job.text_field, None, config.seed, config.shuffle_buffer, skipped)
+    stream = DocumentStream(job.data, job.text_field, None, config.seed, config.shuffle_buffer, skipped, job.encoding)
     options = (config.batch_size, config.max_length, config.isolate, config.workers, world.rank, world.size)
     batches = PageBatches(stream, tokenizer, *options)
-    if STDIN not in stream.files:
-        next(iter(DocumentStream(job.data, job.text_field, skipped=Skipped(config.strict, quiet=True))))
+    if stream.pipe is None:
+        looked_at = Skipped(config.strict, quiet=True)
+        next(iter(DocumentStream(job.data, job.text_field, skipped=looked_at, encoding=job.encoding)))
     elif world.size > 1:
-        raise InputError("-: standard input has one reader, but this run has several processes; write it to a file")
+        raise InputError(
+            f"{_words(stream.pipe)} has one reader, but this run has several processes; write it to a file"
+        )
     return batches
 
 
@@ -126,9 +132,11 @@ def make_plan(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> Pl
     """
     if config.steps:
         return Plan.make(config, 0.0)
-    stream = DocumentStream(job.data, job.text_field, epochs=1, skipped=Skipped(config.strict, quiet=True))
-    if STDIN in stream.files:
-        raise InputError("-: standard input can be read only once, so the length of an epoch is unknown; give --steps")
+    skipped = Skipped(config.strict, quiet=True)
+    stream = DocumentStream(job.data, job.text_field, epochs=1, skipped=skipped, encoding=job.encoding)
+    if stream.pipe is not None:
+        reason = "can be read only once, so the length of an epoch is unknown; give --steps"
+        raise InputError(f"{_words(stream.pipe)} {reason}")
     ids = sum(len(chunk.ids) for chunk in encode_documents(stream, tokenizer, config.workers))
     return Plan.make(config, ids / (config.batch_size * config.max_length))
 
@@ -147,12 +155,17 @@ def _validation_rows(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig
     if not job.validation:
         return []
     skipped = Skipped(config.strict, quiet=not world.is_main)
-    stream = DocumentStream(job.validation, job.text_field, epochs=1, skipped=skipped)
+    stream = DocumentStream(job.validation, job.text_field, epochs=1, skipped=skipped, encoding=job.encoding)
     batches = PageBatches(stream, tokenizer, 1, config.max_length, isolate=config.isolate)
     rows = list(islice(batches, VALIDATION_ROWS))
     if not rows:
         raise InputError(f"{job.validation[0]}: too little text for a row of {config.max_length} tokens")
     return rows
+
+
+def _words(pipe: Path) -> str:
+    """Return what can be read only once in words, for messages."""
+    return "-: standard input" if pipe == STDIN else f"{pipe}: a pipe"
 
 
 def _report_skipped(batches: PageBatches) -> None:

@@ -54,9 +54,13 @@ def test_a_broken_array(tmp_path: Path, text: str, message: str) -> None:
         (b"a,b\n1\n", "2: 1 values in a table of 2 columns"),
         (b"a,a\n1,2\n", "1: the first row must name each column, once: a, a"),
         (b"a,\n1,2\n", "1: the first row must name each column, once: a, "),
-        (b'a,b\n"1,2\n', "2: not valid CSV: unexpected end of data"),
+        (
+            b'a,b\n"1,2\n',
+            "2: not valid CSV: unexpected end of data: a quotation mark is not closed where its cell ends; "
+            "the rows after it cannot be read",
+        ),
         (b'a,b\n"1"x,2\n', "2: not valid CSV: ',' expected after '\"'"),
-        (b"a,b\n\xff,2\n", "1: not UTF-8 text"),
+        (b"a,b\n\xff,2\n", "2: not UTF-8 text"),
     ],
 )
 def test_a_broken_table(tmp_path: Path, content: bytes, message: str) -> None:
@@ -127,5 +131,5 @@ def test_pages_are_not_tables(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.csv: a table, of pairs perhaps; pages are JSON Lines or text"):
         DocumentStream([tmp_path / "x.csv"])
     (tmp_path / "x.json").write_text('[\n{"text": "A page."}]')
-    with pytest.raises(InputError, match=r"only a .json of pairs may be an array"):
+    with pytest.raises(InputError, match=r"only a file of pairs may be an array"):
         next(iter(DocumentStream([tmp_path / "x.json"])))
