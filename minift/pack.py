@@ -82,7 +82,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair as ids: the prompt from BOS on, and the answer up to its EOS (unless that was cut off)."""
+    """A pair as ids: the prompt, BOS in front of it if any, and the answer up to its EOS (unless that was cut off)."""
 
     prompt: list[int]
     answer: list[int]
@@ -100,12 +100,12 @@ def encode_pair(pair: Pair, template: Template, tokenizer: Tokenizer, max_length
     """
     if not pair.answer.strip():
         return None
-    prompt_text, answer_text = template.format(pair)
-    if not prompt_text:  # nothing is asked: the text is encoded as a page is, and only BOS is no target
-        ids = tokenizer.encode(answer_text, bos=True, eos=True, special=False)[: max_length + 1]
+    prompt_parts, answer_parts = template.parts(pair)
+    if not any(prompt_parts):  # nothing is asked: the text is encoded as a page is, and only its first id is no target
+        ids = tokenizer.encode(answer_parts, bos=True, eos=True)[: max_length + 1]
         return Example(ids[:1], ids[1:])
-    prompt = tokenizer.encode(prompt_text, bos=True)
-    answer = tokenizer.encode_continuation(answer_text, eos=True, special=False)
+    prompt = tokenizer.encode(prompt_parts, bos=True)
+    answer = tokenizer.encode_continuation(answer_parts, eos=True)
     answer = answer[: max(0, max_length + 1 - len(prompt))]  # n positions have n + 1 ids
     return Example(prompt, answer) if answer else None
 

@@ -69,7 +69,12 @@ class Template:
     system: str = "{system}\n\n"
 
     def format(self, pair: Pair) -> tuple[str, str]:
-        """Return the (prompt, answer) texts of a pair. Their concatenation is what the model reads.
+        """Return the (prompt, answer) texts of a pair: their `parts`, joined. What the model reads is both, joined."""
+        prompt, answer = self.parts(pair)
+        return "".join(prompt), "".join(answer)
+
+    def parts(self, pair: Pair) -> tuple[list[str], list[str]]:
+        """Return both texts in parts: at even places the template's own, where markers count, at odd ones the pair's.
 
         Raises:
             InputError: for a pair with a context or a system prompt that the template has no place for.
@@ -78,9 +83,7 @@ class Template:
         for name in ("context", "system"):
             if getattr(pair, name) and f"{{{name}}}" not in prompt:
                 raise InputError(f"{pair.where or 'a pair'}: has a {name}, and the template no {{{name}}} for it")
-        system = _fill(self.system, {"system": pair.system}) if pair.system else ""
-        fields = {"question": pair.question, "context": pair.context, "answer": pair.answer, "system": system}
-        return _fill(prompt, fields), _fill(self.answer, fields)
+        return _fill(prompt.replace("{system}", self.system if pair.system else ""), pair), _fill(self.answer, pair)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Template":
@@ -105,9 +108,10 @@ class Template:
         return cls(prompt, before[len(prompt) :] + "{answer}" + answer, prompt, system="{system}")
 
 
-def _fill(text: str, fields: dict[str, str]) -> str:
-    # All names in one pass, so that braces inside a question stay what they are.
-    return re.sub(r"\{(question|context|answer|system)\}", lambda match: fields.get(match[1], match[0]), text)
+def _fill(text: str, pair: Pair) -> list[str]:
+    parts = re.split(r"\{(question|context|answer|system)\}", text)  # in one pass: braces inside a question stay
+    parts[1::2] = [getattr(pair, name) for name in parts[1::2]]
+    return parts
 
 
 _ALPACA = "Below is an instruction that describes a task"

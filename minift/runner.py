@@ -124,13 +124,13 @@ class BasicModelRunner:
         texts = [self.tokenizer.decode_continuation(ids).strip() for ids in answer_ids]
         return texts[0] if isinstance(inputs, str) else texts
 
-    def _prompt(self, text: str) -> str:
-        """Return the complete prompt: the text in the template, as in training."""
+    def _prompt(self, text: str) -> list[str]:
+        """Return the parts of the complete prompt: the text in the template, as in training."""
         text = text.rstrip()  # in training no prompt ends in a space
         name = self._auto_template if self.prompt_template == "auto" else self.prompt_template
         if carried_template(text):  # the text has its template in it already
             name = "carried"
-        return self._template(name).format(Pair(text, answer="", system=self.system_prompt))[0]
+        return self._template(name).parts(Pair(text, answer="", system=self.system_prompt))[0]
 
     def _template(self, name: str) -> Template:
         if "{input}" in name:

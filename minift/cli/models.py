@@ -68,8 +68,10 @@ def _generate(options: dict[str, Any]) -> int:
     name = options["template"]
     if pair.question or name == "auto":  # no question, no conflict: a text from its beginning, or an empty template
         name = choose_template(name, [pair])
-    prompt, _ = template_named(name).format(pair)
-    ids = stream(model, tokenizer.encode(prompt), options["max_new_tokens"], sampling, options["plain"])
+    parts, _ = template_named(name).parts(pair)
+    # Without --template the prompt is the user's own, complete: its markers are those of a template.
+    prompt = tokenizer.encode("".join(parts) if options["template"] == "auto" else parts)
+    ids = stream(model, prompt, options["max_new_tokens"], sampling, options["plain"])
     text, shown, waiting = TextStream(tokenizer), False, ""
     for id in chain(ids, [None]):
         waiting += text.end() if id is None else text.add(id)

@@ -101,7 +101,7 @@ class PairBatches:
 
 
 class PageBatches:
-    """Micro-batches of pages: the documents one after the other, each as BOS … EOS, cut into full rows.
+    """Micro-batches of pages: the documents one after the other, each from BOS (if added) to EOS, cut into full rows.
 
     Rows follow each other without a gap: a row's last target is the next row's first token, so every id of the corpus
     but the very first is a target once. The rest at the end of the stream, which does not fill a batch, is left over.

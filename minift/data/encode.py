@@ -47,7 +47,7 @@ class Chunk:
     """Some documents as ids.
 
     Attributes:
-        ids: int32 [sum of lengths], each document with its BOS and EOS.
+        ids: int32 [sum of lengths], each document with its EOS, and BOS where the tokenizer adds it.
         lengths: int64 [documents].
         stream_state: the state of the stream after the last of them.
     """

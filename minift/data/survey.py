@@ -138,9 +138,9 @@ def _survey_pairs(items: Iterable[Record | InputError], tokenizer: Tokenizer, te
 
 
 def _add_pair(columns: dict[str, Lengths], pair: Pair, template: Template, tokenizer: Tokenizer) -> None:
-    prompt, answer = template.format(pair)
-    lengths = len(tokenizer.encode(prompt)), len(tokenizer.encode_continuation(answer, eos=True, special=False))
-    columns["characters"].add(len(prompt) + len(answer))
+    prompt, answer = template.parts(pair)
+    lengths = len(tokenizer.encode(prompt)), len(tokenizer.encode_continuation(answer, eos=True))
+    columns["characters"].add(sum(map(len, prompt + answer)))
     columns["tokens"].add(sum(lengths))
     columns["prompt_tokens"].add(lengths[0])
     columns["answer_tokens"].add(lengths[1])

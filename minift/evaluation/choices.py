@@ -105,9 +105,9 @@ def choose(
     examples, sizes = [], []
     for question in questions:
         for choice in question.choices:
-            prompt, answer = template.format(Pair(question.question, choice.strip(), where=question.where))
+            prompt, answer = template.parts(Pair(question.question, choice.strip(), where=question.where))
             # Without EOS: the question is not whether the answer ends here.
-            example = Example(tokenizer.encode(prompt), tokenizer.encode_continuation(answer, eos=False, special=False))
+            example = Example(tokenizer.encode(prompt), tokenizer.encode_continuation(answer, eos=False))
             if len(example) > limit:
                 raise InputError(f"{question.where}: takes {len(example)} positions; the model has {limit}")
             examples.append(example)

@@ -136,7 +136,7 @@ def _windows(stream: DocumentStream, tokenizer: Tokenizer, max_length: int) -> I
     """Yield the windows of all documents: ids, bytes, and whether it is the first window of a document.
 
     The first window has all bytes of the document. Two windows share an id, a target in the first and only read in the
-    second: so every id but BOS is a target once.
+    second: so every id but the first (BOS, where the tokenizer adds it) is a target once.
     """
     for text in stream:
         ids = tokenizer.encode(text, bos=True, eos=True, special=False)

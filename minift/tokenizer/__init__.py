@@ -3,7 +3,8 @@
 * `base.py`: what every tokenizer does; text that is shown id by id; whether a tokenizer and a model fit
 * `sentencepiece.py`: `tokenizer.model`, as Llama 2 and the bundled base have it, read and trained
 * `huggingface.py`: `tokenizer.json`, as Llama 3 and SmolLM have it
-* `special.py`: which ids are BOS, EOS and added tokens, by what a folder's files say
+* `special.py`: which ids are BOS, EOS and added tokens, and whether BOS is added, by what a folder's files say
+* `markers.py`: a template's markers, told apart from the same words in the data
 * `guard.py`: what a `tokenizer.json` of unknown origin may not hold
 * `make_json.py`: a `tokenizer.json` made of a `tokenizer.model`, for tools that read no other
 * `save.py`: a tokenizer's files in a new folder

@@ -5,9 +5,9 @@ A tokenizer cuts a text into pieces and gives the number of each, its *id*. Thre
 * A space belongs to the piece that follows it ("▁Mexico"). The *first* piece of a text gets such a space too, so that a
   word has the same id at the start of a text and inside it. (Llama 3's vocabulary adds none.)
 * A character without a piece is spelled by its UTF-8 bytes (`<0x0A>` is the line break), so no text is unknown.
-* BOS and EOS are ids for the two ends of a document. To SentencePiece the text "<s>" is three characters, never BOS. A
-  `tokenizer.json` finds the names of its *added tokens*, such as `<|im_start|>`, as chat templates need it; the text of
-  the data is encoded with `special=False`, and then they are only characters.
+* BOS and EOS are ids for the two ends of a document. Not every vocabulary begins a text with BOS: SmolLM's does not.
+  To SentencePiece the text "<s>" is three characters, never BOS. A `tokenizer.json` finds the names of its *added
+  tokens*, such as `<|im_start|>`, in the text of a template; in that of the data they are only characters.
 
 The added space is why there are two ways to encode. `encode` is for a text on its own, `encode_continuation` for a text
 that continues another: it adds nothing, so that `encode(prompt) + encode_continuation(answer)` decodes to exactly
@@ -37,45 +37,45 @@ class Tokenizer(ABC):
     vocab_size: int  # every id is below it
     bos_id: int  # the id that begins a document
     eos_id: int  # the id that ends a document
+    adds_bos = True  # whether a text begins with BOS, as the model was trained and as other programs prompt it
     files: Mapping[str, bytes]  # the content of the tokenizer's files by name: they are saved with a model
     _anchor: list[int]  # the ids of a line break, after which no space is added; empty if the tokenizer adds none
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
-        """Return the ids of a text on its own, after BOS and, if asked for, before EOS.
+    def encode(self, text: str | list[str], bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
+        """Return the ids of a text on its own: after BOS where this tokenizer adds it and, if asked for, before EOS.
 
-        With `special`, the name of an added token, such as `<|im_start|>`, is that token. Raises InputError for a
-        string that is not Unicode text, because it holds half a surrogate pair.
+        With `special`, an added token's name is that token; in a text in parts, it is in those at even places. Raises
+        InputError for a string that is not Unicode text, because it holds half a surrogate pair.
         """
-        _check_unicode(text)
-        ids = self._ids(text, special)
-        if bos and not (special and ids[:1] == [self.bos_id]):  # a chat template may have written BOS itself
+        parts = _parts(text, special)
+        ids = self._part_ids(parts)
+        if bos and self.adds_bos and not (parts[0] and ids[:1] == [self.bos_id]):  # the template may have written it
             ids = [self.bos_id, *ids]
-        return [*ids, self.eos_id] if eos else ids
+        return self._ended(ids, parts) if eos else ids
 
-    def encode_continuation(self, text: str, eos: bool = False, special: bool = True) -> list[int]:
+    def encode_continuation(self, text: str | list[str], eos: bool = False, special: bool = True) -> list[int]:
         """Return the ids of a text that continues another one: no BOS, no added space. Raises InputError as `encode`.
 
         Where the vocabulary adds a space, the text is encoded after a line break, and the ids of that are removed: in
         Llama's vocabulary a line break is a byte, which never merges with what follows.
         """
-        _check_unicode(text)
+        parts = _parts(text, special)
         start = len(self._anchor)
-        ids = self._ids("\n" + text if start else text, special)
+        ids = self._part_ids(["\n" + parts[0], *parts[1:]] if start else parts)
         if ids[:start] != self._anchor:
             raise InputError("this tokenizer joins a line break with what follows it; minift cannot mask its prompts")
-        return [*ids[start:], self.eos_id] if eos else ids[start:]
+        return self._ended(ids[start:], parts) if eos else ids[start:]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return the ids of many texts, one text after the other, and how many ids each has.
 
-        Every text gets BOS and EOS, and added tokens are only characters. This is faster than `encode` for each.
+        Every text gets EOS, and BOS as in `encode`; added tokens are only characters. This is faster than `encode`.
         """
-        for text in texts:
-            _check_unicode(text)
+        _parts(list(texts), special=False)  # all are Unicode
         encoded = self._many_ids(texts)
-        bos, eos = np.array([self.bos_id], np.int32), np.array([self.eos_id], np.int32)
+        bos, eos = np.array([self.bos_id] * self.adds_bos, np.int32), np.array([self.eos_id], np.int32)
         ids = np.concatenate([part for ids in encoded for part in (bos, ids, eos)])
-        return ids, np.array([len(ids) + 2 for ids in encoded])
+        return ids, np.array([len(bos) + len(ids) + 1 for ids in encoded])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids that begin a text, BOS and EOS left out. Raises InputError for an id out of range."""
@@ -107,6 +107,13 @@ class Tokenizer(ABC):
     def _text(self, ids: list[int]) -> str:
         """Return the text of ids that are in range."""
 
+    def _part_ids(self, parts: list[str]) -> list[int]:
+        return self._ids("".join(parts), special=any(parts[::2]))
+
+    def _ended(self, ids: list[int], parts: list[str]) -> list[int]:
+        by_template = len(parts) > 2 and parts[-1] and ids[-1:] == [self.eos_id]
+        return ids if by_template else [*ids, self.eos_id]
+
     def _many_ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         return [np.array(self._ids(text, special=False), np.int32) for text in texts]
 
@@ -128,11 +135,14 @@ class Tokenizer(ABC):
         return [int(id) for id in ids]
 
 
-def _check_unicode(text: str) -> None:
+def _parts(text: str | list[str], special: bool) -> list[str]:
+    """Return a text in parts, those at odd places without special tokens. Raise InputError unless it is Unicode."""
+    parts = text if isinstance(text, list) else [text] if special else ["", text]
     try:
-        text.encode()
+        "".join(parts).encode()
     except UnicodeEncodeError:
         raise InputError("the text is not Unicode: it holds bytes that are not UTF-8, or half a character") from None
+    return parts
 
 
 class TextStream:

@@ -15,6 +15,7 @@ from typing import Any
 from minift.errors import InputError, need
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.guard import check_pipeline
+from minift.tokenizer.markers import Markers
 from minift.tokenizer.special import added_tokens, special_ids
 
 
@@ -48,6 +49,9 @@ class JsonTokenizer(Tokenizer):
             for name, id in (("BOS", self.bos_id), ("EOS", self.eos_id)):
                 if not 0 <= id < self.vocab_size:
                     raise InputError(f"{self._where}: {name} is id {id}, outside its vocabulary of {self.vocab_size}")
+            bare, given = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+            self.adds_bos = given[:1] != bare[:1]  # by the post-processor, which is what `transformers` goes by
+            self._markers = Markers(self._tokenizer)
             self._set_anchor(self._where)
 
     @property
@@ -65,6 +69,22 @@ class JsonTokenizer(Tokenizer):
         with _as_input_error(f"{self._where}: cannot encode"):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _part_ids(self, parts: list[str]) -> list[int]:
+        apart = self._markers.cut(parts) if any(parts[::2]) and len(parts) > 1 else None
+        if apart is None:
+            return super()._part_ids(parts)
+        first, after = apart
+        ids = self._ids(first, special=False) if first else []
+        for marker, text in after:
+            ids += self._ids(marker, special=True) + (self._after_marker(marker, text) if text else [])
+        return ids
+
+    def _after_marker(self, marker: str, text: str) -> list[int]:
+        """Return the ids of a text after a marker, where some vocabularies add a space and others do not."""
+        if self._ids(marker + "a", special=True) == self._ids(marker, special=True) + self._ids("a", special=False):
+            return self._ids(text, special=False)
+        return self.encode_continuation(text, special=False)
 
     def _text(self, ids: list[int]) -> str:
         with _as_input_error(f"{self._where}: cannot decode"):

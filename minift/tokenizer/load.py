@@ -10,7 +10,7 @@ from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.huggingface import JsonTokenizer
 from minift.tokenizer.make_json import make_json
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
-from minift.tokenizer.special import added_tokens, named_ids
+from minift.tokenizer.special import added_tokens, named_ids, says_bos
 
 # Everything that a tokenizer may consist of. All of it is saved with a model, used here or not: other tools need chat
 # templates and added tokens to use the model.
@@ -78,6 +78,7 @@ def _from_json(file: Path, content: bytes, files: dict[str, bytes]) -> JsonToken
 def _from_model_folder(file: Path, content: bytes, files: dict[str, bytes]) -> Tokenizer:
     """Open a `tokenizer.model` together with what the other files of its folder say about special tokens."""
     tokenizer = SentencePieceTokenizer(content, str(file), files)
+    tokenizer.adds_bos = says_bos(file.parent)
     if any(id >= tokenizer.vocab_size for id in added_tokens(file.parent)):  # only a tokenizer.json can hold these
         return JsonTokenizer(make_json(tokenizer), file.parent, files, (tokenizer.bos_id, tokenizer.eos_id))
     named = named_ids(file.parent, tokenizer.piece_id)

@@ -37,12 +37,7 @@ def make_json(tokenizer: SentencePieceTokenizer) -> str:
             ],
         },
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
+        "post_processor": _adds(bos, tokenizer.bos_id) if tokenizer.adds_bos else None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -68,6 +63,16 @@ def make_json(tokenizer: SentencePieceTokenizer) -> str:
     text = json.dumps(values, ensure_ascii=False)
     _check_same_ids(tokenizers.Tokenizer.from_str(text), tokenizer, list(mergeable))
     return text
+
+
+def _adds(bos: str, id: int) -> dict[str, Any]:
+    """Return the post-processor that puts BOS before a text."""
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+    }
 
 
 def _merges(tokenizer: SentencePieceTokenizer, mergeable: dict[str, int]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Which ids are BOS, EOS and added tokens, by what the files of a model's folder say."""
+"""Which ids are BOS, EOS and added tokens, and whether texts begin with BOS, by what a model's files say."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +52,19 @@ def named_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> dict[st
                 raise InputError(f"{file}: {kind}_token {token!r} is not in the vocabulary")
             found[kind] = id
     return found
+
+
+def says_bos(folder: Path) -> bool:
+    """Return whether a folder with a `tokenizer.model` begins a text with BOS: unless `add_bos_token` is false.
+
+    That is the default of `LlamaTokenizer` in `transformers`. (A `tokenizer.json` says it in its post-processor.)
+    Raises InputError for a value that is neither true nor false.
+    """
+    file = folder / "tokenizer_config.json"
+    value = read_json(file).get("add_bos_token") if file.is_file() else None
+    if value not in (None, True, False):
+        raise InputError(f"{file}: add_bos_token is {value!r}; it must be true or false")
+    return value is not False
 
 
 def added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
