@@ -160,6 +160,16 @@ def test_a_marker_has_one_id_on_both_sides_of_the_answer(tmp_path: Path) -> None
     assert collate([example], made.eos_id).targets.max() != IGNORE
 
 
+def test_a_template_that_writes_bos_itself_gets_no_second_one(ours: Tokenizer, own_template: Path) -> None:
+    (name,) = ours.pieces([ours.bos_id])
+    own_template = own_template.with_name("with-bos.txt")
+    own_template.write_text(f"{name}{{question}} => {{answer}}", encoding="utf-8")
+    for question in ("Hi", f"Hi {name}", name):
+        example = encode_pair(Pair(question, "Ho"), Template.from_file(own_template), ours, 99)
+        assert example is not None
+        assert [example.prompt[0], example.prompt.count(ours.bos_id)] == [ours.bos_id, 1]
+
+
 def test_pages_and_texts_have_the_ids_of_transformers(ours: Tokenizer, other: Any, tmp_path: Path) -> None:
     texts = [text for text in SAMPLE if text.strip()]
     expected = [[*ids_of(other, text), ours.eos_id] for text in texts]

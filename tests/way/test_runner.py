@@ -210,7 +210,7 @@ CARRIED = f"### Question:\n{QUESTION}\n\n### Answer:"
 def test_the_template_around_a_question(
     small_checkpoint: Path, options: dict[str, str], prompt: str, asked: str
 ) -> None:
-    assert BasicModelRunner(small_checkpoint, **options)._prompt(prompt) == asked
+    assert "".join(BasicModelRunner(small_checkpoint, **options)._prompt(prompt)) == asked
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_once_trained_it_is_asked_as_in_training(
     assert runner.tokenizer.encode(runner._prompt(QUESTION)) in trained
     assert runner.tokenizer.encode(runner._prompt(question)) in trained
     if asked is not None:
-        assert runner._prompt(question) == asked
+        assert "".join(runner._prompt(question)) == asked
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_the_courses_own_file(runner: BasicModelRunner) -> None:
     runner.train(limit=40, is_public=True, **{**QUICK, "max_length": 256})
     (first, *_) = runner.evaluate()["eval_results"]
     assert first["input"].endswith("### Answer:")
-    assert runner._prompt("What is Lamini?") == "### Question:\nWhat is Lamini?\n\n### Answer:"
+    assert "".join(runner._prompt("What is Lamini?")) == "### Question:\nWhat is Lamini?\n\n### Answer:"
 
 
 def test_a_wrong_file_is_named(runner: BasicModelRunner, tmp_path: Path) -> None:
