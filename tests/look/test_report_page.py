@@ -97,7 +97,11 @@ def test_the_command_does_the_run_again(run: Path) -> None:
     options = vars(make_parser().parse_args(words[1:]))
     assert (options.pop("run").__name__, options.pop("out")) == ("_finetune", str(run))
     assert FINETUNE.replace(**train_options(options)).to_dict() == saved["train"]
-    assert {"model": options["model"], "data": options["data"], "test": []} == saved["inputs"]
+    inputs = {"model": options["model"], "data": options["data"], "test": [], "encoding": options["encoding"]}
+    assert inputs == saved["inputs"]
+    assert "--encoding" not in words
+    saved["inputs"]["encoding"] = "cp1252"
+    assert "--encoding cp1252" in run_command(saved, run)
 
 
 def test_a_pretraining_run_has_a_page_too(tmp_path: Path) -> None:

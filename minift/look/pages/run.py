@@ -86,7 +86,7 @@ def run_command(run: Mapping[str, Any], out: Path) -> str:
     defaults = FINETUNE if run["job"] == "finetune" else PRETRAIN
     words = ["minift", run["job"]]
     for name, value in run["inputs"].items():
-        if value and not (name == "text_field" and value == "text"):
+        if value and (name, value) not in (("text_field", "text"), ("encoding", "utf-8")):  # the defaults
             words += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
     for item in dataclasses.fields(TrainConfig):
         value, flag = run["train"].get(item.name), item.name.replace("_", "-")
