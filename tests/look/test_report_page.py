@@ -97,7 +97,7 @@ def test_the_command_does_the_run_again(run: Path) -> None:
     options = vars(make_parser().parse_args(words[1:]))
     assert (options.pop("run").__name__, options.pop("out")) == ("_finetune", str(run))
     assert FINETUNE.replace(**train_options(options)).to_dict() == saved["train"]
-    inputs = {"model": options["model"], "data": options["data"], "test": [], "encoding": options["encoding"]}
+    inputs = {"model": options["model"], "data": options["data"], "test": [], "encoding": "utf-8"}
     assert inputs == saved["inputs"]
     assert "--encoding" not in words
     saved["inputs"]["encoding"] = "cp1252"
