@@ -157,15 +157,14 @@ def add_evaluate(commands: Any) -> None:
 def _evaluate(options: dict[str, Any]) -> int:
     from minift.data.pairs import is_pair
     from minift.data.records import find_files, read_records
-    from minift.data.unpack import STDIN, is_pipe
+    from minift.data.unpack import is_pipe, pipe_in_words
     from minift.evaluation.choices import has_choices
 
     check_number("mistakes", options["mistakes"], least=0)
     model, tokenizer = load(options["model"], options["device"], options["plain"])
     files = find_files(options["data"])
     if (pipe := next(filter(is_pipe, files), None)) is not None:
-        name = "standard input" if pipe == STDIN else "a pipe"
-        raise InputError(f"{pipe}: {name} can be read only once; evaluate has to look at its data first")
+        raise InputError(f"{pipe_in_words(pipe)} can be read only once; evaluate has to look at its data first")
     first = next(read_records(files[0], options["encoding"]), None)
     if first is not None and has_choices(first):
         scores = _evaluate_choices(model, tokenizer, files, options)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minift.data.encodings import UTF8, not_text
 from minift.data.tables import array_items, csv_rows, find_array
-from minift.data.unpack import STDIN, UnreadableError, is_pipe, open_unpacked
+from minift.data.unpack import STDIN, UnreadableError, is_pipe, open_unpacked, pipe_in_words
 from minift.errors import InputError, need, one_line
 
 SEPARATORS = {".csv": None, ".tsv": "\t"}  # of the kinds that are tables; None where its first row tells it
@@ -127,7 +127,7 @@ def _without_repeated(files: list[Path], say: Callable[[str], object] | None) ->
         if identity not in first:
             first[identity] = file
         elif is_pipe(file):
-            raise InputError(f"{file}: {'standard input' if file == STDIN else 'a pipe'} can be read only once")
+            raise InputError(f"{pipe_in_words(file)} can be read only once")
         else:
             repeated.append((file, first[identity]))
     if repeated and say is not None:

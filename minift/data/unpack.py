@@ -35,6 +35,11 @@ def is_pipe(path: Path) -> bool:
     return path == STDIN or (path.exists() and not path.is_file() and not path.is_dir())
 
 
+def pipe_in_words(pipe: Path) -> str:
+    """Return the beginning of a message about what can be read only once: where it is, and what."""
+    return f"{pipe}: {'standard input' if pipe == STDIN else 'a pipe'}"
+
+
 @contextmanager
 def open_unpacked(path: Path, place: Callable[[], str] = lambda: "", encoding: str = UTF8) -> Iterator[BinaryIO]:
     """Open a file for reading its unpacked bytes in UTF-8.

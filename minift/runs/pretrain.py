@@ -22,7 +22,7 @@ from minift.data.encode import encode_documents
 from minift.data.encodings import check_encoding
 from minift.data.records import Skipped, find_files
 from minift.data.stream import DocumentStream
-from minift.data.unpack import STDIN
+from minift.data.unpack import pipe_in_words
 from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError
@@ -119,7 +119,7 @@ def open_pages(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig, worl
         next(iter(DocumentStream(job.data, job.text_field, skipped=looked_at, encoding=job.encoding)))
     elif world.size > 1:
         raise InputError(
-            f"{_words(stream.pipe)} has one reader, but this run has several processes; write it to a file"
+            f"{pipe_in_words(stream.pipe)} has one reader, but this run has several processes; write it to a file"
         )
     return batches
 
@@ -136,7 +136,7 @@ def make_plan(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> Pl
     stream = DocumentStream(job.data, job.text_field, epochs=1, skipped=skipped, encoding=job.encoding)
     if stream.pipe is not None:
         reason = "can be read only once, so the length of an epoch is unknown; give --steps"
-        raise InputError(f"{_words(stream.pipe)} {reason}")
+        raise InputError(f"{pipe_in_words(stream.pipe)} {reason}")
     ids = sum(len(chunk.ids) for chunk in encode_documents(stream, tokenizer, config.workers))
     return Plan.make(config, ids / (config.batch_size * config.max_length))
 
@@ -161,11 +161,6 @@ def _validation_rows(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig
     if not rows:
         raise InputError(f"{job.validation[0]}: too little text for a row of {config.max_length} tokens")
     return rows
-
-
-def _words(pipe: Path) -> str:
-    """Return what can be read only once in words, for messages."""
-    return "-: standard input" if pipe == STDIN else f"{pipe}: a pipe"
 
 
 def _report_skipped(batches: PageBatches) -> None:
