@@ -1,22 +1,21 @@
-"""Instruction pairs → text: a template turns a question and its answer into (prompt, answer).
+"""Conversations → text: a template writes the turns of a conversation as one text, and says what of it is learned.
 
 A base model only continues text. To finetune it to answer, a question and its answer are written as one text, and the
-model is trained on the answer's part of it. The *template* says how they are written. No template is the right one:
-what matters is that training and use agree, to the character. Here a template is two strings, and `prompt + answer` is
-exactly the text that the model sees. A prompt never ends in white space: the separator belongs to the answer, because
-in Llama's vocabulary a space is part of the word that follows it.
+model is trained on the answer's part of it. So a record is a list of *turns*, each the text of one role, learned or
+only given. An instruction pair is two of them, a chat is many. The *template* says how they are written. No template is
+the right one: what matters is that training and use agree, to the character.
 
     plain    What is the capital of Mexico? Mexico City
     qa       ### Question:⏎What is the capital of Mexico?⏎⏎### Answer:⏎Mexico City
     alpaca   Below is an instruction that describes a task. … ### Response:⏎Mexico City
     llama2   [INST] What is the capital of Mexico? [/INST] Mexico City
     llama3   <|start_header_id|>user<|end_header_id|>⏎⏎What is the capital of Mexico?<|eot_id|>…⏎⏎Mexico City
+    chat     the model's own (`tokenizer/chat.py`)
 
-A template of your own is a text file with `{question}` and `{answer}` in it, and with `{context}` and `{system}` if the
-pairs have them: `--template my_template.txt`.
-
-`auto` keeps the template that the questions of a file already carry (those of `lamini_docs.jsonl` end in
-"### Answer:"), and takes `plain` where they carry none. See what a model does with a template it was not trained on:
+A template gives *spans*: stretches of the text, each learned or given. The separator before an answer belongs to the
+answer, so that a prompt never ends in white space: in Llama's vocabulary a space is part of the word that follows it. A
+template of your own is a text file with `{question}` and `{answer}` in it, and with `{context}` and `{system}` if the
+pairs have them: `--template my_template.txt`. See what a model does with a template it was not trained on:
 
     minift generate --model bundled --template qa --prompt "What is the capital of Mexico?"
 
@@ -24,11 +23,22 @@ Read next: `tokenizer/base.py` and `tokenizer/sentencepiece.py`, then `pack.py`.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from minift.errors import InputError
+
+# Conversations --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one role says: "system", "user" or "assistant"; and whether it is learned, or only given."""
+
+    role: str
+    text: str
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,168 +61,177 @@ class Pair:
     metric: str = ""
     where: str = ""
 
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The pair as turns, the context in the question's."""
+        asked = f"{self.question}\n{self.context}" if self.context else self.question
+        system = (Turn("system", self.system),) if self.system else ()
+        return *system, Turn("user", asked), Turn("assistant", self.answer, learned=True)
+
+    def exchanges(self) -> list[tuple["Pair", bool]]:
+        """Return the questions with their answers, and whether each answer is learned: this pair alone."""
+        return [(self, True)]
+
 
 @dataclass(frozen=True)
-class Template:
-    """The two texts of a pair, with `{question}`, `{context}`, `{answer}` and `{system}` where its fields go.
+class Chat:
+    """A conversation of any number of turns. Its `question` and `answer` are those of its last answer."""
+
+    turns: tuple[Turn, ...]
+    metric: str = ""
+    where: str = ""
+    context: str = ""  # a chat has none of its own
+
+    @property
+    def system(self) -> str:
+        """The text of the system's turn at its beginning, or ""."""
+        return self.turns[0].text if self.turns[0].role == "system" else ""
+
+    @property
+    def question(self) -> str:
+        """The last text of the user before the last answer, or ""."""
+        asked = [turn.text for turn in self.until_answer() if turn.role == "user"]
+        return asked[-1] if asked else ""
+
+    @property
+    def answer(self) -> str:
+        """The last text of the assistant, or ""."""
+        return next((turn.text for turn in reversed(self.turns) if turn.role == "assistant"), "")
+
+    def until_answer(self) -> tuple[Turn, ...]:
+        """Return the turns before the last one of the assistant; all, where it has none."""
+        answers = [place for place, turn in enumerate(self.turns) if turn.role == "assistant"]
+        return self.turns[: answers[-1]] if answers else self.turns
+
+    def exchanges(self) -> list[tuple[Pair, bool]]:
+        """Return the questions with their answers, and whether each answer is learned. The system's text is the first's.
+
+        Raises:
+            InputError: when the turns are not a question and an answer, in this order, again and again.
+        """
+        rest = [turn for place, turn in enumerate(self.turns) if place or turn.role != "system"]
+        for place, turn in enumerate(rest):
+            if turn.role != ("user", "assistant")[place % 2]:
+                raise InputError(
+                    f"{self.where or 'a chat'}: turn {place + 1} is the {turn.role}'s; this template needs a question "
+                    "and its answer in turn (--template chat may not)"
+                )
+        pairs = [
+            (Pair(asked.text, answer.text, where=self.where), answer.learned)
+            for asked, answer in zip(rest[::2], rest[1::2], strict=False)
+        ]
+        if pairs and self.system:
+            pairs[0] = replace(pairs[0][0], system=self.system), pairs[0][1]
+        return pairs
+
+
+Conversation: TypeAlias = Pair | Chat
+
+# Templates ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a conversation's text, learned or given.
 
     Attributes:
-        prompt: what the model is given.
+        parts: the text in parts: at even places the template's own, where markers count, at odd ones the data's.
+        bos, eos: whether the text begins, ends here, as the tokenizer marks it.
+    """
+
+    parts: list[str]
+    learned: bool = False
+    bos: bool = False
+    eos: bool = False
+
+    @property
+    def text(self) -> str:
+        """The parts, joined."""
+        return "".join(self.parts)
+
+
+class Template(ABC):
+    """The way from a conversation to text."""
+
+    @abstractmethod
+    def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
+        """Return the texts to train on, each in spans: one, unless the template writes earlier turns anew.
+
+        Args:
+            learn: "all" answers, or only the "last".
+
+        Raises:
+            InputError: with `file:line`, for a conversation that the template has no place for.
+        """
+
+    @abstractmethod
+    def prompt(self, conversation: Conversation) -> list[Span]:
+        """Return what a model is given that is to answer the last question. Raises InputError as `examples`."""
+
+    @abstractmethod
+    def answer_parts(self, conversation: Conversation) -> list[str]:
+        """Return the parts of the last answer, as it follows its prompt, without what ends it."""
+
+
+@dataclass(frozen=True)
+class TextTemplate(Template):
+    """The two texts of a pair, with `{question}`, `{context}`, `{answer}` and `{system}` where its fields go.
+
+    A chat is written as pairs, one after the other, each of them from BOS to EOS, as Llama 2's own code does it.
+
+    Attributes:
+        question: what the model is given.
         answer: what it learns, separator included.
-        prompt_with_context: the prompt of a pair that has a context.
-        system: the text that replaces `{system}` in a prompt when the pair has a system prompt.
+        question_with_context: what it is given of a pair that has a context.
+        system: the text that replaces `{system}` when the pair has a system prompt.
+        rendered: whether markers in the data's text count, too: somebody has written the data in a template already.
     """
 
-    prompt: str
+    question: str
     answer: str
-    prompt_with_context: str
+    question_with_context: str
     system: str = "{system}\n\n"
+    rendered: bool = False
 
-    def format(self, pair: Pair) -> tuple[str, str]:
-        """Return the (prompt, answer) texts of a pair: their `parts`, joined. What the model reads is both, joined."""
-        prompt, answer = self.parts(pair)
-        return "".join(prompt), "".join(answer)
+    def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
+        """Return one text: each question, given, and its answer, learned."""
+        exchanges, spans = conversation.exchanges(), list[Span]()
+        for place, (pair, learned) in enumerate(exchanges):
+            question, answer = self._question(pair), self.answer_parts(pair)
+            is_learned = learned and (learn == "all" or place == len(exchanges) - 1)
+            if any(question):
+                spans += [Span(question, bos=True), Span(answer, is_learned, eos=True)]
+            else:  # nothing is asked: the text is one of its own, as a page is
+                spans.append(Span(answer, is_learned, bos=True, eos=True))
+        return [spans]
 
-    def parts(self, pair: Pair) -> tuple[list[str], list[str]]:
-        """Return both texts in parts: at even places the template's own, where markers count, at odd ones the pair's.
+    def prompt(self, conversation: Conversation) -> list[Span]:
+        """Return the earlier questions with their answers, and the last question."""
+        if isinstance(conversation, Chat):
+            turns = conversation.until_answer()
+            conversation = replace(conversation, turns=(*turns, Turn("assistant", "")))
+        *before, (last, _) = conversation.exchanges()
+        spans = [
+            span
+            for pair, _ in before
+            for span in (Span(self._question(pair), bos=True), Span(self.answer_parts(pair), eos=True))
+        ]
+        return [*spans, Span(self._question(last), bos=True)]
 
-        Raises:
-            InputError: for a pair with a context or a system prompt that the template has no place for.
-        """
-        prompt = self.prompt_with_context if pair.context else self.prompt
+    def answer_parts(self, conversation: Conversation) -> list[str]:
+        """Return the parts of the answer, its separator included."""
+        return self._fill(self.answer, conversation)
+
+    def _question(self, pair: Pair) -> list[str]:
+        text = self.question_with_context if pair.context else self.question
         for name in ("context", "system"):
-            if getattr(pair, name) and f"{{{name}}}" not in prompt:
+            if getattr(pair, name) and f"{{{name}}}" not in text:
                 raise InputError(f"{pair.where or 'a pair'}: has a {name}, and the template no {{{name}}} for it")
-        return _fill(prompt.replace("{system}", self.system if pair.system else ""), pair), _fill(self.answer, pair)
+        return self._fill(text.replace("{system}", self.system if pair.system else ""), pair, ends_prompt=True)
 
-    @classmethod
-    def from_file(cls, path: str | Path) -> "Template":
-        """Read a template from a text file. Its prompt ends before the white space in front of `{answer}`.
-
-        Raises:
-            InputError: when the file cannot be read, or does not hold `{question}` and then `{answer}`, once each.
-        """
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")  # editors end a file with a line break
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        for name, least in (("question", 1), ("answer", 1), ("context", 0), ("system", 0)):
-            count = text.count(f"{{{name}}}")
-            if not least <= count <= 1:
-                allowed = "once" if least else "at most once"
-                raise InputError(f"{path}: a template must hold {{{name}}} {allowed}; found {count}")
-        before, answer = text.split("{answer}")
-        if any(f"{{{name}}}" in answer for name in ("question", "context", "system")):
-            raise InputError(f"{path}: {{answer}} must come last: everything after it would be learned as well")
-        prompt = before.rstrip()
-        return cls(prompt, before[len(prompt) :] + "{answer}" + answer, prompt, system="{system}")
-
-
-def _fill(text: str, pair: Pair) -> list[str]:
-    parts = re.split(r"\{(question|context|answer|system)\}", text)  # in one pass: braces inside a question stay
-    parts[1::2] = [getattr(pair, name) for name in parts[1::2]]
-    return parts
-
-
-_ALPACA = "Below is an instruction that describes a task"
-_LLAMA3_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
-_LLAMA3_END = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
-TEMPLATES = {
-    "plain": Template(
-        prompt="{system}{question}",
-        prompt_with_context="{system}{question}\n{context}",
-        answer=" {answer}",
-    ),
-    "qa": Template(
-        prompt="{system}### Question:\n{question}\n\n### Answer:",
-        prompt_with_context="{system}### Question:\n{question}\n{context}\n\n### Answer:",
-        answer="\n{answer}",
-    ),
-    # Source: Taori et al., "Stanford Alpaca" (2023), the two prompts of its README.
-    "alpaca": Template(
-        prompt=(
-            f"{{system}}{_ALPACA}. Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\n{question}\n\n### Response:"
-        ),
-        prompt_with_context=(
-            f"{{system}}{_ALPACA}, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\n{question}\n\n### Input:\n{context}\n\n### Response:"
-        ),
-        answer="\n{answer}",
-    ),
-    # Source: Touvron et al., "Llama 2" (arXiv 2307.09288); the layout is that of Meta's own code, after BOS.
-    "llama2": Template(
-        prompt="[INST] {system}{question} [/INST]",
-        prompt_with_context="[INST] {system}{question}\n{context} [/INST]",
-        answer=" {answer}",
-        system="<<SYS>>\n{system}\n<</SYS>>\n\n",
-    ),
-    # Source: Meta's model card of Llama 3. Its markers are single ids where the tokenizer has them as special tokens.
-    "llama3": Template(
-        prompt=f"{{system}}{_LLAMA3_USER}{{question}}{_LLAMA3_END}",
-        prompt_with_context=f"{{system}}{_LLAMA3_USER}{{question}}\n{{context}}{_LLAMA3_END}",
-        answer="\n\n{answer}",
-        system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
-    ),
-    # The question is the whole prompt already, markers and all.
-    "carried": Template(
-        prompt="{system}{question}", prompt_with_context="{system}{question}\n{context}", answer="\n{answer}"
-    ),
-}
-TEXT = Template(prompt="", prompt_with_context="", answer="{answer}")  # nothing is asked: a text to learn
-MARKERS = {"### Answer:": "qa", "### Response:": "alpaca"}  # the end of a prompt, and the template that writes it
-
-
-def template_named(name: str) -> Template:
-    """Return one of TEMPLATES, TEXT ("text"), or the template in a file. Raise InputError for any other name."""
-    if name in TEMPLATES or name == "text":
-        return TEMPLATES.get(name, TEXT)
-    if Path(name).suffix == ".txt":
-        return Template.from_file(name)
-    raise InputError(f"unknown template {name!r}; known: auto, {', '.join(TEMPLATES)}, or a file of your own (.txt)")
-
-
-def carried_template(question: str) -> str:
-    """Return the name of the template that a question already carries, by the marker it ends in; "" for none."""
-    return next((name for marker, name in MARKERS.items() if question.endswith(marker)), "")
-
-
-def _natural_template(pair: Pair) -> str:
-    """Return the name of the template that adds nothing to a pair but the separator before its answer."""
-    if not pair.question:
-        return "text"
-    return "carried" if carried_template(pair.question) else "plain"
-
-
-def choose_template(name: str, pairs: Sequence[Pair]) -> str:
-    """Return the name of the template for all pairs: `name` itself, or for "auto" the one that adds least.
-
-    Raises:
-        InputError: for an unknown name; when only some of the pairs have a question, or only some of the questions
-            carry a template; when `name` would put a second template around the one they carry, or one around nothing.
-    """
-    if name != "auto":
-        template_named(name)
-    where = {_natural_template(pair): pair.where for pair in reversed(pairs)}  # reversed: the first pair of each kind
-    if "text" in where:
-        if len(where) > 1:
-            raise InputError(f"{where['text']}: has no question, as other pairs have; add one, or take the record out")
-        if name not in ("auto", "text"):
-            raise InputError(f"{where['text']}: asks nothing that could be put into the template {name} (use auto)")
-        return "text"
-    if name == "text" and pairs:
-        raise InputError(f"{pairs[0].where}: has a question, which the template text would leave out (use auto)")
-    if name == "auto":
-        if len(where) > 1:
-            raise InputError(
-                f"{where['plain']}: does not end in {' or '.join(MARKERS)} as other questions of the file do; "
-                "mend it, or choose a --template"
-            )
-        return next(iter(where), "plain")
-    if "carried" in where and name not in ("plain", "carried"):
-        raise InputError(
-            f"{where['carried']}: the question already carries a template; "
-            f"--template {name} would put a second one around it (use auto)"
-        )
-    return name
+    def _fill(self, text: str, pair: Conversation, ends_prompt: bool = False) -> list[str]:
+        parts = re.split(r"\{(question|context|answer|system)\}", text)  # in one pass: braces inside a question stay
+        parts[1::2] = [getattr(pair, name) for name in parts[1::2]]
+        if ends_prompt and len(parts) > 1 and not parts[-1]:
+            parts[-2] = parts[-2].rstrip()
+        return ["".join(parts)] if self.rendered else parts

@@ -1,0 +1,141 @@
+"""The templates by name, those of a user's own, and the one that fits the data.
+
+`auto` keeps the template that the questions of a file already carry (those of `lamini_docs.jsonl` end in
+"### Answer:"). Chats are written in the model's own template, where it has one. For all else it takes `plain`.
+
+    minift data format data/pairs.jsonl
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from minift.errors import InputError
+from minift.prompts import Chat, Conversation, Template, TextTemplate
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.chat import ChatTemplate, has_chat_template
+
+_ALPACA = "Below is an instruction that describes a task"
+_LLAMA3_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
+_LLAMA3_END = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
+TEMPLATES = {
+    "plain": TextTemplate(
+        question="{system}{question}",
+        question_with_context="{system}{question}\n{context}",
+        answer=" {answer}",
+    ),
+    "qa": TextTemplate(
+        question="{system}### Question:\n{question}\n\n### Answer:",
+        question_with_context="{system}### Question:\n{question}\n{context}\n\n### Answer:",
+        answer="\n{answer}",
+    ),
+    # Source: Taori et al., "Stanford Alpaca" (2023), the two prompts of its README.
+    "alpaca": TextTemplate(
+        question=(
+            f"{{system}}{_ALPACA}. Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\n{question}\n\n### Response:"
+        ),
+        question_with_context=(
+            f"{{system}}{_ALPACA}, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\n{question}\n\n### Input:\n{context}\n\n### Response:"
+        ),
+        answer="\n{answer}",
+    ),
+    # Source: Touvron et al., "Llama 2" (arXiv 2307.09288); the layout is that of Meta's own code, after BOS.
+    "llama2": TextTemplate(
+        question="[INST] {system}{question} [/INST]",
+        question_with_context="[INST] {system}{question}\n{context} [/INST]",
+        answer=" {answer}",
+        system="<<SYS>>\n{system}\n<</SYS>>\n\n",
+    ),
+    # Source: Meta's model card of Llama 3. Its markers are single ids where the tokenizer has them as special tokens.
+    "llama3": TextTemplate(
+        question=f"{{system}}{_LLAMA3_USER}{{question}}{_LLAMA3_END}",
+        question_with_context=f"{{system}}{_LLAMA3_USER}{{question}}\n{{context}}{_LLAMA3_END}",
+        answer="\n\n{answer}",
+        system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+    ),
+    # The question is the whole prompt already, markers and all.
+    "carried": TextTemplate(
+        question="{system}{question}", question_with_context="{system}{question}\n{context}", answer="\n{answer}"
+    ),
+}
+TEXT = TextTemplate(question="", question_with_context="", answer="{answer}")  # nothing is asked: a text to learn
+MARKERS = {"### Answer:": "qa", "### Response:": "alpaca"}  # the end of a prompt, and the template that writes it
+
+
+def read_template(path: str | Path) -> TextTemplate:
+    """Read a template from a text file. Its prompt ends before the white space in front of `{answer}`.
+
+    Raises:
+        InputError: when the file cannot be read, or does not hold `{question}` and then `{answer}`, once each.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")  # editors end a file with a line break
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for name, least in (("question", 1), ("answer", 1), ("context", 0), ("system", 0)):
+        count = text.count(f"{{{name}}}")
+        if not least <= count <= 1:
+            allowed = "once" if least else "at most once"
+            raise InputError(f"{path}: a template must hold {{{name}}} {allowed}; found {count}")
+    before, answer = text.split("{answer}")
+    if any(f"{{{name}}}" in answer for name in ("question", "context", "system")):
+        raise InputError(f"{path}: {{answer}} must come last: everything after it would be learned as well")
+    prompt = before.rstrip()
+    return TextTemplate(prompt, before[len(prompt) :] + "{answer}" + answer, prompt, system="{system}")
+
+
+def template_named(name: str) -> Template:
+    """Return one of TEMPLATES, TEXT ("text"), or the template in a file. Raise InputError for any other name."""
+    if name in TEMPLATES or name == "text":
+        return TEMPLATES.get(name, TEXT)
+    if Path(name).suffix == ".txt":
+        return read_template(name)
+    raise InputError(f"unknown template {name!r}; known: auto, {', '.join(TEMPLATES)}, or a file of your own (.txt)")
+
+
+def carried_template(question: str) -> str:
+    """Return the name of the template that a question already carries, by the marker it ends in; "" for none."""
+    return next((name for marker, name in MARKERS.items() if question.endswith(marker)), "")
+
+
+def _natural_template(pair: Pair) -> str:
+    """Return the name of the template that adds nothing to a pair but the separator before its answer."""
+    if not pair.question:
+        return "text"
+    return "carried" if carried_template(pair.question) else "plain"
+
+
+def choose_template(name: str, pairs: Sequence[Pair]) -> str:
+    """Return the name of the template for all pairs: `name` itself, or for "auto" the one that adds least.
+
+    Raises:
+        InputError: for an unknown name; when only some of the pairs have a question, or only some of the questions
+            carry a template; when `name` would put a second template around the one they carry, or one around nothing.
+    """
+    if name != "auto":
+        template_named(name)
+    where = {_natural_template(pair): pair.where for pair in reversed(pairs)}  # reversed: the first pair of each kind
+    if "text" in where:
+        if len(where) > 1:
+            raise InputError(f"{where['text']}: has no question, as other pairs have; add one, or take the record out")
+        if name not in ("auto", "text"):
+            raise InputError(f"{where['text']}: asks nothing that could be put into the template {name} (use auto)")
+        return "text"
+    if name == "text" and pairs:
+        raise InputError(f"{pairs[0].where}: has a question, which the template text would leave out (use auto)")
+    if name == "auto":
+        if len(where) > 1:
+            raise InputError(
+                f"{where['plain']}: does not end in {' or '.join(MARKERS)} as other questions of the file do; "
+                "mend it, or choose a --template"
+            )
+        return next(iter(where), "plain")
+    if "carried" in where and name not in ("plain", "carried"):
+        raise InputError(
+            f"{where['carried']}: the question already carries a template; "
+            f"--template {name} would put a second one around it (use auto)"
+        )
+    return name
