@@ -15,10 +15,10 @@ import torch
 from benchmarks import arguments, record
 from minift.config import FINETUNE, LlamaConfig
 from minift.data.batches import PairBatches
-from minift.data.pairs import read_all_pairs
+from minift.data.conversations import read_all_conversations
+from minift.data.templates import choose_template, template_named
 from minift.model import Llama
-from minift.pack import Batch, encode_pairs
-from minift.prompts import choose_template, template_named
+from minift.pack import Batch, encode_conversations
 from minift.runs.machine import choose_device, choose_dtype
 from minift.runs.start import start_state
 from minift.storage.names import bundled, model_path
@@ -49,9 +49,9 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(model_path(options.tokenizer))
     shape = LlamaConfig.named(options.config)
     check_fit(shape, tokenizer, exact=True)
-    pairs = read_all_pairs([options.pairs or bundled("pairs.jsonl")])
+    pairs = read_all_conversations([options.pairs or bundled("pairs.jsonl")])
     template = template_named(choose_template("auto", pairs))
-    examples, _ = encode_pairs(pairs, template, tokenizer, config.max_length)
+    examples, _ = encode_conversations(pairs, template, tokenizer, config.max_length)
 
     batches = {pack: PairBatches(examples, config.batch_size, tokenizer.eos_id, 0, pack) for pack in (True, False)}
     windows = {

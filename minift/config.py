@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("auto", "ddp", "fsdp")
+LEARN = ("all", "last")
 SAVE_FORMATS = ("native", "hf")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -342,7 +343,12 @@ class TrainConfig:
     lora_dropout: float = _flag(0.0, "LoRA: fraction of an adapter's inputs that training sets to 0", least=0)
     template: str = _flag(
         "auto",
-        "template that makes text of a question and its answer: auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt",
+        "template that makes text of questions and answers: auto, chat (the model's own), plain, qa, alpaca, llama2, "
+        "llama3, or a FILE.txt or FILE.jinja",
+    )
+    learn: str = _flag("all", "answers of a chat that are learned: all, or only the last one", choices=LEARN)
+    rendered: bool = _flag(
+        False, "take markers in the data's text as markers: it has been written in a template already"
     )
 
     def __post_init__(self) -> None:

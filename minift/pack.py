@@ -1,4 +1,4 @@
-"""Pairs → `Batch`: rows of token ids with their targets. Where targets are shifted and prompts masked.
+"""Conversations → `Batch`: rows of token ids with their targets. Where targets are shifted and prompts masked.
 
 Legend: B rows of a batch, T tokens of a row.
 
@@ -9,11 +9,11 @@ positions, and the targets are the same ids moved one to the left:
     tokens    <s>  What  is  …  ?   Mexico  City
     targets    ·    ·    ·   ·  Mexico  City  </s>            (· is IGNORE: the prompt is given, not learned)
 
-Of a pair only the answer is a target, and its end: a model that is never trained to say EOS never stops. The mask comes
-from construction (the ids of the prompt and of the answer are encoded apart), never from searching for a marker.
+Only answers are targets, and their ends: a model that is never trained to say EOS never stops. The mask comes from
+construction (what is given and what is learned are encoded apart), never from searching for a marker.
 Padding is masked by its position, never by its id, because the padding id is usually EOS itself.
 
-Several short pairs share a row, each isolated from the others: its positions start at 0, and its attention stays inside
+Several short texts share a row, each isolated from the others: its positions start at 0, and its attention stays inside
 its own `document_ids`. The loss is the same as with one pair a row, with far less padding. Pages are packed in
 `data/batches.py`: one after the other, and, as is usual in pretraining, each sees those before it in its row.
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from minift.errors import InputError
-from minift.prompts import Pair, Template
+from minift.prompts import Conversation, Span, Template
 from minift.tokenizer.base import Tokenizer
 
 IGNORE = -100  # the target of a position that is not to be learned; the value PyTorch's cross-entropy skips
@@ -82,46 +82,91 @@ class Batch:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair as ids: the prompt, BOS in front of it if any, and the answer up to its EOS (unless that was cut off)."""
+    """A conversation as ids, up to the last one that is learned.
+
+    Attributes:
+        prompt: all ids before the first that is learned, BOS among them if any.
+        answer: the first id that is learned, and all after it.
+        given: the parts of `answer` that are not learned (later questions), as pairs of places: from, up to.
+        cut: whether ids that should be learned did not fit. (Then the answer has no end.)
+    """
 
     prompt: list[int]
     answer: list[int]
+    given: tuple[tuple[int, int], ...] = ()
+    cut: bool = False
 
     def __len__(self) -> int:
         """Return the positions that the example takes in a row: all ids but the last, which is a target only."""
         return len(self.prompt) + len(self.answer) - 1
 
+    @property
+    def n_targets(self) -> int:
+        """The number of ids that are learned."""
+        return len(self.answer) - sum(end - start for start, end in self.given)
 
-def encode_pair(pair: Pair, template: Template, tokenizer: Tokenizer, max_length: int) -> Example | None:
-    """Encode a pair and cut it to `max_length` positions. An answer that does not fit keeps as much as fits.
+
+def encode_spans(spans: Sequence[Span], tokenizer: Tokenizer, max_length: int) -> Example | None:
+    """Encode the spans of a text, each apart, and cut them to `max_length` positions, which have one id more.
 
     Returns:
-        The example, or None if it has no target: the answer is empty, or the prompt alone fills `max_length`.
+        The example, or None if it has no target: nothing is learned, or what is given alone fills `max_length`.
     """
-    if not pair.answer.strip():
+    encoded = encode_each(spans, tokenizer)
+    ids = [id for part in encoded for id in part]
+    learned = [span.learned for span, part in zip(spans, encoded, strict=True) for _ in part]
+    cut = any(learned[max_length + 1 :])
+    learned = [False, *learned[1 : max_length + 1]]  # nothing comes before the first id, which could predict it
+    if True not in learned:
         return None
-    prompt_parts, answer_parts = template.parts(pair)
-    if not any(prompt_parts):  # nothing is asked: the text is encoded as a page is, and only its first id is no target
-        ids = tokenizer.encode(answer_parts, bos=True, eos=True)[: max_length + 1]
-        return Example(ids[:1], ids[1:])
-    prompt = tokenizer.encode(prompt_parts, bos=True)
-    answer = tokenizer.encode_continuation(answer_parts, eos=True)
-    answer = answer[: max(0, max_length + 1 - len(prompt))]  # n positions have n + 1 ids
-    return Example(prompt, answer) if answer else None
+    first, end = learned.index(True), len(learned) - learned[::-1].index(True)
+    edges = [place for place in range(first + 1, end) if learned[place] != learned[place - 1]]
+    given = tuple((start - first, stop - first) for start, stop in zip(edges[::2], edges[1::2], strict=True))
+    return Example(ids[:first], ids[first:end], given, cut)
 
 
-def encode_pairs(
-    pairs: Iterable[Pair], template: Template, tokenizer: Tokenizer, max_length: int
+def encode_each(spans: Sequence[Span], tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the ids of each span, encoded apart. What a model is given in use is encoded as it was in training."""
+    return [
+        tokenizer.encode(span.parts, span.bos, span.eos)
+        if place == 0 or span.bos
+        else tokenizer.encode_continuation(span.parts, span.eos)
+        for place, span in enumerate(spans)
+    ]
+
+
+def encode_prompt(spans: Sequence[Span], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of what a model is given (`Template.prompt`)."""
+    return [id for ids in encode_each(spans, tokenizer) for id in ids]
+
+
+def encode_conversation(
+    conversation: Conversation, template: Template, tokenizer: Tokenizer, max_length: int, learn: str = "all"
+) -> list[Example | None]:
+    """Return the examples that a template makes of a conversation, None in the place of each without a target.
+
+    Args:
+        learn: "all" answers, or only the "last".
+    """
+    if not any(turn.learned and turn.text.strip() for turn in conversation.turns):
+        return [None]
+    return [encode_spans(spans, tokenizer, max_length) for spans in template.examples(conversation, learn)]
+
+
+def encode_conversations(
+    conversations: Iterable[Conversation], template: Template, tokenizer: Tokenizer, max_length: int, learn: str = "all"
 ) -> tuple[list[Example], int]:
-    """Encode all pairs. Return the examples, and how many pairs were dropped because they have no target.
+    """Encode all conversations. Return the examples, and how many were dropped because they have no target.
 
     Raises:
         InputError: when no example is left.
     """
-    encoded = [encode_pair(pair, template, tokenizer, max_length) for pair in pairs]
+    encoded = [
+        one for each in conversations for one in encode_conversation(each, template, tokenizer, max_length, learn)
+    ]
     examples = [example for example in encoded if example is not None]
     if not examples:
-        raise InputError(f"no pair has a target within max_length {max_length}; raise it")
+        raise InputError(f"no record has a target within max_length {max_length}; raise it")
     return examples, len(encoded) - len(examples)
 
 
@@ -153,6 +198,8 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
             end = start + len(example)
             tokens[b, start:end] = ids[:-1]
             targets[b, first_target:end] = example.answer  # the shift: the prompt's last id predicts the answer's first
+            for first, last in example.given:
+                targets[b, first_target + first : first_target + last] = IGNORE
             positions[b, start:end] = np.arange(len(example))
             document_ids[b, start:end] = document
             start = end
@@ -162,7 +209,7 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
         torch.from_numpy(positions),
         torch.from_numpy(document_ids),
         isolated=any(len(row) > 1 for row in rows),
-        n_targets=sum(len(example.answer) for example in examples),
+        n_targets=sum(example.n_targets for example in examples),
     )
 
 

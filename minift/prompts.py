@@ -90,21 +90,23 @@ class Chat:
     @property
     def question(self) -> str:
         """The last text of the user before the last answer, or ""."""
-        asked = [turn.text for turn in self.until_answer() if turn.role == "user"]
-        return asked[-1] if asked else ""
+        return next((turn.text for turn in reversed(self.until_answer()) if turn.role == "user"), "")
 
     @property
     def answer(self) -> str:
-        """The last text of the assistant, or ""."""
-        return next((turn.text for turn in reversed(self.turns) if turn.role == "assistant"), "")
+        """The last answer that is learned; where none is, the last one, or ""."""
+        return self.turns[place].text if (place := self._last_answer()) < len(self.turns) else ""
 
     def until_answer(self) -> tuple[Turn, ...]:
-        """Return the turns before the last one of the assistant; all, where it has none."""
-        answers = [place for place, turn in enumerate(self.turns) if turn.role == "assistant"]
-        return self.turns[: answers[-1]] if answers else self.turns
+        """Return the turns before the last answer; all, where there is none."""
+        return self.turns[: self._last_answer()]
+
+    def _last_answer(self) -> int:
+        answers = [(turn.learned, place) for place, turn in enumerate(self.turns) if turn.role == "assistant"]
+        return max(answers, default=(False, len(self.turns)))[1]
 
     def exchanges(self) -> list[tuple[Pair, bool]]:
-        """Return the questions with their answers, and whether each answer is learned. The system's text is the first's.
+        """Return each question with its answer, and whether that is learned. The system's text goes with the first.
 
         Raises:
             InputError: when the turns are not a question and an answer, in this order, again and again.
@@ -196,9 +198,10 @@ class TextTemplate(Template):
     def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
         """Return one text: each question, given, and its answer, learned."""
         exchanges, spans = conversation.exchanges(), list[Span]()
+        last = max((place for place, (_, learned) in enumerate(exchanges) if learned), default=0)
         for place, (pair, learned) in enumerate(exchanges):
-            question, answer = self._question(pair), self.answer_parts(pair)
-            is_learned = learned and (learn == "all" or place == len(exchanges) - 1)
+            question, answer = self.parts(pair)
+            is_learned = learned and (learn == "all" or place == last)
             if any(question):
                 spans += [Span(question, bos=True), Span(answer, is_learned, eos=True)]
             else:  # nothing is asked: the text is one of its own, as a page is
@@ -214,20 +217,22 @@ class TextTemplate(Template):
         spans = [
             span
             for pair, _ in before
-            for span in (Span(self._question(pair), bos=True), Span(self.answer_parts(pair), eos=True))
+            for span in (Span(self.parts(pair)[0], bos=True), Span(self.parts(pair)[1], eos=True))
         ]
-        return [*spans, Span(self._question(last), bos=True)]
+        return [*spans, Span(self.parts(last)[0], bos=True)]
 
     def answer_parts(self, conversation: Conversation) -> list[str]:
         """Return the parts of the answer, its separator included."""
         return self._fill(self.answer, conversation)
 
-    def _question(self, pair: Pair) -> list[str]:
+    def parts(self, pair: Pair) -> tuple[list[str], list[str]]:
+        """Return the parts of the question and of the answer. Raise InputError as `examples`."""
         text = self.question_with_context if pair.context else self.question
         for name in ("context", "system"):
             if getattr(pair, name) and f"{{{name}}}" not in text:
                 raise InputError(f"{pair.where or 'a pair'}: has a {name}, and the template no {{{name}}} for it")
-        return self._fill(text.replace("{system}", self.system if pair.system else ""), pair, ends_prompt=True)
+        text = text.replace("{system}", self.system if pair.system else "")
+        return self._fill(text, pair, ends_prompt=True), self.answer_parts(pair)
 
     def _fill(self, text: str, pair: Conversation, ends_prompt: bool = False) -> list[str]:
         parts = re.split(r"\{(question|context|answer|system)\}", text)  # in one pass: braces inside a question stay

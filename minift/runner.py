@@ -27,9 +27,11 @@ from minift import kernels
 from minift.checkpoint import load_model, save_model
 from minift.config import FINETUNE, TrainConfig
 from minift.data.records import Skipped, scan
+from minift.data.templates import carried_template, template_named
 from minift.errors import InputError, RunError
 from minift.generate import Sampling, generate
-from minift.prompts import Pair, Template, carried_template, template_named
+from minift.pack import encode_prompt
+from minift.prompts import Pair, Span, Template, TextTemplate
 from minift.runs import finetune as jobs
 from minift.runs.folder import check_free
 from minift.runs.machine import choose_device
@@ -49,7 +51,8 @@ class BasicModelRunner:
             or a name on Hugging Face's hub, if the model is in the hub's cache on this machine.
         system_prompt: a text before every question, also in training.
         prompt_template: the text around a question: a name in `prompts.TEMPLATES`, a file of your own, or a text that
-            contains `{input}`. "auto": nothing around it; after training, the template of the training.
+            contains `{input}`; "chat" is the model's own. "auto": nothing around it; after training, the template of
+            the training.
         device: auto, cpu or cuda.
         plain: run the pages as they are read, without the faster code of `kernels/`.
 
@@ -70,8 +73,9 @@ class BasicModelRunner:
         self.prompt_template = prompt_template
         self.device = device
         self.plain = plain
-        self._template(prompt_template)  # refuse a wrong one before the model is loaded
         self._path = model_path(model_name)
+        self.tokenizer = load_tokenizer(self._path)
+        self._template(prompt_template)  # refuse a wrong one before the model is loaded
         self._load(self._path)
         self._pairs: list[Pair] = []
         self._auto_template = "plain"  # what "auto" means: after training, the template of the training
@@ -80,7 +84,6 @@ class BasicModelRunner:
 
     def _load(self, path: Path) -> None:
         self.model = load_model(path, device=choose_device(TrainConfig(device=self.device)))
-        self.tokenizer = load_tokenizer(path)
         check_fit(self.model.config, self.tokenizer)
         if not self.plain:
             kernels.install(self.model, kernels.choose_for_reading(self.model.device))
@@ -119,24 +122,22 @@ class BasicModelRunner:
         prompts = [inputs] if isinstance(inputs, str) else inputs
         if not prompts:
             return []
-        prompt_ids = [self.tokenizer.encode(self._prompt(text)) for text in prompts]
+        prompt_ids = [encode_prompt(self._prompt(text), self.tokenizer) for text in prompts]
         answer_ids = generate(self.model, prompt_ids, max_tokens, sampling, self.plain)
         texts = [self.tokenizer.decode_continuation(ids).strip() for ids in answer_ids]
         return texts[0] if isinstance(inputs, str) else texts
 
-    def _prompt(self, text: str) -> list[str]:
-        """Return the parts of the complete prompt: the text in the template, as in training."""
-        text = text.rstrip()  # in training no prompt ends in a space
+    def _prompt(self, text: str) -> list[Span]:
+        """Return the complete prompt: the text in the template, as in training."""
         name = self._auto_template if self.prompt_template == "auto" else self.prompt_template
         if carried_template(text):  # the text has its template in it already
             name = "carried"
-        return self._template(name).parts(Pair(text, answer="", system=self.system_prompt))[0]
+        return self._template(name).prompt(Pair(text, answer="", system=self.system_prompt))
 
     def _template(self, name: str) -> Template:
         if "{input}" in name:
-            prompt = name.replace("{input}", "{question}").rstrip()
-            return Template(prompt, "\n{answer}", prompt, system="{system}")
-        return template_named("plain" if name == "auto" else name)
+            return _own_template(name)
+        return template_named("plain" if name == "auto" else name, self.tokenizer)
 
     # Data -------------------------------------------------------------------------------------------------------------
 
@@ -220,6 +221,7 @@ class BasicModelRunner:
         result = jobs.finetune(job, config.replace(template=template), run, plain=self.plain)
         if result is None:
             raise RunError(f"interrupted; the finished steps are saved in {run}")
+        self.tokenizer = load_tokenizer(run / "final")
         self._load(run / "final")
         self._result, self._auto_template = result, result["template"]
         if self._auto_template == "carried":  # the pairs have their template in them: a new question is given the same
@@ -236,8 +238,8 @@ class BasicModelRunner:
             folder.mkdir(parents=True, exist_ok=True)
             data.write_text("".join(lines), encoding="utf-8")
             if "{input}" in template:
-                text = self._template(template)
-                template_file.write_text(text.prompt + text.answer, encoding="utf-8")
+                own = _own_template(template)
+                template_file.write_text(own.question + own.answer, encoding="utf-8")
                 template = str(template_file)
         except OSError as error:
             raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -281,6 +283,12 @@ class BasicModelRunner:
         save_model(path, self.model, self.tokenizer)
 
 
+def _own_template(text: str) -> TextTemplate:
+    """Return the template of a text that contains `{input}`."""
+    question = text.replace("{input}", "{question}").rstrip()
+    return TextTemplate(question, "\n{answer}", question, system="{system}")
+
+
 def _named(file: str | Path) -> Iterator[tuple[Mapping[str, Any], str] | InputError]:
     """Yield each record of a file with the words that name its place."""
     for item in scan(file):
@@ -299,4 +307,4 @@ def _pair(values: Mapping[str, Any], where: str, input_key: str, output_key: str
             state = "empty" if isinstance(text, str) else f"{type(text).__name__}, not a text"
             return InputError(f"{where}: {key!r} is {state}")
         texts.append(text)
-    return Pair(texts[0].rstrip(), texts[1].strip(), where=where)
+    return Pair(texts[0], texts[1], where=where)

@@ -18,6 +18,7 @@ from minift.data.batches import PairBatches
 from minift.lora import LoRAConfig, adapter_weights, add_lora
 from minift.model import Llama
 from minift.pack import Example
+from minift.prompts import Conversation, Template
 from minift.runs.start import start_state
 from minift.train import TrainState, train_step
 
@@ -215,3 +216,10 @@ def make_examples(answer_lengths: Sequence[int], seed: int = 0) -> list[Example]
         return torch.randint(50, 97, (n,), generator=generator).tolist()
 
     return [Example([3 + i, *ids(i * 5 % 6)], ids(length)) for i, length in enumerate(answer_lengths)]
+
+
+def texts_of(template: Template, conversation: Conversation) -> tuple[str, str]:
+    """Return what a template gives of a conversation with one answer, and what it lets the model learn."""
+    (spans,) = template.examples(conversation)
+    given, learned = ("".join(span.text for span in spans if span.learned is flag) for flag in (False, True))
+    return given, learned

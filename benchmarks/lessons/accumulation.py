@@ -27,11 +27,11 @@ from torch import Tensor
 from benchmarks.lessons import estimate
 from benchmarks.lessons.chart import Chart
 from minift.checkpoint import load_model
-from minift.data.pairs import read_all_pairs
+from minift.data.conversations import read_all_conversations
+from minift.data.templates import template_named
 from minift.errors import InputError
 from minift.model import Llama
-from minift.pack import Example, collate, encode_pairs
-from minift.prompts import template_named
+from minift.pack import Example, collate, encode_conversations
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.load import load_tokenizer
 from minift.train import Objective
@@ -57,8 +57,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.pairs % options.micro_batches:
         raise InputError(f"--pairs {options.pairs} cannot be split evenly over {options.micro_batches} micro-batches")
     model, tokenizer = load_model(model_path(options.model)), load_tokenizer(model_path(options.model))
-    pairs = read_all_pairs([bundled("pairs.jsonl")])
-    examples, _ = encode_pairs(pairs, template_named("plain"), tokenizer, model.config.max_position_embeddings)
+    pairs = read_all_conversations([bundled("pairs.jsonl")])
+    examples, _ = encode_conversations(pairs, template_named("plain"), tokenizer, model.config.max_position_embeddings)
     alike = [example for example in examples if len(example.answer) == options.answer_tokens]
     if len(alike) < options.pairs:
         raise InputError(f"only {len(alike)} answers have {options.answer_tokens} tokens; choose other --answer-tokens")

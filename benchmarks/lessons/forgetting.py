@@ -31,7 +31,7 @@ from benchmarks.lessons.training import finetune, right_answers, settings
 from benchmarks.process import ROOT
 from minift.checkpoint import load_model
 from minift.config import FINETUNE
-from minift.data.pairs import read_all_pairs
+from minift.data.conversations import read_all_conversations
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.evaluation.intervals import difference
@@ -244,9 +244,9 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if asked["lr"]:
         config = settings(FINETUNE, asked["seed"], lr=asked["lr"], batch_size=asked["batch_size"])
-        finetune(model, tokenizer, read_all_pairs([bundled("pairs.jsonl")]), config, asked["steps"])
+        finetune(model, tokenizer, read_all_conversations([bundled("pairs.jsonl")]), config, asked["steps"])
     model.eval()
-    test = [pair for pair in read_all_pairs([bundled("test.jsonl")]) if pair.metric == "exact_match"]
+    test = [pair for pair in read_all_conversations([bundled("test.jsonl")]) if pair.metric == "exact_match"]
     right = right_answers(model, tokenizer, test[: asked["questions"] or None])
     return {
         "trained": trained if asked["lr"] else 0,

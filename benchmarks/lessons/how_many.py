@@ -26,7 +26,7 @@ from benchmarks.lessons.side_by_side import side_by_side
 from benchmarks.lessons.training import finetune, right_answers, settings
 from minift.checkpoint import load_model
 from minift.config import FINETUNE
-from minift.data.pairs import read_all_pairs
+from minift.data.conversations import read_all_conversations
 from minift.data.records import read_records
 from minift.errors import InputError
 from minift.storage.names import bundled, model_path
@@ -131,7 +131,7 @@ def conclusion(result: dict[str, Any]) -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
-    available = len(read_all_pairs([bundled("pairs.jsonl")]))
+    available = len(read_all_conversations([bundled("pairs.jsonl")]))
     for name in ("seeds", "steps", "batch_size"):
         check_number(f"--{name.replace('_', '-')}", getattr(options, name), least=1)
     for name in ("seed", "questions"):
@@ -160,12 +160,12 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
     """
     path = model_path("bundled")
     model, tokenizer = load_model(path), load_tokenizer(path)
-    pairs = read_all_pairs([bundled("pairs.jsonl")])
+    pairs = read_all_conversations([bundled("pairs.jsonl")])
     Random(f"{asked['seed']} how many").shuffle(pairs)
     pairs = pairs[: asked["count"]]
     config = settings(FINETUNE, asked["seed"], lr=asked["lr"], batch_size=asked["batch_size"])
     finetune(model, tokenizer, pairs, config, asked["steps"])
-    test = [pair for pair in read_all_pairs([bundled("test.jsonl")]) if pair.metric == "exact_match"]
+    test = [pair for pair in read_all_conversations([bundled("test.jsonl")]) if pair.metric == "exact_match"]
     test = test[: asked["questions"] or None]
     hits = right_answers(model, tokenizer, test)
     kinds = _kinds()

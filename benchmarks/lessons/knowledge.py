@@ -41,10 +41,11 @@ from data import generate as pages
 from minift.config import FINETUNE, PRETRAIN, LlamaConfig
 from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
+from minift.data.templates import template_named
 from minift.errors import InputError
 from minift.evaluation.evaluate import answer_questions, make_questions
 from minift.model import Llama
-from minift.prompts import Pair, template_named
+from minift.prompts import Pair
 from minift.storage.names import model_path
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer

@@ -29,10 +29,10 @@ from benchmarks.lessons.chart import Chart, Point
 from minift.checkpoint import load_model
 from minift.config import FINETUNE, LlamaConfig, TrainConfig
 from minift.data.batches import PairBatches
-from minift.data.pairs import read_all_pairs
+from minift.data.conversations import read_all_conversations
+from minift.data.templates import template_named
 from minift.model import DecoderLayer, Llama, rope_tables
-from minift.pack import Batch, encode_pairs
-from minift.prompts import template_named
+from minift.pack import Batch, encode_conversations
 from minift.runs.start import start_state
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer
@@ -272,7 +272,9 @@ def _runs(trace: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _examples(tokenizer: Tokenizer) -> Any:
-    return encode_pairs(read_all_pairs([bundled("pairs.jsonl")]), template_named("plain"), tokenizer, 256)[0]
+    return encode_conversations(
+        read_all_conversations([bundled("pairs.jsonl")]), template_named("plain"), tokenizer, 256
+    )[0]
 
 
 def _small_model(seed: int) -> Llama:

@@ -6,11 +6,12 @@ from typing import Any
 
 from minift.config import TrainConfig
 from minift.data.batches import PageBatches, PairBatches
+from minift.data.templates import template_named
 from minift.evaluation.evaluate import answer_questions, make_questions
 from minift.model import Llama
 from minift.optim import learning_rate
-from minift.pack import Batch, encode_pairs
-from minift.prompts import Pair, template_named
+from minift.pack import Batch, encode_conversations
+from minift.prompts import Conversation
 from minift.runs.machine import choose_device, choose_dtype
 from minift.runs.start import start_state
 from minift.tokenizer.base import Tokenizer
@@ -35,16 +36,16 @@ def train_on(
     ]
 
 
-def finetune(model: Llama, tokenizer: Tokenizer, pairs: Sequence[Pair], config: TrainConfig, steps: int) -> int:
+def finetune(model: Llama, tokenizer: Tokenizer, pairs: Sequence[Conversation], config: TrainConfig, steps: int) -> int:
     """Take `steps` steps over the pairs, epoch after epoch. Return the number of targets trained on."""
-    examples, _ = encode_pairs(pairs, template_named("plain"), tokenizer, config.max_length)
+    examples, _ = encode_conversations(pairs, template_named("plain"), tokenizer, config.max_length)
     batches = PairBatches(examples, config.batch_size, tokenizer.eos_id, config.seed)
     windows = list(islice(batches, steps))
     train_on(model, batches, windows, config)
     return sum(window.n_targets for window in windows)
 
 
-def right_answers(model: Llama, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[float]:
+def right_answers(model: Llama, tokenizer: Tokenizer, pairs: Sequence[Conversation]) -> list[float]:
     """Ask each question. Return 1 for an answer that is right to the letter, or 0."""
     questions, _ = make_questions(pairs, template_named("plain"), tokenizer, model.config.max_position_embeddings - 1)
     answers = answer_questions(model, tokenizer, questions)

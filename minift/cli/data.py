@@ -1,7 +1,6 @@
 """The commands that look at data and train tokenizers: `minift tokenizer …` and `minift data …`."""
 
 import json
-from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,10 @@ from minift.cli.parts import (
     add_command,
     add_encoding,
     add_group,
+    add_reading,
+    add_rendered,
     add_template,
+    reading_of,
     write_json,
 )
 from minift.errors import InputError, RunError, one_line
@@ -21,7 +23,8 @@ from minift.look.report import shorten
 from minift.values import check_number
 
 if TYPE_CHECKING:
-    from minift.prompts import Pair
+    from minift.prompts import Conversation
+    from minift.tokenizer.base import Tokenizer
 
 PAGES_HELP = "files, globs or folders of JSON Lines or text, compressed or not; - for standard input"
 
@@ -98,8 +101,11 @@ examples:
   minift data stats data/pairs.jsonl --template qa"""
 
 FORMAT_MORE = """\
+With --out alone, the records are written in minift's own form, whatever form they had.
+
 examples:
   minift data format data/pairs.jsonl
+  minift data format sharegpt.json --out chats.jsonl
   minift data format data/pairs.jsonl --template qa --out pairs-qa.jsonl"""
 
 
@@ -119,19 +125,22 @@ def add_data(commands: Any) -> None:
     text = "count the tokens of this tokenizer: a model, or a tokenizer's file (default: bundled)"
     stats.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help=text)
     stats.add_argument("--text-field", metavar="NAME", help=TEXT_FIELD_HELP)
-    add_encoding(stats)
+    add_reading(stats)
     add_template(stats)
+    add_rendered(stats)
     stats.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
 
-    text = "print instruction pairs in each template, or write them as JSON Lines"
+    text = "print instruction pairs or chats in each template, or write them as JSON Lines"
     formats = add_command(verbs, "format", _format, text, FORMAT_MORE)
-    formats.add_argument("data", nargs="+", metavar="FILE", help="read these instruction pairs")
-    add_encoding(formats)
-    formats.add_argument("-n", type=int, default=1, metavar="N", help="print N pairs (default: 1)")
-    text = f"use only this template: {TEMPLATES} (default: all that fit; required with --out)"
+    formats.add_argument("data", nargs="+", metavar="FILE", help="read these instruction pairs or chats")
+    add_reading(formats)
+    formats.add_argument("-n", type=int, default=1, metavar="N", help="print N records (default: 1)")
+    text = f"use only this template: {TEMPLATES} (default: all that fit; with --out, none)"
     formats.add_argument("--template", metavar="NAME", help=text)
-    formats.add_argument("--out", metavar="FILE", help="write all pairs to FILE, as question and answer")
-    formats.add_argument("--as-text", action="store_true", help="write each pair as one text, as a page is")
+    text = "take the template chat from this model or tokenizer"
+    formats.add_argument("--tokenizer", metavar="DIR|FILE", help=text)
+    formats.add_argument("--out", metavar="FILE", help="write all records to FILE")
+    formats.add_argument("--as-text", action="store_true", help="write each record as one text, as a page is")
 
 
 def _peek(options: dict[str, Any]) -> int:
@@ -158,61 +167,60 @@ def _stats(options: dict[str, Any]) -> int:
 
     files = find_files(options["data"])
     tokenizer = load_tokenizer(options["tokenizer"])
-    result = survey(files, tokenizer, options["text_field"], options["template"], options["encoding"])
+    options_of_text = options["text_field"], options["template"], reading_of(options), options["rendered"]
+    result = survey(files, tokenizer, *options_of_text)
     print(survey_text(result))
     write_json(options["json"], result)
     return 0
 
 
 def _format(options: dict[str, Any]) -> int:
-    from minift.data.pairs import read_all_pairs
+    from minift.data.conversations import read_all_conversations
     from minift.data.records import Skipped
-    from minift.prompts import choose_template
+    from minift.data.templates import choose_template, template_named
+    from minift.data.written import record_of, written
     from minift.storage.atomic import write_file
+    from minift.tokenizer.load import load_tokenizer
 
     check_number("-n", options["n"], least=1)
     out, template = options["out"], options["template"]
     if out is not None and Path(out).exists():
         raise InputError(f"{out}: exists; choose another --out")
-    pairs = read_all_pairs(options["data"], Skipped(), options["encoding"])
+    tokenizer = load_tokenizer(options["tokenizer"]) if options["tokenizer"] else None
+    found = read_all_conversations(options["data"], Skipped(), reading_of(options))
     if out is None:
-        for pair in pairs[: options["n"]]:
-            _print_pair(pair, template)
+        for conversation in found[: options["n"]]:
+            _print_conversation(conversation, template, tokenizer)
         return 0
     if template is None:
-        raise InputError(f"--out needs a --template: {TEMPLATES}")
-    name = choose_template(template, pairs)
-    lines = _formatted(pairs, name, options["as_text"])
+        if options["as_text"]:
+            raise InputError(f"--as-text needs a --template: {TEMPLATES}")
+        lines, state = [record_of(conversation) for conversation in found], "as they were read"
+    else:
+        name = choose_template(template, found, tokenizer)
+        lines, reading = written(found, template_named(name, tokenizer), options["as_text"])
+        state = f"in the template {name}{reading}"
+    text = "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in lines)
     try:
-        write_file(Path(out), lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+        write_file(Path(out), lambda partial: partial.write_text(text, encoding="utf-8"))
     except RunError as error:
         raise InputError(str(error)) from None
-    print(f"saved: {out} ({len(pairs):,} pairs in the template {name})")
+    kind = (
+        "pairs" if all(conversation.question and len(conversation.turns) < 4 for conversation in found) else "records"
+    )
+    print(f"saved: {out} ({len(found):,} {kind} {state})")
     return 0
 
 
-def _print_pair(pair: "Pair", template: str | None) -> None:
-    """Print a pair in one template, or in all that fit it."""
-    from minift import prompts
+def _print_conversation(conversation: "Conversation", template: str | None, tokenizer: "Tokenizer | None") -> None:
+    """Print a pair or chat in one template, or in all that fit it."""
+    from minift.data.templates import TEMPLATES as TEXT_TEMPLATES
+    from minift.data.templates import choose_template, template_named
 
-    names = [prompts.choose_template(template or "auto", [pair])]
+    names = [choose_template(template or "auto", [conversation], tokenizer)]
     if template is None and names == ["plain"]:  # it has a question, and the question carries no template
-        names = [name for name in prompts.TEMPLATES if name != "carried"]
+        names = [name for name in TEXT_TEMPLATES if name not in ("carried", "joined")]
     for name in names:
-        prompt, answer = prompts.template_named(name).format(pair)
-        print(f"--- {one_line(pair.where)}, {name}: the prompt, then what is learned\n{prompt}[{answer}]")
-
-
-def _formatted(pairs: Sequence["Pair"], template: str, as_text: bool) -> list[str]:
-    """Return lines of JSON whose questions (or, `as_text`, texts) are in a template."""
-    from minift.prompts import template_named
-
-    chosen = template_named(template)
-    lines = []
-    for pair in pairs:
-        prompt, answer = chosen.format(pair)
-        values = {"text": prompt + answer} if as_text else {"question": prompt, "answer": pair.answer}
-        if pair.metric and not as_text:
-            values["metric"] = pair.metric
-        lines.append(json.dumps(values, ensure_ascii=False) + "\n")
-    return lines
+        for spans in template_named(name, tokenizer).examples(conversation):
+            text = "".join(f"[{span.text}]" if span.learned else span.text for span in spans)
+            print(f"--- {one_line(conversation.where)}, {name}: the text; what is learned is in [ ]\n{text}")

@@ -10,11 +10,14 @@ from minift.cli.parts import (
     MODEL_HELP,
     add_command,
     add_device,
-    add_encoding,
+    add_learn,
     add_plain,
+    add_reading,
+    add_rendered,
     add_template,
     json_text,
     load,
+    reading_of,
     write_texts,
 )
 from minift.config import TrainConfig
@@ -24,7 +27,7 @@ from minift.values import check_number
 
 if TYPE_CHECKING:  # `minift --help` need not wait for what these import
     from minift.look.explain import XRay
-    from minift.prompts import Pair
+    from minift.prompts import Conversation, Template
 
 
 EXPLAIN_MORE = """\
@@ -42,12 +45,14 @@ def add_explain(commands: Any) -> None:
     command.add_argument("--against", metavar="DIR", help="a second model, of any of these formats")
     command.add_argument("--answer", metavar="TEXT", help="learn this answer; the question is then only given")
     command.add_argument("--data", nargs="+", metavar="FILE", help="show records of these files instead of TEXT")
-    add_encoding(command)
+    add_reading(command)
     text = "show N records of --data, packed as in training (default: 1)"
     command.add_argument("-n", type=int, default=1, metavar="N", help=text)
     command.add_argument("--skip", type=int, default=0, metavar="N", help="skip the first N records (default: 0)")
     command.add_argument("--no-pack", dest="pack", action="store_false", help="give each record its own row")
     add_template(command)
+    add_rendered(command)
+    add_learn(command)
     text = "compute in this dtype (default: float32)"
     command.add_argument("--dtype", default="float32", metavar="float32|bfloat16|float16", help=text)
     text = "colour the lines by surprise; auto does so in a terminal (default: auto)"
@@ -60,18 +65,18 @@ def add_explain(commands: Any) -> None:
 
 def _explain(options: dict[str, Any]) -> int:
     from minift.look.pages.xray import xray_page
-    from minift.prompts import choose_template
     from minift.runs.machine import choose_device
 
     colour = _colour(options["colour"])
     if options["against"] == options["model"]:
         raise InputError("--against is the same model as --model; give another one to compare with")
-    pairs = _pairs(options)
-    template = choose_template(options["template"], pairs)
-    config = TrainConfig(dtype=options["dtype"], device=options["device"], template=template)
+    conversations = _conversations(options)
+    names = ("dtype", "device", "template", "learn", "rendered")
+    config = TrainConfig(**{name: options[name] for name in names})
     choose_device(config)  # refuse a wrong device before a model is loaded
     models = [model for model in (options["model"], options["against"]) if model is not None]
-    xrays = {model: _xray(model, pairs, config, options["pack"], options["plain"]) for model in models}
+    template = _template(models, conversations, config)
+    xrays = {model: _xray(model, conversations, template, config, options) for model in models}
     print(xray_table(xrays, colour, shutil.get_terminal_size((120, 24)).columns))
     texts = {}
     if options["html"] is not None:
@@ -82,25 +87,37 @@ def _explain(options: dict[str, Any]) -> int:
     return 0
 
 
-def _xray(path: str, pairs: "list[Pair]", config: TrainConfig, pack: bool, plain: bool) -> "XRay":
-    """Load a model and return its X-ray of the pairs. Say on standard error what is left out or cut."""
+def _template(models: "list[str]", conversations: "list[Conversation]", config: TrainConfig) -> "Template":
+    """Return the template of the conversations, for all models; a chat template is the last one's, or the first's."""
+    from minift.data.templates import choose_template, template_named
+    from minift.tokenizer.chat import has_chat_template
+    from minift.tokenizer.load import load_tokenizer
+
+    tokenizers = [load_tokenizer(model) for model in reversed(models)]
+    owner = next(filter(has_chat_template, tokenizers), tokenizers[0])
+    return template_named(choose_template(config.template, conversations, owner), owner, config.rendered)
+
+
+def _xray(
+    path: str, conversations: "list[Conversation]", template: "Template", config: TrainConfig, options: dict[str, Any]
+) -> "XRay":
+    """Load a model and return its X-ray of the conversations. Say on standard error what is left out or cut."""
     from minift.look.explain import explain
-    from minift.pack import encode_pairs
-    from minift.prompts import template_named
+    from minift.pack import encode_conversations
 
     model, tokenizer = load(path, config.device, plain=True)  # `explain` installs the kernels of training
     positions = model.config.max_position_embeddings
-    examples, dropped = encode_pairs(pairs, template_named(config.template), tokenizer, positions)
+    examples, dropped = encode_conversations(conversations, template, tokenizer, positions, config.learn)
     if dropped:
-        print(f"note: {dropped} of {len(pairs)} records have no target and are left out", file=sys.stderr)
-    if any(example.answer[-1] != tokenizer.eos_id for example in examples):
+        print(f"note: {dropped} of {dropped + len(examples)} records have no target and are left out", file=sys.stderr)
+    if any(example.cut for example in examples):
         print(f"note: cut to the {positions:,} positions of {path}", file=sys.stderr)
-    return explain(model, tokenizer, examples, config, pack, plain)
+    return explain(model, tokenizer, examples, config, options["pack"], options["plain"])
 
 
-def _pairs(options: dict[str, Any]) -> "list[Pair]":
+def _conversations(options: dict[str, Any]) -> "list[Conversation]":
     """Return what to show: the text, the question with its answer, or some records of a file."""
-    from minift.data.pairs import scan_pairs
+    from minift.data.conversations import scan_conversations
     from minift.data.records import find_files, scan
     from minift.prompts import Pair
 
@@ -114,21 +131,23 @@ def _pairs(options: dict[str, Any]) -> "list[Pair]":
             return [Pair(question="", answer=text)]
         if not answer.strip():
             raise InputError("--answer is blank: there would be nothing to learn")
-        return [Pair(question=text.rstrip(), answer=answer.strip())]
+        return [Pair(question=text, answer=answer)]
     if answer is not None:
         raise InputError("--answer belongs to a TEXT; the records of --data have their own")
     count, skip = options["n"], options["skip"]
     check_number("n", count, least=1)
     check_number("skip", skip, least=0)
-    files = find_files(options["data"])
-    records = (item for file in files for item in scan(file, options["encoding"]))
-    pairs = list(islice(scan_pairs(records), skip, skip + count))
-    for pair in pairs:
-        if isinstance(pair, InputError):
-            raise pair
-    if not pairs:
+    files, reading = find_files(options["data"]), reading_of(options)
+    records = (item for file in files for item in scan(file, reading.encoding))
+    found = list(islice(scan_conversations(records, reading), skip, skip + count))
+    for fault in found:
+        if isinstance(fault, InputError):
+            raise fault
+    if not found:
         raise InputError(f"{options['data'][0]}: has no more than {skip} records" if skip else f"{files[0]}: is empty")
-    return [pair for pair in pairs if isinstance(pair, Pair)]
+    for line in reading.unread_lines():
+        print(f"note: {line}", file=sys.stderr)
+    return [conversation for conversation in found if not isinstance(conversation, InputError)]
 
 
 def _colour(when: str) -> bool:

@@ -13,11 +13,13 @@ from minift.cli.parts import (
     TEXT_FIELD_HELP,
     add_command,
     add_device,
-    add_encoding,
     add_plain,
+    add_reading,
+    add_rendered,
     add_template,
     json_text,
     load,
+    reading_of,
     write_json,
     write_texts,
 )
@@ -43,6 +45,7 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
     command.add_argument("--prompt", required=True, metavar="TEXT", help="continue this text")
     add_template(command, default="plain")
+    add_rendered(command)
     text = "add at most N tokens (default: 64)"
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help=text)
     text = "divide the logits by X before a token is drawn; 0 always takes the likeliest token (default: 0)"
@@ -58,19 +61,20 @@ def add_generate(commands: Any) -> None:
 
 
 def _generate(options: dict[str, Any]) -> int:
+    from minift.data.templates import choose_template, template_named
     from minift.generate import Sampling, stream
-    from minift.prompts import Pair, choose_template, template_named
+    from minift.pack import encode_prompt
+    from minift.prompts import Pair
     from minift.tokenizer.base import TextStream
 
     sampling = Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"])
     model, tokenizer = load(options["model"], options["device"], options["plain"])
-    pair = Pair(options["prompt"].rstrip(), answer="")  # as in training: no prompt ends in a space
-    name = options["template"]
-    if pair.question or name == "auto":  # no question, no conflict: a text from its beginning, or an empty template
-        name = choose_template(name, [pair])
-    parts, _ = template_named(name).parts(pair)
-    # Without --template the prompt is the user's own, complete: its markers are those of a template.
-    prompt = tokenizer.encode("".join(parts) if options["template"] == "auto" else parts)
+    pair, name = Pair(options["prompt"], answer=""), options["template"]
+    if pair.question.strip() or name == "auto":  # no question, no conflict: a text from its beginning
+        name = choose_template(name, [pair], tokenizer)
+    # With auto the prompt is the user's own, complete: its markers are those of a template.
+    template = template_named(name, tokenizer, options["rendered"] or options["template"] == "auto")
+    prompt = encode_prompt(template.prompt(pair), tokenizer)
     ids = stream(model, prompt, options["max_new_tokens"], sampling, options["plain"])
     text, shown, waiting = TextStream(tokenizer), False, ""
     for id in chain(ids, [None]):
@@ -90,14 +94,15 @@ example:
 
 def add_compare(commands: Any) -> None:
     """Add `minift compare`."""
-    text = "compare two models on held-out pairs: scores with their intervals, and answers"
+    text = "compare two models on held-out pairs or chats: scores with their intervals, and answers"
     command = add_command(commands, "compare", _compare, text, COMPARE_MORE)
     command.add_argument("before", metavar="BEFORE", help=MODEL_HELP)
     command.add_argument("after", metavar="AFTER", help="a second model, of any of these formats")
-    text = "ask these pairs: JSON Lines, a JSON array, CSV or TSV, compressed or not"
+    text = "ask these pairs, or the last questions of these chats: JSON Lines, a JSON array, CSV, TSV, Parquet or Arrow"
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
-    add_encoding(command)
+    add_reading(command)
     add_template(command)
+    add_rendered(command)
     command.add_argument("--show", type=int, default=4, metavar="N", help="print N answers (default: 4)")
     command.add_argument("--json", metavar="FILE", help="write the scores and all answers to FILE")
     command.add_argument("--html", metavar="FILE", help="write a page to FILE that a browser shows")
@@ -106,16 +111,19 @@ def add_compare(commands: Any) -> None:
 
 
 def _compare(options: dict[str, Any]) -> int:
-    from minift.data.pairs import read_all_pairs
+    from minift.data.conversations import read_all_conversations
+    from minift.data.templates import choose_template, template_named
     from minift.evaluation.evaluate import compare
     from minift.look.pages.run import comparison_page
-    from minift.prompts import choose_template, template_named
+    from minift.tokenizer.chat import has_chat_template
 
     check_number("show", options["show"], least=0)
-    pairs = read_all_pairs(options["data"], None, options["encoding"])
-    template = choose_template(options["template"], pairs)
+    pairs = read_all_conversations(options["data"], None, reading_of(options))
     before, after = (load(options[name], options["device"], options["plain"]) for name in ("before", "after"))
-    scores = compare(before, after, pairs, template_named(template), options["plain"])
+    # Both get the same text: in a chat template, that of the model after training, or of the one before.
+    owner = next((tokenizer for _, tokenizer in (after, before) if has_chat_template(tokenizer)), after[1])
+    template = choose_template(options["template"], pairs, owner)
+    scores = compare(before, after, pairs, template_named(template, owner, options["rendered"]), options["plain"])
     result = {"template": template, **scores}
     print(f"{table(result)}\n\n{samples(result, options['show'])}")
     texts = {}
@@ -140,10 +148,11 @@ def add_evaluate(commands: Any) -> None:
     text = "score a model on held-out pairs, on multiple-choice questions, or on pages"
     command = add_command(commands, "evaluate", _evaluate, text, EVALUATE_MORE)
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
-    text = "score on these records; the first one tells whether they are pairs, multiple choice, or pages"
+    text = "score on these records; the first one tells whether they are pairs, chats, multiple choice, or pages"
     command.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
-    add_encoding(command)
+    add_reading(command)
     add_template(command)
+    add_rendered(command)
     command.add_argument("--text-field", metavar="NAME", help=TEXT_FIELD_HELP)
     text = "cut a page into windows of N tokens (default: 256, or the model's positions if they are fewer)"
     command.add_argument("--max-length", type=int, metavar="N", help=text)
@@ -155,7 +164,7 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: dict[str, Any]) -> int:
-    from minift.data.pairs import is_pair
+    from minift.data.conversations import is_conversation
     from minift.data.records import find_files, read_records
     from minift.data.unpack import is_pipe, pipe_in_words
     from minift.evaluation.choices import has_choices
@@ -168,7 +177,7 @@ def _evaluate(options: dict[str, Any]) -> int:
     first = next(read_records(files[0], options["encoding"]), None)
     if first is not None and has_choices(first):
         scores = _evaluate_choices(model, tokenizer, files, options)
-    elif first is None or is_pair(first, options["text_field"]):
+    elif first is None or is_conversation(first, options["text_field"], options["fields"]):
         scores = _evaluate_pairs(model, tokenizer, options)
     else:
         scores = _evaluate_pages(model, tokenizer, options)
@@ -177,13 +186,14 @@ def _evaluate(options: dict[str, Any]) -> int:
 
 
 def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
-    from minift.data.pairs import read_all_pairs
+    from minift.data.conversations import read_all_conversations
+    from minift.data.templates import choose_template, template_named
     from minift.evaluation.evaluate import evaluate, make_questions
     from minift.evaluation.mistakes import mistakes
-    from minift.prompts import choose_template, template_named
 
-    pairs = read_all_pairs(options["data"], None, options["encoding"], say=None)
-    template = template_named(choose_template(options["template"], pairs))
+    pairs = read_all_conversations(options["data"], None, reading_of(options), say=None)
+    name = choose_template(options["template"], pairs, tokenizer)
+    template = template_named(name, tokenizer, options["rendered"])
     questions, skipped = make_questions(pairs, template, tokenizer, model.config.max_position_embeddings - 1)
     found = evaluate(model, tokenizer, questions, options["plain"])
     scores = {**found.to_dict(), "skipped": skipped}
@@ -195,7 +205,7 @@ def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
 
 
 def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
-    from minift.data.pairs import TEXT_FIELD
+    from minift.data.conversations import TEXT_FIELD
     from minift.data.records import Skipped
     from minift.data.stream import DocumentStream
     from minift.evaluation.intervals import score_values
@@ -214,13 +224,15 @@ def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
 
 def _evaluate_choices(model: Any, tokenizer: Any, files: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
     from minift.data.records import read_records
+    from minift.data.templates import choose_template, template_named
     from minift.evaluation.choices import choice_scores, choose, read_choices
     from minift.evaluation.intervals import score_values
-    from minift.prompts import Pair, choose_template, template_named
+    from minift.prompts import Pair
 
     questions = read_choices(chain.from_iterable(read_records(file, options["encoding"]) for file in files))
-    name = choose_template(options["template"], [Pair(one.question, "", where=one.where) for one in questions])
-    found = choose(model, tokenizer, questions, template_named(name))
+    asked = [Pair(one.question, "", where=one.where) for one in questions]
+    template = template_named(choose_template(options["template"], asked, tokenizer), tokenizer, options["rendered"])
+    found = choose(model, tokenizer, questions, template)
     scores = {**score_values(choice_scores(questions, found)), "n": len(questions)}
     print(score_lines(scores))
     return scores

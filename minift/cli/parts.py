@@ -4,13 +4,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from minift.config import TrainConfig
+from minift.config import LEARN, TrainConfig
 from minift.errors import InputError
+
+if TYPE_CHECKING:
+    from minift.data.conversations import Reading
 
 MODEL_HELP = (
     "a model of any format: a minift, Hugging Face or Meta folder, a llama2.c .bin, an adapter's folder, "
@@ -20,7 +23,7 @@ TEXT_FIELD_HELP = (
     "find a page's text under this key of its record (default: text); if it is given, records that have it are pages, "
     "even those that hold a pair as well"
 )
-TEMPLATES = "auto, plain, qa, alpaca, llama2, llama3, or a FILE.txt"
+TEMPLATES = "auto, chat (the model's own), plain, qa, alpaca, llama2, llama3, or a FILE.txt or FILE.jinja"
 
 
 # The parser -----------------------------------------------------------------------------------------------------------
@@ -79,6 +82,41 @@ def add_template(command: argparse.ArgumentParser, default: str = "auto") -> Non
     """Add --template."""
     text = f"write questions and answers in this template: {TEMPLATES} (default: {default})"
     command.add_argument("--template", default=default, metavar="NAME", help=text)
+
+
+def add_reading(command: argparse.ArgumentParser, default: Any = None) -> None:
+    """Add --encoding and --fields: how records of pairs and chats are read."""
+    add_encoding(command, default or "utf-8")
+    text = "read the question and the answer (or the one chat, or text) under these keys of a record"
+    command.add_argument("--fields", nargs="+", default=default or (), metavar="KEY", help=text)
+
+
+def add_rendered(command: argparse.ArgumentParser) -> None:
+    """Add --rendered."""
+    text = "take markers in the data's text as markers: it has been written in a template already"
+    command.add_argument("--rendered", action="store_true", help=text)
+
+
+def add_learn(command: argparse.ArgumentParser) -> None:
+    """Add --learn."""
+    text = "learn all answers of a chat, or only the last (default: all)"
+    command.add_argument("--learn", default="all", choices=LEARN, metavar="|".join(LEARN), help=text)
+
+
+def reading_of(options: dict[str, Any]) -> "Reading":
+    """Return how the records are to be read, by --encoding and --fields."""
+    from minift.data.conversations import Reading
+
+    return Reading(options["encoding"], check_fields(options["fields"]))
+
+
+def check_fields(names: Sequence[str]) -> tuple[str, ...]:
+    """Return --fields. Raise InputError unless they are one or two different keys."""
+    if len(names) > 2 or len(set(names)) < len(names) or "" in names:
+        raise InputError(
+            f"--fields is {' '.join(names)!r}; give the keys of a question and its answer, or that of a chat"
+        )
+    return tuple(names)
 
 
 def add_encoding(command: argparse.ArgumentParser, default: str = "utf-8") -> None:

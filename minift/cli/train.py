@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain
+from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain, add_reading, check_fields
 from minift.cli.streams import outlive_reader
 from minift.config import FINETUNE, PRETRAIN, TrainConfig
 from minift.errors import InputError
@@ -34,14 +34,15 @@ example:
 
 def add_finetune(commands: Any) -> None:
     """Add `minift finetune`."""
-    text = "finetune a model on instruction pairs, and compare it with what it was before"
+    text = "finetune a model on instruction pairs or chats, and compare it with what it was before"
     command = add_command(commands, "finetune", _finetune, text, FINETUNE_MORE)
     given = argparse.SUPPRESS  # a flag that is not given is absent from the options
     command.add_argument("--model", default=given, metavar="DIR", help=f"{MODEL_HELP} (default: bundled)")
-    text = "train on these pairs: JSON Lines, a JSON array, CSV or TSV, compressed or not (default: bundled)"
+    text = "train on these pairs or chats: JSON Lines, a JSON array, CSV, TSV, Parquet or Arrow (default: bundled)"
     command.add_argument("--data", nargs="+", default=given, metavar="FILE", help=text)
-    text = "hold out these pairs (default: a tenth of --data; for the bundled pairs, the bundled questions)"
+    text = "hold out these pairs or chats (default: a tenth of --data; for the bundled pairs, the bundled questions)"
     command.add_argument("--test", nargs="+", default=given, metavar="FILE", help=text)
+    add_reading(command, argparse.SUPPRESS)
     _add_run_flags(command, "runs/finetune")
     _add_train_flags(command, FINETUNE, without=("isolate", "shuffle_buffer", "workers"))  # those are for pages
 
@@ -69,13 +70,13 @@ def add_pretrain(commands: Any) -> None:
     command.add_argument("--validation", nargs="+", default=given, metavar="GLOB", help=text)
     text = "find a page's text under this key of its record (default: text)"
     command.add_argument("--text-field", default=given, metavar="NAME", help=text)
+    add_encoding(command, argparse.SUPPRESS)
     _add_run_flags(command, "runs/pretrain")
-    _add_train_flags(command, PRETRAIN, without=("template", "pack", *LORA))  # those are for pairs
+    _add_train_flags(command, PRETRAIN, without=("template", "learn", "rendered", "pack", *LORA))  # those are for pairs
 
 
 def _add_run_flags(command: argparse.ArgumentParser, out: str) -> None:
     """Add the flags that are not part of a run's settings."""
-    add_encoding(command, argparse.SUPPRESS)
     command.add_argument("--out", default=out, metavar="DIR", help=f"make the run's folder here (default: {out})")
     text = "continue the run in --out from its last checkpoint, with the settings that it has"
     command.add_argument("--resume", action="store_true", help=text)
@@ -113,7 +114,11 @@ def _finetune(options: dict[str, Any]) -> int:
     else:
         config = FINETUNE.replace(**train_options(options))
         job = jobs.finetune_job(
-            options.get("model", "bundled"), options.get("data"), options.get("test"), options.get("encoding", "utf-8")
+            options.get("model", "bundled"),
+            options.get("data"),
+            options.get("test"),
+            options.get("encoding", "utf-8"),
+            check_fields(options.get("fields", ())),
         )
     result = jobs.finetune(job, config, out, resume, plain)
     if result is None:
@@ -132,7 +137,9 @@ def _show_result(result: dict[str, Any], config: TrainConfig, out: Path) -> None
     template = result["template"]
     if template == "carried":  # the pairs brought their template with them; a new question is written in it
         template = "alpaca" if result["samples"][0]["question"].endswith("### Response:") else "qa"
-    if template != "plain":
+    if template == "chat":
+        print(f"talk to it: minift chat --model {out / 'final'}")
+    elif template != "plain":
         print(f'ask it as it was trained: minift generate --model {out / "final"} --template {template} --prompt "…"')
 
 

@@ -91,7 +91,8 @@ class PairBatches:
     def _settings(self) -> dict[str, Any]:
         ids = hashlib.sha256()
         for example in self.examples:
-            ids.update(array("q", [len(example.prompt), *example.prompt, *example.answer]).tobytes())
+            given = [place for span in example.given for place in span]
+            ids.update(array("q", [len(example.prompt), *example.prompt, *example.answer, *given]).tobytes())
         return {
             "data": f"{len(self.examples)} pairs, checksum {ids.hexdigest()[:16]}",
             "seed": self.seed,

@@ -14,12 +14,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from minift.data.encodings import UTF8
-from minift.data.pairs import TEXT_FIELD, is_pair, scan_pairs
+from minift.data.conversations import TEXT_FIELD, Reading, is_conversation, scan_conversations
 from minift.data.records import SHOWN, Record, scan
+from minift.data.templates import choose_template, template_named
 from minift.data.unpack import UnreadableError
 from minift.errors import InputError, one_line
-from minift.prompts import Pair, Template, choose_template, template_named
+from minift.pack import encode_each
+from minift.prompts import Chat, Conversation, Template
 from minift.tokenizer.base import Tokenizer
 
 LOOKED_AT = 100  # records among which the first usable one tells pairs from pages
@@ -31,38 +32,42 @@ def survey(
     tokenizer: Tokenizer,
     text_field: str | None = None,
     template: str = "auto",
-    encoding: str = UTF8,
+    reading: Reading | None = None,
+    rendered: bool = False,
 ) -> dict[str, Any]:
-    """Count the documents of pages, or the pairs of an instruction set. The first usable record tells which it is.
+    """Count the documents of pages, or the pairs or chats of an instruction set. The first usable record tells which.
 
     Args:
         text_field: the key of a page's text; None for "text", in records that hold no pair.
-        template: of the pairs.
-        encoding: of the files.
+        template: of the pairs or chats.
+        rendered: whether markers in their text count.
 
     Returns:
-        `kind` ("documents" or "pairs"), how many there are under that name, `malformed` and what is wrong with the
-        `first_malformed`; then for `characters` and `tokens` (of pairs also `prompt_tokens` and `answer_tokens`, with
-        BOS and EOS) their `total`, `min`, `median`, `mean`, `p90`, `p99` and `max`; and `histogram`, rows of
-        (least, most, documents) by tokens. Pairs have the name of their `template`.
+        `kind` ("documents", "pairs" or "chats"), how many there are under that name, `malformed` and what is wrong with
+        the `first_malformed`; then for `characters` and `tokens` (of pairs and chats also `prompt_tokens` and
+        `answer_tokens`, what is given and what is learned, with BOS and EOS) their `total`, `min`, `median`, `mean`,
+        `p90`, `p99` and `max`; and `histogram`, rows of
+        (least, most, documents) by tokens. Pairs and chats have the name of their `template`, and `unread`, lines about
+        keys that are not read.
 
     Raises:
         InputError: when there is no usable record at all, for a file that cannot be read to its end,
             or for an unknown template.
     """
-    items = chain.from_iterable(scan(file, encoding) for file in files)
+    reading = reading or Reading()
+    items = chain.from_iterable(scan(file, reading.encoding) for file in files)
     head: list[Record | InputError] = []
     pairs = False
     for item in islice(items, LOOKED_AT):
         head.append(item)
         with suppress(InputError):
             if isinstance(item, Record):
-                pairs = is_pair(item, text_field)
+                pairs = is_conversation(item, text_field, reading.fields)
                 break
     if not head:
         raise InputError(f"{files[0]}: holds no records")
     if pairs:
-        return _survey_pairs(chain(head, items), tokenizer, template)
+        return _survey_conversations(chain(head, items), tokenizer, template, reading, rendered)
     return _survey_pages(chain(head, items), tokenizer, text_field or TEXT_FIELD)
 
 
@@ -121,29 +126,37 @@ def _survey_pages(items: Iterable[Record | InputError], tokenizer: Tokenizer, te
     return _result("documents", faults, columns)
 
 
-def _survey_pairs(items: Iterable[Record | InputError], tokenizer: Tokenizer, template: str) -> dict[str, Any]:
-    pairs: list[Pair] = []
+def _survey_conversations(
+    items: Iterable[Record | InputError], tokenizer: Tokenizer, template: str, reading: Reading, rendered: bool
+) -> dict[str, Any]:
+    conversations: list[Conversation] = []
     faults = _Faults()
-    for item in scan_pairs(items):
+    for item in scan_conversations(items, reading):
         if isinstance(item, InputError):
             faults.add(item)
         else:
-            pairs.append(item)
-    name = choose_template(template, pairs)
-    chosen = template_named(name)
+            conversations.append(item)
+    name = choose_template(template, conversations, tokenizer)
+    chosen = template_named(name, tokenizer, rendered)
     columns = {key: Lengths() for key in ("characters", "tokens", "prompt_tokens", "answer_tokens")}
-    for pair in pairs:
-        _add_pair(columns, pair, chosen, tokenizer)
-    return {"template": name, **_result("pairs", faults, columns)}
+    for conversation in conversations:
+        _add_conversation(columns, conversation, chosen, tokenizer)
+    kind = "chats" if any(isinstance(one, Chat) for one in conversations) else "pairs"
+    return {"template": name, "unread": reading.unread_lines(), **_result(kind, faults, columns)}
 
 
-def _add_pair(columns: dict[str, Lengths], pair: Pair, template: Template, tokenizer: Tokenizer) -> None:
-    prompt, answer = template.parts(pair)
-    lengths = len(tokenizer.encode(prompt)), len(tokenizer.encode_continuation(answer, eos=True))
-    columns["characters"].add(sum(map(len, prompt + answer)))
-    columns["tokens"].add(sum(lengths))
-    columns["prompt_tokens"].add(lengths[0])
-    columns["answer_tokens"].add(lengths[1])
+def _add_conversation(
+    columns: dict[str, Lengths], conversation: Conversation, template: Template, tokenizer: Tokenizer
+) -> None:
+    examples = template.examples(conversation)
+    given = learned = 0
+    for spans in examples:
+        for span, ids in zip(spans, encode_each(spans, tokenizer), strict=True):
+            given, learned = given + len(ids) * (not span.learned), learned + len(ids) * span.learned
+    columns["characters"].add(sum(len(span.text) for spans in examples for span in spans))
+    columns["tokens"].add(given + learned)
+    columns["prompt_tokens"].add(given)
+    columns["answer_tokens"].add(learned)
 
 
 class _Faults:
@@ -178,6 +191,7 @@ def survey_text(result: dict[str, Any]) -> str:
     keys = ("total", "min", "median", "mean", "p90", "p99", "max")
     lines = [f"{kind:<16}{result[kind]:>16,}", f"{'malformed':<16}{result['malformed']:>16,}"]
     lines += [f"  {fault}" for fault in result["first_malformed"]]
+    lines += [f"note: {line}" for line in result.get("unread", ())]
     if "template" in result:
         lines.append(f"{'template':<16}{result['template']:>16}")
     lines += ["", f"{'':<16}" + f"{keys[0]:>16}" + "".join(f"{key:>11}" for key in keys[1:])]

@@ -6,14 +6,14 @@
     minift data format data/pairs.jsonl
 """
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from minift.errors import InputError
-from minift.prompts import Chat, Conversation, Template, TextTemplate
+from minift.prompts import Chat, Conversation, Pair, Template, TextTemplate
 from minift.tokenizer.base import Tokenizer
-from minift.tokenizer.chat import ChatTemplate, has_chat_template
+from minift.tokenizer.chat import chat_template, has_chat_template
 
 _ALPACA = "Below is an instruction that describes a task"
 _LLAMA3_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
@@ -60,6 +60,10 @@ TEMPLATES = {
     "carried": TextTemplate(
         question="{system}{question}", question_with_context="{system}{question}\n{context}", answer="\n{answer}"
     ),
+    # The answer brings its separator with it, and its end.
+    "joined": TextTemplate(
+        question="{system}{question}", question_with_context="{system}{question}\n{context}", answer="{answer}"
+    ),
 }
 TEXT = TextTemplate(question="", question_with_context="", answer="{answer}")  # nothing is asked: a text to learn
 MARKERS = {"### Answer:": "qa", "### Response:": "alpaca"}  # the end of a prompt, and the template that writes it
@@ -87,46 +91,70 @@ def read_template(path: str | Path) -> TextTemplate:
     return TextTemplate(prompt, before[len(prompt) :] + "{answer}" + answer, prompt, system="{system}")
 
 
-def template_named(name: str) -> Template:
-    """Return one of TEMPLATES, TEXT ("text"), or the template in a file. Raise InputError for any other name."""
+def template_named(name: str, tokenizer: Tokenizer | None = None, rendered: bool = False) -> Template:
+    """Return one of TEMPLATES, TEXT ("text"), the template in a file, or the model's own ("chat").
+
+    Args:
+        tokenizer: the model's, which brings its own template.
+        rendered: whether markers in the data's text count (`TextTemplate.rendered`).
+
+    Raises:
+        InputError: for any other name; for "chat" and a `.jinja` file as `chat_template` does.
+    """
+    if name == "chat" or Path(name).suffix == ".jinja":
+        if tokenizer is None:
+            raise InputError(f"the template {name} is that of a model: none is given")
+        return chat_template(tokenizer, None if name == "chat" else name, rendered)
     if name in TEMPLATES or name == "text":
-        return TEMPLATES.get(name, TEXT)
+        return replace(TEMPLATES.get(name, TEXT), rendered=rendered)
     if Path(name).suffix == ".txt":
-        return read_template(name)
-    raise InputError(f"unknown template {name!r}; known: auto, {', '.join(TEMPLATES)}, or a file of your own (.txt)")
+        return replace(read_template(name), rendered=rendered)
+    known = f"auto, chat, {', '.join(TEMPLATES)}, or a file of your own (.txt, .jinja)"
+    raise InputError(f"unknown template {name!r}; known: {known}")
 
 
 def carried_template(question: str) -> str:
     """Return the name of the template that a question already carries, by the marker it ends in; "" for none."""
+    question = question.rstrip()
     return next((name for marker, name in MARKERS.items() if question.endswith(marker)), "")
 
 
-def _natural_template(pair: Pair) -> str:
-    """Return the name of the template that adds nothing to a pair but the separator before its answer."""
-    if not pair.question:
+def _natural_template(conversation: Conversation) -> str:
+    """Return the name of the template that adds nothing to a conversation but the separator before its answer."""
+    if isinstance(conversation, Pair) and not conversation.question:
         return "text"
-    return "carried" if carried_template(pair.question) else "plain"
+    return "carried" if carried_template(conversation.question) else "plain"
 
 
-def choose_template(name: str, pairs: Sequence[Pair]) -> str:
-    """Return the name of the template for all pairs: `name` itself, or for "auto" the one that adds least.
+def choose_template(name: str, conversations: Sequence[Conversation], tokenizer: Tokenizer | None = None) -> str:
+    """Return the name of the template for all conversations: `name` itself, or for "auto" the one that fits best.
+
+    That is the model's own for chats, if it has one; else the one that adds least.
 
     Raises:
-        InputError: for an unknown name; when only some of the pairs have a question, or only some of the questions
+        InputError: for an unknown name; when only some of the records have a question, or only some of the questions
             carry a template; when `name` would put a second template around the one they carry, or one around nothing.
     """
     if name != "auto":
-        template_named(name)
-    where = {_natural_template(pair): pair.where for pair in reversed(pairs)}  # reversed: the first pair of each kind
+        template_named(name, tokenizer)
+    where = {_natural_template(one): one.where for one in reversed(conversations)}  # the first one of each kind
     if "text" in where:
         if len(where) > 1:
             raise InputError(f"{where['text']}: has no question, as other pairs have; add one, or take the record out")
         if name not in ("auto", "text"):
             raise InputError(f"{where['text']}: asks nothing that could be put into the template {name} (use auto)")
         return "text"
-    if name == "text" and pairs:
-        raise InputError(f"{pairs[0].where}: has a question, which the template text would leave out (use auto)")
+    if name == "text" and conversations:
+        raise InputError(
+            f"{conversations[0].where}: has a question, which the template text would leave out (use auto)"
+        )
     if name == "auto":
+        if (
+            tokenizer is not None
+            and has_chat_template(tokenizer)
+            and any(isinstance(one, Chat) for one in conversations)
+        ):
+            return "chat"
         if len(where) > 1:
             raise InputError(
                 f"{where['plain']}: does not end in {' or '.join(MARKERS)} as other questions of the file do; "

@@ -25,7 +25,7 @@ from minift.errors import InputError
 from minift.evaluation.intervals import Score
 from minift.evaluation.likelihood import example_likelihoods
 from minift.model import Llama
-from minift.pack import Example
+from minift.pack import Example, encode_prompt
 from minift.prompts import Pair, Template
 from minift.tokenizer.base import Tokenizer
 
@@ -105,9 +105,10 @@ def choose(
     examples, sizes = [], []
     for question in questions:
         for choice in question.choices:
-            prompt, answer = template.parts(Pair(question.question, choice.strip(), where=question.where))
-            # Without EOS: the question is not whether the answer ends here.
-            example = Example(tokenizer.encode(prompt), tokenizer.encode_continuation(answer, eos=False))
+            pair = Pair(question.question, choice.strip(), where=question.where)
+            # Without an end: the question is not whether the answer ends here.
+            answer = tokenizer.encode_continuation(template.answer_parts(pair))
+            example = Example(encode_prompt(template.prompt(pair), tokenizer), answer)
             if len(example) > limit:
                 raise InputError(f"{question.where}: takes {len(example)} positions; the model has {limit}")
             examples.append(example)

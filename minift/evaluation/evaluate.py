@@ -27,8 +27,8 @@ from minift.evaluation.intervals import Score, difference, score_values
 from minift.evaluation.likelihood import Likelihood, example_likelihoods, in_groups, likelihood_scores
 from minift.generate import generate
 from minift.model import Llama
-from minift.pack import Example, encode_pair
-from minift.prompts import Pair, Template
+from minift.pack import Example, encode_conversation
+from minift.prompts import Conversation, Template
 from minift.tokenizer.base import Tokenizer
 
 EXTRA_TOKENS = 16  # an answer may be this much longer than the right one before it is cut
@@ -36,15 +36,15 @@ EXTRA_TOKENS = 16  # an answer may be this much longer than the right one before
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out pair, its ids, and the UTF-8 bytes of the text that its answer's ids decode to."""
+    """A held-out pair or chat, its ids up to its last answer, and the UTF-8 bytes of the text that the answer is."""
 
-    pair: Pair
+    pair: Conversation
     example: Example
     n_bytes: int
 
 
 def make_questions(
-    pairs: Sequence[Pair], template: Template, tokenizer: Tokenizer, max_length: int
+    pairs: Sequence[Conversation], template: Template, tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[Question], int]:
     """Return the pairs as prompts and answers in ids, and the number of pairs that do not fit `max_length`.
 
@@ -58,8 +58,8 @@ def make_questions(
     return questions, len(pairs) - len(questions)
 
 
-def _question(pair: Pair, template: Template, tokenizer: Tokenizer, max_length: int) -> Question | None:
-    example = encode_pair(pair, template, tokenizer, max_length)
+def _question(pair: Conversation, template: Template, tokenizer: Tokenizer, max_length: int) -> Question | None:
+    example = encode_conversation(pair, template, tokenizer, max_length, learn="last")[-1]
     if example is None:
         return None
     return Question(pair, example, len(tokenizer.decode_continuation(example.answer).encode()))
@@ -188,7 +188,7 @@ def evaluate(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], 
 def compare(
     before: tuple[Llama, Tokenizer],
     after: tuple[Llama, Tokenizer],
-    pairs: Sequence[Pair],
+    pairs: Sequence[Conversation],
     template: Template,
     plain: bool = False,
 ) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def compare(
     }
 
 
-def _samples(pairs: Sequence[Pair], before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, str]]:
+def _samples(pairs: Sequence[Conversation], before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, str]]:
     """Return each question with its right answer and both models' words."""
     return [
         {

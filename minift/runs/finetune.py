@@ -1,6 +1,6 @@
 """Finetuning, from files of pairs to a finished run folder: the pages of the root, called in order.
 
-read_pairs    prompts.py, data/pairs.py        files → pairs to train on, pairs held out, the template of both
+read_data    prompts.py, data/conversations.py        files → pairs to train on, pairs held out, the template of both
 open_model    checkpoint.py, lora.py           the model, with adapters if they are asked for
 encode        pack.py                          pairs → examples: token ids, of which the answer's are learned
 announce                                       what the run is going to do
@@ -11,6 +11,7 @@ compare       evaluation/evaluate.py           both models on the pairs held out
 minift finetune --steps 100 --plain
 """
 
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -24,23 +25,25 @@ from minift import kernels
 from minift.checkpoint import load_model, model_without_memory, weights_of
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
+from minift.data.conversations import Reading, read_all_conversations
 from minift.data.encodings import check_encoding
-from minift.data.pairs import read_all_pairs
 from minift.data.records import Skipped, find_files
+from minift.data.templates import choose_template, template_named
 from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluation.evaluate import compare
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
-from minift.pack import Batch, Example, collate, encode_pairs
-from minift.prompts import Pair, choose_template, template_named
+from minift.pack import Batch, Example, collate, encode_conversations
+from minift.prompts import Conversation
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
 from minift.runs.folder import FinetuneJob, write_report
 from minift.runs.start import start_state
 from minift.storage.checksums import check_model
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer, check_fit
+from minift.tokenizer.chat import ChatTemplate
 from minift.tokenizer.load import load_tokenizer
 from minift.train import Plan
 
@@ -48,13 +51,17 @@ HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given
 
 
 def finetune_job(
-    model: str, data: Sequence[str] | None = None, test: Sequence[str] | None = None, encoding: str = "utf-8"
+    model: str,
+    data: Sequence[str] | None = None,
+    test: Sequence[str] | None = None,
+    encoding: str = "utf-8",
+    fields: Sequence[str] = (),
 ) -> FinetuneJob:
     """Return a job in which what is not given is bundled: the pairs and, with those, the held-out questions."""
     if data is None:
         data = (str(bundled("pairs.jsonl")),)
         test = (str(bundled("test.jsonl")),) if test is None else test
-    return FinetuneJob(str(model_path(model)), tuple(data), tuple(test or ()), check_encoding(encoding))
+    return FinetuneJob(str(model_path(model)), tuple(data), tuple(test or ()), check_encoding(encoding), tuple(fields))
 
 
 def finetune(
@@ -77,16 +84,16 @@ def finetune(
     device, config = choose_machine(config, resume, plain)
     with join(config.parallel, device) as world:
         resume = check_out(out, resume, world)
-        split = read_pairs(job, config)
+        split = read_data(job, config)
         # By default not compiled: no two batches have the same shape, and each new one would be compiled again.
         config = config.replace(template=split.template, compile=bool(config.compile))
         if not _train(job, split, config, out, resume, plain, world):
             return None
-        return _compare_with_base(job, split, out, plain, world.device) if world.is_main else {}
+        return _compare_with_base(job, split, config, out, plain, world.device) if world.is_main else {}
 
 
 def _train(
-    job: FinetuneJob, split: "PairSplit", config: TrainConfig, out: Path, resume: bool, plain: bool, world: World
+    job: FinetuneJob, split: "Split", config: TrainConfig, out: Path, resume: bool, plain: bool, world: World
 ) -> bool:
     """Take all steps of a run. Return True when `final/` is there.
 
@@ -94,6 +101,7 @@ def _train(
     """
     tokenizer, model = open_model(job.model, config, world)
     encoded = encode(split, tokenizer, config)
+    add_stop_tokens(model, split, tokenizer)
     announce(job, model, split, encoded, config, world)
     ranks = (world.rank, world.size)
     batches = PairBatches(encoded.examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack, *ranks)
@@ -109,7 +117,7 @@ def _train(
 
 
 @dataclass(frozen=True)
-class PairSplit:
+class Split:
     """All pairs of a job.
 
     Attributes:
@@ -118,14 +126,14 @@ class PairSplit:
         skipped: what could not be used.
     """
 
-    training: list[Pair]
-    held_out: list[Pair]
+    training: list[Conversation]
+    held_out: list[Conversation]
     template: str
     skipped: Skipped
 
 
 @dataclass(frozen=True)
-class EncodedPairs:
+class Encoded:
     """The pairs as token ids.
 
     Attributes:
@@ -141,7 +149,7 @@ class EncodedPairs:
     held_out_dropped: int
 
 
-def read_pairs(job: FinetuneJob, config: TrainConfig) -> PairSplit:
+def read_data(job: FinetuneJob, config: TrainConfig) -> Split:
     """Read all pairs of a job, hold some of them out, and choose their template.
 
     Raises:
@@ -149,32 +157,37 @@ def read_pairs(job: FinetuneJob, config: TrainConfig) -> PairSplit:
     """
     find_files([*job.data, *job.test], say=None)
     skipped = Skipped(config.strict, quiet=True)  # reported once, after all files are read
-    pairs = read_all_pairs(job.data, skipped, job.encoding, say=print)
-    test = read_all_pairs(job.test, None, job.encoding, say=print) if job.test else []
-    training, held_out = (pairs, test) if job.test else _hold_out(pairs, config.seed)
-    return PairSplit(training, held_out, choose_template(config.template, [*training, *held_out]), skipped)
+    found, test = (
+        read_all_conversations(files, faults, Reading(job.encoding, job.fields), print) if files else []
+        for files, faults in ((job.data, skipped), (job.test, None))
+    )
+    training, held_out = (found, test) if job.test else _hold_out(found, config.seed)
+    template = choose_template(config.template, [*training, *held_out], load_tokenizer(job.model))
+    return Split(training, held_out, template, skipped)
 
 
-def _hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
+def _hold_out(pairs: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
     """Draw HELD_OUT_SHARE of the pairs by the seed, at least one; return the others, and those drawn, in file order."""
     if len(pairs) < 2:
-        raise InputError(f"{pairs[0].where}: a single pair cannot be split; give at least 2, or --test")
+        raise InputError(f"{pairs[0].where}: a single record cannot be split; give at least 2, or --test")
     count = max(1, round(len(pairs) * HELD_OUT_SHARE))
     drawn = set(random.Random(seed).sample(range(len(pairs)), count))
     return [pair for i, pair in enumerate(pairs) if i not in drawn], [pairs[i] for i in sorted(drawn)]
 
 
-def encode(split: PairSplit, tokenizer: Tokenizer, config: TrainConfig) -> EncodedPairs:
+def encode(split: Split, tokenizer: Tokenizer, config: TrainConfig) -> Encoded:
     """Encode all pairs in their template, cut to `config.max_length` positions.
 
     Raises:
         InputError: when no pair to train on, or none held out, has a target.
     """
-    template = template_named(split.template)
-    examples, dropped = encode_pairs(split.training, template, tokenizer, config.max_length)
-    held_out, held_out_dropped = encode_pairs(split.held_out, template, tokenizer, config.max_length)
-    cut = sum(example.answer[-1] != tokenizer.eos_id for example in examples)
-    return EncodedPairs(examples, held_out, cut, dropped, held_out_dropped)
+    template = template_named(split.template, tokenizer, config.rendered)
+    training, held_out = (
+        encode_conversations(part, template, tokenizer, config.max_length, config.learn)
+        for part in (split.training, split.held_out)
+    )
+    cut = sum(example.cut for example in training[0])
+    return Encoded(training[0], held_out[0], cut, training[1], held_out[1])
 
 
 def _validation_batches(held_out: list[Example], tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
@@ -222,9 +235,15 @@ def _fill_shards(name: str, model: Llama, config: TrainConfig, world: World) -> 
         init_adapters(model, torch.Generator().manual_seed(config.seed))
 
 
-def announce(
-    job: FinetuneJob, model: Llama, split: PairSplit, encoded: EncodedPairs, config: TrainConfig, world: World
-) -> None:
+def add_stop_tokens(model: Llama, split: Split, tokenizer: Tokenizer) -> None:
+    """Add the tokens that end a turn in a chat template to those at which the model stops."""
+    template = template_named(split.template, tokenizer)
+    if isinstance(template, ChatTemplate):
+        stops = dict.fromkeys([*model.config.eos_token_ids, *template.stop_ids(tokenizer)])
+        model.config = dataclasses.replace(model.config, eos_token_id=tuple(stops))
+
+
+def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, config: TrainConfig, world: World) -> None:
     """Print what the run is going to do: with which model, on which pairs, and what is left out."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else "all of them trained"
@@ -241,10 +260,11 @@ def announce(
 
 
 def _compare_with_base(
-    job: FinetuneJob, split: PairSplit, out: Path, plain: bool, device: torch.device
+    job: FinetuneJob, split: Split, config: TrainConfig, out: Path, plain: bool, device: torch.device
 ) -> dict[str, Any]:
     """Compare the model before and after on the pairs held out; write compare.json and report.html."""
-    tokenizer, template = load_tokenizer(job.model), template_named(split.template)
+    tokenizer = load_tokenizer(job.model)
+    template = template_named(split.template, tokenizer, config.rendered)
     try:
         before, after = load_model(job.model, device=device), load_model(out / "final", device=device)
         if not plain:

@@ -38,7 +38,7 @@ from minift.values import read_json
 class FinetuneJob:
     """What to finetune: a model folder, files of pairs, and files of held-out pairs (none: a tenth of the pairs).
 
-    `encoding` is that of all these files.
+    `encoding` is that of all these files, and `fields` are the keys of their records, if the user names them.
     """
 
     name: ClassVar[str] = "finetune"
@@ -46,6 +46,7 @@ class FinetuneJob:
     data: tuple[str, ...]
     test: tuple[str, ...] = ()
     encoding: str = "utf-8"
+    fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def _check_inputs(name: str, inputs: dict[str, Any], where: Path) -> None:
     fields = dataclasses.fields(JOBS[name])
     names = {item.name for item in fields}
     inputs.setdefault("encoding", "utf-8")  # runs of earlier versions read no other
+    if "fields" in names:
+        inputs.setdefault("fields", [])
     if set(inputs) != names:
         raise InputError(f"{where}: inputs are {sorted(inputs)}; a {name} run has {sorted(names)}")
     for item in fields:

@@ -20,6 +20,10 @@ class ChatTemplate(Template):
         """Return the parts of the last answer."""
         return ["", conversation.answer]
 
+    def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Return the ids of the tokens that end its turns."""
+        return []
+
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:
     """Return whether a chat template came with the tokenizer."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.lessons import estimate, how_many
-from minift.data.pairs import read_all_pairs
+from minift.data.conversations import read_all_conversations
 from minift.errors import InputError
 from minift.storage.names import bundled
 from tests.helpers import run_here
@@ -36,7 +36,7 @@ def test_the_sets_of_a_seed_are_nested_and_kinds_are_told_apart(monkeypatch: pyt
     monkeypatch.setattr(how_many, "right_answers", lambda model, tok, pairs: capital)
     asked = {"seed": 3, "steps": 1, "batch_size": 10, "lr": 1e-4, "questions": 0}
     found = [how_many._measure({**asked, "count": count}) for count in (10, 30)]
-    pairs = read_all_pairs([bundled("pairs.jsonl")])
+    pairs = read_all_conversations([bundled("pairs.jsonl")])
     Random("3 how many").shuffle(pairs)
     assert taken == [[pair.question for pair in pairs[:count]] for count in (10, 30)]
     kinds = how_many._kinds()
@@ -48,7 +48,7 @@ def test_the_sets_of_a_seed_are_nested_and_kinds_are_told_apart(monkeypatch: pyt
 
 
 def _test() -> list[Any]:
-    return [pair for pair in read_all_pairs([bundled("test.jsonl")]) if pair.metric == "exact_match"]
+    return [pair for pair in read_all_conversations([bundled("test.jsonl")]) if pair.metric == "exact_match"]
 
 
 def _made(*medians: float, half: float = 0.01, others: int = 0) -> dict[str, Any]:

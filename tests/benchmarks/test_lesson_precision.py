@@ -52,15 +52,15 @@ def test_lost_updates(result: dict) -> None:
 def test_a_lost_update_is_one_below_half_a_unit_in_the_last_place() -> None:
     """AdamW's first update is the rate, up or down; bfloat16's neighbours of w are 2^(exponent - 7) apart."""
     from minift.checkpoint import load_model
-    from minift.data.pairs import read_all_pairs
-    from minift.pack import collate, encode_pairs
-    from minift.prompts import template_named
+    from minift.data.conversations import read_all_conversations
+    from minift.data.templates import template_named
+    from minift.pack import collate, encode_conversations
     from minift.storage.names import bundled, model_path
     from minift.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(model_path("bundled"))
-    pairs = read_all_pairs([bundled("pairs.jsonl")])[:8]
-    examples, _ = encode_pairs(pairs, template_named("plain"), tokenizer, 256)
+    pairs = read_all_conversations([bundled("pairs.jsonl")])[:8]
+    examples, _ = encode_conversations(pairs, template_named("plain"), tokenizer, 256)
     lr = 1e-4
     found = precision.lost_updates(collate(examples, tokenizer.eos_id), lr)["bfloat16"]
     model = load_model(model_path("bundled"))

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from minift.cli import main
+from minift.data.conversations import read_all_conversations, read_conversations
 from minift.data.encodings import check_encoding, not_text
-from minift.data.pairs import read_all_pairs, read_pairs
 from minift.data.records import Record, Skipped, find_files, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.data.tables import LONGEST, csv_rows
@@ -187,7 +187,7 @@ def test_a_bad_byte_costs_its_record_alone(tmp_path: Path, kind: str) -> None:
     text = "[" + ",\n".join(lines) + "]" if kind == "json" else "question,answer\n" + "\n".join(lines) + "\n"
     file.write_bytes(text.encode(errors="surrogateescape"))
     skipped = Skipped(quiet=True)
-    assert len(read_pairs(file, skipped)) == 199
+    assert len(read_conversations(file, skipped)) == 199
     assert (skipped.skipped, skipped.records) == (1, 200)
     assert skipped.first == [f"{file}:{150 + (kind == 'csv')}: not UTF-8 text"]
 
@@ -232,7 +232,7 @@ def test_pairs_that_cannot_be_read_to_their_end_are_refused(
     file = tmp_path / name
     write(file)
     with pytest.raises(UnreadableError) as caught:
-        read_all_pairs([file], Skipped(quiet=True))
+        read_all_conversations([file], Skipped(quiet=True))
     assert str(caught.value).startswith(f"{file}:{message}")
     assert "damaged gzip data" in str(caught.value) or message
     assert main(["data", "stats", str(file)]) == 2

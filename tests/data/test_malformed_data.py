@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from minift.cli import main
-from minift.data.pairs import read_all_pairs
+from minift.data.conversations import read_all_conversations
 from minift.data.records import MAX_LINE, SHOWN, SKIPPED_BEFORE_CHECK, TEXT_PART, Skipped, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
@@ -212,11 +212,11 @@ def test_a_corpus_is_refused_past_one_per_cent_and_not_before(tmp_path: Path, na
     write_jsonl(file, pairs)
     skipped = Skipped(quiet=True)
     if end is None:
-        found = read_all_pairs([file], skipped)
+        found = read_all_conversations([file], skipped)
         assert [pair.question for pair in found] == [f"{i}?" for i in range(read) if not bad[i]]
     else:
         with pytest.raises(InputError) as refused:
-            read_all_pairs([file], skipped)
+            read_all_conversations([file], skipped)
         assert str(refused.value) == message
     assert counts(skipped) == (sum(bad[:read]), read)
 
@@ -234,7 +234,7 @@ def test_a_share_is_that_of_all_files_of_pairs(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"question": f"{i}?", "answer": "a"} for i in range(300)])
     write_jsonl(tmp_path / "b.jsonl", [BAD, BAD, BAD])
     skipped = Skipped(quiet=True)
-    assert len(read_all_pairs([tmp_path], skipped)) == 300
+    assert len(read_all_conversations([tmp_path], skipped)) == 300
     assert counts(skipped) == (3, 303)
 
 
@@ -250,12 +250,12 @@ def test_bad_pairs_are_skipped_counted_and_named(tmp_path: Path, capsys: pytest.
     bad += [["question", "answer"], {"question": "half \ud83d", "answer": "a"}, {"text": "a page"}]
     file = write_jsonl(tmp_path / "x.jsonl.gz", [*bad[:3], *good, *bad[3:]])
     skipped = Skipped()
-    assert [pair.question for pair in read_all_pairs([file], skipped)] == [pair["question"] for pair in good]
+    assert [pair.question for pair in read_all_conversations([file], skipped)] == [pair["question"] for pair in good]
     assert counts(skipped) == (8, 1008)
     found = reports(capsys.readouterr().err)
     assert [report.split(": ")[0] for report in found] == [f"{file}:{line}" for line in (1, 2, 3, 1004, 1005)]
     with pytest.raises(InputError, match=rf"^{file}:1: not valid JSON"):
-        read_all_pairs([file])
+        read_all_conversations([file])
 
 
 # Long lines -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The promise of `data.pairs.is_pair`: all commands agree whether a file holds pairs or pages, also about Alpaca's own.
+"""The promise of `is_conversation`: all commands agree whether a file holds pairs or pages, also about Alpaca's own.
 
 Alpaca's file has the whole prompt and the answer under `text`, next to the parts of which it was made. The layouts are
 written out here, and `data stats`, `evaluate` and `finetune` are run on each of them.
@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from minift.cli import main
-from minift.data.pairs import is_pair, read_all_pairs
+from minift.data.conversations import is_conversation, read_all_conversations
 from minift.data.records import Record
 from minift.data.survey import LOOKED_AT, survey
+from minift.data.templates import TEMPLATES
 from minift.errors import InputError
-from minift.prompts import TEMPLATES
 from minift.tokenizer.base import Tokenizer
-from tests.helpers import write_jsonl
+from tests.helpers import texts_of, write_jsonl
 
 
 def alpaca(number: int) -> dict[str, str]:
@@ -46,8 +46,8 @@ def alpacas_file(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 def test_alpacas_text_is_what_the_template_makes_of_the_parts(alpacas_file: Path) -> None:
-    for number, pair in enumerate(read_all_pairs([alpacas_file])):
-        assert "".join(TEMPLATES["alpaca"].format(pair)) == alpaca(number)["text"]
+    for number, pair in enumerate(read_all_conversations([alpacas_file])):
+        assert "".join(texts_of(TEMPLATES["alpaca"], pair)) == alpaca(number)["text"]
 
 
 def test_all_commands_take_alpacas_file_for_pairs(
@@ -97,13 +97,13 @@ def test_all_commands_take_alpacas_file_for_pairs(
     ],
 )
 def test_a_record_is_a_pair_or_a_page(values: dict[str, Any], text_field: str | None, expected: bool) -> None:
-    assert is_pair(Record(values, Path("x.jsonl"), 1), text_field) is expected
+    assert is_conversation(Record(values, Path("x.jsonl"), 1), text_field) is expected
 
 
 @pytest.mark.parametrize(("values", "text_field"), [({"body": "a"}, None), ({"body": "a"}, "page"), ({}, None)])
 def test_a_record_that_is_neither_is_named(values: dict[str, Any], text_field: str | None) -> None:
     with pytest.raises(InputError, match=r"^x\.jsonl:7: no usable fields in .*; known: question/answer, .*, text$"):
-        is_pair(Record(values, Path("x.jsonl"), 7), text_field)
+        is_conversation(Record(values, Path("x.jsonl"), 7), text_field)
 
 
 def test_the_first_usable_record_decides_the_survey(tmp_path: Path, tokenizer: Tokenizer) -> None:

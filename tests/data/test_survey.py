@@ -16,15 +16,15 @@ import pytest
 import sentencepiece
 
 from minift.cli import main
-from minift.data.pairs import read_all_pairs
+from minift.data.conversations import read_all_conversations
 from minift.data.records import find_files
 from minift.data.stream import DocumentStream
 from minift.data.survey import Lengths, survey
-from minift.pack import encode_pairs
-from minift.prompts import TEMPLATES, choose_template
+from minift.data.templates import TEMPLATES, choose_template
+from minift.pack import encode_conversations
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
-from tests.helpers import write_jsonl
+from tests.helpers import texts_of, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -203,20 +203,20 @@ def test_a_formatted_file_trains_the_same_way(
     file, out = write_jsonl(tmp_path / "x.jsonl", some_pairs(40, context)), tmp_path / "out.jsonl"
     assert main(["data", "format", str(file), "--template", template, "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"saved: {out} (40 pairs in the template {template})\n"
-    before, after = read_all_pairs([file]), read_all_pairs([out])
+    before, after = read_all_conversations([file]), read_all_conversations([out])
     written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert written == [
-        {"question": TEMPLATES[template].format(pair)[0], "answer": pair.answer} for pair in before
+        {"question": texts_of(TEMPLATES[template], pair)[0], "answer": pair.answer} for pair in before
     ]  # whatever reads it next, an answer begins with no separator
     name = choose_template("auto", after)
     assert name == ("plain" if template == "plain" else "carried")
-    examples, dropped = encode_pairs(before, TEMPLATES[template], tokenizer, 512)
+    examples, dropped = encode_conversations(before, TEMPLATES[template], tokenizer, 512)
     assert dropped == 1  # the one without an answer
-    assert encode_pairs(after, TEMPLATES[name], tokenizer, 512) == (examples, dropped)
+    assert encode_conversations(after, TEMPLATES[name], tokenizer, 512) == (examples, dropped)
     middle = statistics.median_low(map(len, examples))  # at which about a half of them are cut off
-    cut = encode_pairs(before, TEMPLATES[template], tokenizer, middle)
+    cut = encode_conversations(before, TEMPLATES[template], tokenizer, middle)
     assert cut[0] != examples
-    assert encode_pairs(after, TEMPLATES[name], tokenizer, middle) == cut
+    assert encode_conversations(after, TEMPLATES[name], tokenizer, middle) == cut
     assert any(before[i].context for i in range(40)) == context
 
 
@@ -227,10 +227,10 @@ def test_a_file_formatted_as_text_holds_what_the_model_would_read(
     file, out = write_jsonl(tmp_path / "x.jsonl", some_pairs(20, context=True)), tmp_path / "out.jsonl"
     assert main(["data", "format", str(file), "--template", template, "--out", str(out), "--as-text"]) == 0
     assert all(json.loads(line).keys() == {"text"} for line in out.read_text(encoding="utf-8").splitlines())
-    pairs = read_all_pairs([file])
+    pairs = read_all_conversations([file])
     texts = list(DocumentStream([out], epochs=1))
-    assert texts == ["".join(TEMPLATES[template].format(pair)) for pair in pairs]
-    examples, _ = encode_pairs(pairs, TEMPLATES[template], tokenizer, 512)
+    assert texts == ["".join(texts_of(TEMPLATES[template], pair)) for pair in pairs]
+    examples, _ = encode_conversations(pairs, TEMPLATES[template], tokenizer, 512)
     answered = [text for text, pair in zip(texts, pairs, strict=True) if pair.answer]
     for text, example in zip(answered, examples, strict=True):
         assert tokenizer.decode(example.prompt + example.answer) == text

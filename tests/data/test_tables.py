@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minift.data import tables
-from minift.data.pairs import read_pairs
+from minift.data.conversations import read_conversations
 from minift.data.records import Record, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.data.tables import array_items
@@ -89,7 +89,7 @@ def test_pairs_are_the_same_from_every_kind_of_file(tmp_path: Path) -> None:
         table.writeheader()
         table.writerows(PAIRS)
     found = {
-        name: [(pair.question, pair.answer) for pair in read_pairs(tmp_path / name)]
+        name: [(pair.question, pair.answer) for pair in read_conversations(tmp_path / name)]
         for name in ("a.jsonl", "b.json", "c.json.gz", "d.csv")
     }
     assert set(map(tuple, found.values())) == {(("Name a fruit.", "Apple."), ("A colour, please:", 'Say "red".'))}
@@ -99,7 +99,7 @@ def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
     """As C4's shards are."""
     file = tmp_path / "x.json"
     file.write_text('{"question": "Q", "answer": "A"}\n')
-    assert len(read_pairs(file)) == 1
+    assert len(read_conversations(file)) == 1
 
 
 def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from minift.cli import main
 from minift.data.records import read_records
+from minift.data.templates import TEMPLATES
 from minift.errors import InputError
 from minift.evaluation.choices import ChoiceQuestion, choice_scores, choose, read_choices
 from minift.model import Llama
-from minift.prompts import TEMPLATES
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import plain_nll, small_model, write_jsonl
 

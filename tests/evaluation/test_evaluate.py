@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
-from minift.data.pairs import read_pairs
+from minift.data.conversations import read_conversations
 from minift.data.stream import DocumentStream
+from minift.data.templates import TEMPLATES, template_named
 from minift.evaluation import evaluate as module
 from minift.evaluation.evaluate import (
     EXTRA_TOKENS,
@@ -41,7 +42,7 @@ from minift.evaluation.likelihood import (
 from minift.loss import next_token_loss
 from minift.model import Llama
 from minift.pack import IGNORE, Example, collate
-from minift.prompts import TEMPLATES, Pair, template_named
+from minift.prompts import Pair
 from minift.reference import greedy
 from minift.tokenizer.base import Tokenizer
 from minift.train import Objective
@@ -375,7 +376,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dic
 
 def test_a_comparison_is_two_evaluations_of_the_same_questions(files: dict[str, Path], tokenizer: Tokenizer) -> None:
     before, after = load_model(files["before"]), load_model(files["after"])
-    pairs = read_pairs(files["pairs.jsonl"])
+    pairs = read_conversations(files["pairs.jsonl"])
     result = compare((before, tokenizer), (after, tokenizer), pairs, TEMPLATES["plain"])
     assert set(result) == {"before", "after", "difference", "skipped", "samples"}
     assert result["skipped"] == 1
@@ -401,7 +402,7 @@ def test_compare_writes_and_prints_the_comparison(
     written = json.loads((tmp_path / "x.json").read_text())
     models = [(load_model(files[name]), tokenizer) for name in ("before", "after")]
     assert written.pop("template") == "plain"
-    assert written == compare(*models, read_pairs(files["pairs.jsonl"]), TEMPLATES["plain"])
+    assert written == compare(*models, read_conversations(files["pairs.jsonl"]), TEMPLATES["plain"])
     shown = capsys.readouterr().out
     assert f"(n = {written['before']['n']})" in shown
     assert f"{written['after']['perplexity']:,.3f}" in shown
@@ -416,7 +417,7 @@ def test_evaluate_writes_and_prints_the_scores_of_pairs(
     assert main([str(word) for word in words]) == 0
     written = json.loads((tmp_path / "x.json").read_text())
     model = load_model(files[name])
-    pairs = read_pairs(files["pairs.jsonl"])[: 6 if name == "before" else 7]
+    pairs = read_conversations(files["pairs.jsonl"])[: 6 if name == "before" else 7]
     questions, _ = make_questions(pairs, TEMPLATES["plain"], tokenizer, 127)
     expected = evaluate(model, tokenizer, questions).to_dict()
     assert written.pop("skipped") == 7 - len(pairs)

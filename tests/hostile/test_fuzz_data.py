@@ -31,14 +31,16 @@ pytest.importorskip("zstandard")
 import zstandard
 from hypothesis import strategies as st
 
-from minift.data.pairs import FIELDS, read_all_pairs
+from minift.data.conversations import FIELDS, read_all_conversations
 from minift.data.records import Skipped, read_records, scan
 from minift.data.stream import DocumentStream
+from minift.data.templates import TEMPLATES, choose_template, template_named
 from minift.errors import InputError
 from minift.evaluation.choices import read_choices
-from minift.pack import IGNORE, PADDING, Example, collate, encode_pair, encode_pairs
-from minift.prompts import TEMPLATES, Pair, Template, choose_template, template_named
+from minift.pack import IGNORE, PADDING, Example, collate, encode_conversations, encode_pair
+from minift.prompts import Pair, Template
 from minift.tokenizer.base import Tokenizer
+from tests.helpers import texts_of
 from tests.hostile.fuzzing import (
     ALIKE,
     EDITS,
@@ -92,8 +94,8 @@ def test_lines_of_text_and_json(folder: Path, content: bytes, edits: Edits, name
 def read_every_way(file: Path) -> None:
     """As pages, pairs and questions, some faults borne or none."""
     outcome(lambda: list(read_records(file)), file)
-    outcome(lambda: read_all_pairs([file]), file)
-    outcome(lambda: read_all_pairs([file], Skipped()), file)
+    outcome(lambda: read_all_conversations([file]), file)
+    outcome(lambda: read_all_conversations([file], Skipped()), file)
     outcome(lambda: list(DocumentStream([file], epochs=1, shuffle_buffer=3, skipped=Skipped(quiet=True))), file)
     if any(True for _ in scan(file)):
         outcome(lambda: read_choices(read_records(file)), file)
@@ -176,7 +178,7 @@ def test_pairs_become_rows_in_which_nothing_is_lost(
     else:
         lines = json.dumps(records) if form == "json" else "\n".join(map(json.dumps, records))
         file.write_bytes(gzip.compress(lines.encode()) if form == "jsonl.gz" else lines.encode())
-    pairs = outcome(lambda: read_all_pairs([file]), file)
+    pairs = outcome(lambda: read_all_conversations([file]), file)
     if pairs is None:
         assert form == "csv"  # which has no place for NUL
         return
@@ -188,7 +190,7 @@ def test_pairs_become_rows_in_which_nothing_is_lost(
     if name is None:
         return
     chosen = template_named(name)
-    encoded = outcome(lambda: encode_pairs(pairs, chosen, tokenizer, max_length), f"max_length {max_length}")
+    encoded = outcome(lambda: encode_conversations(pairs, chosen, tokenizer, max_length), f"max_length {max_length}")
     wanted = [pair for pair in pairs if pair.answer.strip() and len(prompt_ids(pair, chosen, tokenizer)) <= max_length]
     assert bool(wanted) == (encoded is not None)
     if encoded is None:
@@ -201,11 +203,11 @@ def test_pairs_become_rows_in_which_nothing_is_lost(
 
 
 def prompt_ids(pair: Pair, template: Template, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(template.format(pair)[0])
+    return tokenizer.encode(texts_of(template, pair)[0])
 
 
 def check_example(ours: Example, pair: Pair, template: Template, tokenizer: Tokenizer, max_length: int) -> None:
-    prompt, answer = template.format(pair)
+    prompt, answer = texts_of(template, pair)
     assert ours.prompt == prompt_ids(pair, template, tokenizer)
     assert ours.prompt.count(tokenizer.bos_id) == 1
     assert len(ours) <= max_length
@@ -258,7 +260,7 @@ def test_templates(
     template = outcome(lambda: template_named(name), name, repr(name), "unknown template")
     if template is None:
         return
-    texts = outcome(lambda: template.format(pair), "a pair: ")
+    texts = outcome(lambda: texts_of(template, pair), "a pair: ")
     if texts is not None:
         assert question in texts[0]
         assert context in texts[0]

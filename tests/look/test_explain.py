@@ -13,12 +13,13 @@ import torch.nn.functional as F
 
 from minift.config import FINETUNE, TrainConfig
 from minift.data.batches import PairBatches
+from minift.data.templates import template_named
 from minift.look.explain import Entry, Position, XRay, explain
 from minift.look.pages.xray import xray_page
 from minift.look.report import visible, xray_table
 from minift.model import Llama
 from minift.pack import IGNORE, PADDING, Example, collate, encode_pair
-from minift.prompts import Pair, template_named
+from minift.prompts import Pair
 from minift.runs.start import start_state
 from minift.tokenizer.base import Tokenizer
 from minift.train import train_step

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from minift.config import FINETUNE, LlamaConfig, TrainConfig
+from minift.data.templates import template_named
 from minift.look.explain import XRay, explain
 from minift.look.pages.run import comparison_page
 from minift.look.pages.xray import xray_page
 from minift.look.report import visible
 from minift.pack import Example, encode_pair
-from minift.prompts import Pair, template_named
+from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import SMALL, small_model
 

@@ -21,11 +21,11 @@ from minift.costs.flops import training_flops_per_token
 from minift.data.batches import PageBatches
 from minift.data.records import Skipped
 from minift.data.stream import DocumentStream
+from minift.data.templates import template_named
 from minift.distributed.world import World
 from minift.lora import LoRAConfig, adapter_weights, add_lora
 from minift.model import Llama
 from minift.pack import encode_pair
-from minift.prompts import template_named
 from minift.runs import finetune as finetuning
 from minift.runs import pretrain as pretraining
 from minift.runs.finetune import finetune, finetune_job
@@ -77,7 +77,7 @@ def nll(model: Llama, numbers: Sequence[int], tokenizer: Tokenizer, config: Trai
     """Return the summed loss of some pairs' answers, id by id, and the number of their targets."""
     total, targets = 0.0, 0
     for i in numbers:
-        (found,) = finetuning.read_all_pairs([str(PAIR_FILES[i])])
+        (found,) = finetuning.read_all_conversations([str(PAIR_FILES[i])])
         example = encode_pair(found, template_named(config.template), tokenizer, config.max_length)
         assert example is not None
         total += plain_nll(model, [*example.prompt, *example.answer], len(example.prompt))
@@ -120,7 +120,7 @@ def what_starts(
 @pytest.mark.parametrize("seed", [0, 5])
 def test_a_tenth_of_the_pairs_is_held_out_by_the_seed(job: FinetuneJob, tmp_path: Path, count: int, seed: int) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", map(pair, range(count)))
-    split = finetuning.read_pairs(finetune_job(job.model, [str(data)]), CONFIG.replace(seed=seed))
+    split = finetuning.read_data(finetune_job(job.model, [str(data)]), CONFIG.replace(seed=seed))
     expected = held_out(seed, count)
     assert [found.question for found in split.held_out] == [pair(i)["question"] for i in expected]
     rest = [pair(i)["question"] for i in range(count) if i not in expected]
@@ -130,7 +130,7 @@ def test_a_tenth_of_the_pairs_is_held_out_by_the_seed(job: FinetuneJob, tmp_path
 
 def test_a_file_of_held_out_pairs_leaves_all_others_to_training(job: FinetuneJob, tmp_path: Path) -> None:
     test = write_jsonl(tmp_path / "test.jsonl", [pair(100), pair(101)])
-    split = finetuning.read_pairs(finetune_job(job.model, job.data, [str(test)]), CONFIG)
+    split = finetuning.read_data(finetune_job(job.model, job.data, [str(test)]), CONFIG)
     assert [found.question for found in split.training] == [pair(i)["question"] for i in range(N_PAIRS)]
     assert [found.question for found in split.held_out] == [pair(i)["question"] for i in (100, 101)]
 

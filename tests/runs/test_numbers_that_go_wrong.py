@@ -17,12 +17,13 @@ from minift import train
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.config import TrainConfig
+from minift.data.templates import template_named
 from minift.errors import InputError, RunError
 from minift.evaluation.evaluate import compare
 from minift.generate import Sampling, generate, stream
 from minift.loss import next_token_loss
 from minift.pack import IGNORE, Batch
-from minift.prompts import Pair, template_named
+from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
 from minift.train import TrainState, train_step, validation_loss
 from tests.helpers import bits, new_state, same, small_model, write_jsonl

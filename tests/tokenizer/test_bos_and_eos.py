@@ -9,13 +9,14 @@ import sentencepiece
 
 from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
+from minift.data.templates import TEMPLATES
 from minift.pack import encode_pair
-from minift.prompts import TEMPLATES, Pair
+from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.huggingface import JsonTokenizer
 from minift.tokenizer.load import load_tokenizer
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
-from tests.helpers import write_jsonl
+from tests.helpers import texts_of, write_jsonl
 from tests.tokenizer.kinds import CHAT_TOKENS, CHATS, NAMES, edit, kept, refused, trained, write_config
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -203,7 +204,7 @@ def check_training_data(made: Tokenizer, texts: list[str], tmp_path: Path) -> No
             assert example is not None
             assert example.answer[-1] == made.eos_id
             assert not control & set(example.answer[:-1]), text
-            _, answer = template.format(Pair("What?", text))
+            _, answer = texts_of(template, Pair("What?", text))
             assert made.decode_continuation(example.answer) == answer
     file = write_jsonl(tmp_path / "pages.jsonl", [{"text": text} for text in [*texts, "the rest " * 40]])
     ids: list[int] = []

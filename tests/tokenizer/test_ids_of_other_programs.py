@@ -16,11 +16,12 @@ from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
+from minift.data.templates import TEXT, read_template, template_named
 from minift.evaluation.choices import ChoiceQuestion, choose
 from minift.formats.convert import convert
 from minift.generate import generate
 from minift.pack import IGNORE, Example, collate, encode_pair
-from minift.prompts import TEXT, Pair, Template, template_named
+from minift.prompts import Pair, Template
 from minift.runner import BasicModelRunner
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
@@ -28,7 +29,7 @@ from minift.tokenizer.huggingface import JsonTokenizer
 from minift.tokenizer.load import load_tokenizer
 from minift.tokenizer.make_json import make_json
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
-from tests.helpers import write_jsonl
+from tests.helpers import texts_of, write_jsonl
 from tests.tokenizer.kinds import (
     SAMPLE,
     byte_level,
@@ -133,14 +134,14 @@ def check_pairs(ours: Tokenizer, other: Any, template: Template) -> None:
         pair = Pair(question, answer)
         example = encode_pair(pair, template, ours, max_length=500)
         assert example is not None
-        prompt, text = template.format(pair)
+        prompt, text = texts_of(template, pair)
         assert example.prompt == ids_of(other, prompt)
         whole = ids_of(other, prompt + text)
         assert example.prompt + example.answer == whole + [ours.eos_id] * (whole[-1] != ours.eos_id)
 
 
 def test_pairs_in_a_template_file_have_the_ids_of_transformers(ours: Tokenizer, other: Any, own_template: Path) -> None:
-    check_pairs(ours, other, Template.from_file(own_template))
+    check_pairs(ours, other, read_template(own_template))
 
 
 @pytest.mark.parametrize("template", ["llama2", "llama3"])
@@ -151,7 +152,7 @@ def test_pairs_in_a_template_of_minift_have_the_ids_of_transformers(ours: Tokeni
 def test_a_marker_has_one_id_on_both_sides_of_the_answer(tmp_path: Path) -> None:
     made = load_tokenizer(make_kind("smollm2", tmp_path))
     (tmp_path / "mine.txt").write_text(CHATML)
-    example = encode_pair(Pair("Hi", "Ho"), Template.from_file(tmp_path / "mine.txt"), made, max_length=99)
+    example = encode_pair(Pair("Hi", "Ho"), read_template(tmp_path / "mine.txt"), made, max_length=99)
     assert example is not None
     assert made.pieces(example.prompt).count("<|im_end|>") == 1
     assert made.pieces(example.prompt)[0] == "<|im_start|>"
@@ -165,7 +166,7 @@ def test_a_template_that_writes_bos_itself_gets_no_second_one(ours: Tokenizer, o
     own_template = own_template.with_name("with-bos.txt")
     own_template.write_text(f"{name}{{question}} => {{answer}}", encoding="utf-8")
     for question in ("Hi", f"Hi {name}", name):
-        example = encode_pair(Pair(question, "Ho"), Template.from_file(own_template), ours, 99)
+        example = encode_pair(Pair(question, "Ho"), read_template(own_template), ours, 99)
         assert example is not None
         assert [example.prompt[0], example.prompt.count(ours.bos_id)] == [ours.bos_id, 1]
 
@@ -187,7 +188,7 @@ def test_pages_and_texts_have_the_ids_of_transformers(ours: Tokenizer, other: An
 
 def test_the_datas_own_text_is_never_special(ours: Tokenizer, other: Any, own_template: Path) -> None:
     """Where a pair spells markers, the template's are still special and the pair's are not, at any place."""
-    template = Template.from_file(own_template)
+    template = read_template(own_template)
     specials = set(other.get_added_vocab())
     rng = random.Random(5)
     clean = encode_pair(Pair("Q", "A"), template, ours, 10_000)
@@ -216,7 +217,7 @@ def test_a_text_that_is_cut_at_its_markers_has_the_ids_of_the_text_in_one(
 ) -> None:
     """What is done only where the data spells a marker, done where `transformers` can be asked."""
     assert isinstance(ours, JsonTokenizer)
-    template = Template.from_file(own_template)
+    template = read_template(own_template)
     marker = ours.pieces([ours.eos_id])[0]
     for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
         clean, spelled = (template.parts(Pair(question + more, answer))[0] for more in ("", marker))
@@ -234,7 +235,7 @@ def test_answers_come_through_the_same_ids(
     model = model_for(ours)
     save = tmp_path / "saved"
     save_model(save, model, ours)
-    template = Template.from_file(own_template)
+    template = read_template(own_template)
     example = encode_pair(Pair(QUESTIONS[0], "x"), template, ours, 99)
     assert example is not None
     ids = generate(model, [example.prompt], 8)[0]
@@ -261,13 +262,13 @@ def test_an_exported_folder_sees_the_same_ids(
     convert(tmp_path / "run", tmp_path / "out", to)
     again = load_tokenizer(tmp_path / "out")
     assert again.adds_bos == ours.adds_bos
-    template = Template.from_file(own_template)
+    template = read_template(own_template)
     example = encode_pair(Pair(QUESTIONS[0], ANSWERS[0]), template, ours, 99)
     assert encode_pair(Pair(QUESTIONS[0], ANSWERS[0]), template, again, 99) == example
     assert example is not None
     if to == "hf":
         exported = read_by_transformers(tmp_path / "out")
-        prompt, answer = template.format(Pair(QUESTIONS[0], ANSWERS[0]))
+        prompt, answer = texts_of(template, Pair(QUESTIONS[0], ANSWERS[0]))
         assert ids_of(exported, prompt) == example.prompt
         whole = ids_of(exported, prompt + answer)
         assert example.prompt + example.answer == whole + [ours.eos_id] * (whole[-1] != ours.eos_id)

@@ -13,13 +13,14 @@ import torch
 
 from minift.data.batches import PageBatches, PairBatches
 from minift.data.stream import DocumentStream
+from minift.data.templates import TEMPLATES
 from minift.errors import InputError
 from minift.loss import next_token_loss
 from minift.model import Llama
-from minift.pack import IGNORE, PADDING, Batch, Example, collate, encode_pair, encode_pairs
-from minift.prompts import TEMPLATES, Pair
+from minift.pack import IGNORE, PADDING, Batch, Example, collate, encode_conversations, encode_pair
+from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
-from tests.helpers import small_model, write_jsonl
+from tests.helpers import small_model, texts_of, write_jsonl
 
 PAIRS = [
     Pair("What is the capital of Mexico?", "Mexico City"),
@@ -76,12 +77,12 @@ def rows_of(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
 def test_targets_are_the_tokens_shifted_by_one(
     tokenizer: Tokenizer, template: str, pack: bool, length: int | None
 ) -> None:
-    examples, dropped = encode_pairs(PAIRS, TEMPLATES[template], tokenizer, max_length=200)
+    examples, dropped = encode_conversations(PAIRS, TEMPLATES[template], tokenizer, max_length=200)
     batch = collate(examples, tokenizer.eos_id, length, pack)
     assert dropped == 0
     expected = []
     for pair in PAIRS:
-        prompt, answer = TEMPLATES[template].format(pair)
+        prompt, answer = texts_of(TEMPLATES[template], pair)
         prompt_ids, answer_ids = tokenizer.encode(prompt), tokenizer.encode_continuation(answer, eos=True)
         text = prompt_ids + answer_ids
         tokens, targets = [], []
@@ -99,7 +100,7 @@ def test_targets_are_the_tokens_shifted_by_one(
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_each_document_has_one_bos_and_one_eos(tokenizer: Tokenizer, template: str) -> None:
-    examples, _ = encode_pairs(PAIRS, TEMPLATES[template], tokenizer, max_length=200)
+    examples, _ = encode_conversations(PAIRS, TEMPLATES[template], tokenizer, max_length=200)
     batch = collate(examples, pad_id=tokenizer.eos_id)
     documents = rows_of(batch)
     assert len(documents) == len(PAIRS)
@@ -114,7 +115,7 @@ def test_each_document_has_one_bos_and_one_eos(tokenizer: Tokenizer, template: s
 
 
 def test_eos_is_a_target_even_where_it_is_also_the_padding(tokenizer: Tokenizer) -> None:
-    examples, _ = encode_pairs(PAIRS, TEMPLATES["plain"], tokenizer, max_length=200)
+    examples, _ = encode_conversations(PAIRS, TEMPLATES["plain"], tokenizer, max_length=200)
     batch = collate(examples, pad_id=tokenizer.eos_id, pack=False)
     padding = batch.document_ids == PADDING
     assert padding.any()
@@ -260,7 +261,7 @@ def test_a_pair_without_a_target_is_dropped_and_counted(tokenizer: Tokenizer) ->
     for limit in sorted(lengths):
         if limit == min(lengths):
             continue
-        examples, dropped = encode_pairs(pairs, TEMPLATES["plain"], tokenizer, max_length=limit - 1)
+        examples, dropped = encode_conversations(pairs, TEMPLATES["plain"], tokenizer, max_length=limit - 1)
         assert dropped == sum(length > limit - 1 for length in lengths) > 0
         assert len(examples) == len(pairs) - dropped
         assert all(example.answer for example in examples)
@@ -268,7 +269,7 @@ def test_a_pair_without_a_target_is_dropped_and_counted(tokenizer: Tokenizer) ->
 
 def test_no_pair_left_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="max_length 2"):
-        encode_pairs(PAIRS[:1], TEMPLATES["plain"], tokenizer, max_length=2)
+        encode_conversations(PAIRS[:1], TEMPLATES["plain"], tokenizer, max_length=2)
 
 
 # Pages ----------------------------------------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from minift.data.pairs import FIELDS, find_fields, read_all_pairs, read_pairs
+from minift.data.conversations import FIELDS, find_form, read_all_conversations, read_conversations
 from minift.data.records import read_records
+from minift.data.templates import TEMPLATES, carried_template, choose_template, template_named
 from minift.errors import InputError
-from minift.pack import encode_pairs
-from minift.prompts import TEMPLATES, Pair, carried_template, choose_template, template_named
+from minift.pack import encode_conversations
+from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
-from tests.helpers import write_jsonl
+from tests.helpers import texts_of, write_jsonl
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -36,8 +37,8 @@ CARRIED = "### Question:\nName a fruit.\n\n### Answer:"
 @pytest.mark.parametrize(("question", "answer"), FIELDS)
 def test_fields_are_found_by_their_names(tmp_path: Path, question: str, answer: str) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [{"id": 7, answer: "Apple.", question: "Name a fruit."}])
-    assert find_fields(next(read_records(file))) == (question, answer)
-    (pair,) = read_pairs(file)
+    assert find_form(next(read_records(file))) == (question, answer)
+    (pair,) = read_conversations(file)
     assert (pair.question, pair.answer, pair.context, pair.where) == ("Name a fruit.", "Apple.", "", f"{file}:1")
 
 
@@ -50,13 +51,13 @@ def test_the_known_fields_are_the_documented_ones() -> None:
 @pytest.mark.parametrize("given", ["It is red.", "", None])
 def test_alpacas_input_is_context(tmp_path: Path, answer: str, given: str | None) -> None:
     record = {"instruction": "Name a fruit.", "input": given, answer: "Apple."}
-    (pair,) = read_pairs(write_jsonl(tmp_path / "x.jsonl", [record]))
+    (pair,) = read_conversations(write_jsonl(tmp_path / "x.jsonl", [record]))
     assert (pair.question, pair.context, pair.answer) == ("Name a fruit.", given or "", "Apple.")
 
 
 def test_white_space_around_a_pair_is_taken_off(tmp_path: Path) -> None:
     records = [{"instruction": "  Name a fruit. \n", "input": " It is red. \n", "output": "\n Apple. \n"}]
-    (pair,) = read_pairs(write_jsonl(tmp_path / "x.jsonl", records))
+    (pair,) = read_conversations(write_jsonl(tmp_path / "x.jsonl", records))
     assert (pair.question, pair.context, pair.answer) == ("  Name a fruit.", " It is red.", "Apple.")
 
 
@@ -77,7 +78,7 @@ def test_white_space_around_a_pair_is_taken_off(tmp_path: Path) -> None:
     ],
 )
 def test_the_text_of_a_template_is_exact(name: str, context: str, prompt: str, answer: str) -> None:
-    assert TEMPLATES[name].format(Pair("Name a fruit.", "Apple.", context)) == (prompt, answer)
+    assert texts_of(TEMPLATES[name], Pair("Name a fruit.", "Apple.", context)) == (prompt, answer)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +100,8 @@ def test_the_text_of_a_template_is_exact(name: str, context: str, prompt: str, a
 )
 def test_a_system_prompt(tmp_path: Path, name: str, prompt: str) -> None:
     record = {"system": " Be brief.\n", "question": "Name a fruit.", "answer": "Apple."}
-    (pair,) = read_pairs(write_jsonl(tmp_path / "x.jsonl", [record]))
-    assert TEMPLATES[name].format(pair)[0] == prompt
+    (pair,) = read_conversations(write_jsonl(tmp_path / "x.jsonl", [record]))
+    assert texts_of(TEMPLATES[name], pair)[0] == prompt
 
 
 LLAMA2_CHAT = (
@@ -123,7 +124,7 @@ def test_chat_formats_are_those_of_the_published_templates(name: str, chat: str,
     if system:
         messages.insert(0, {"role": "system", "content": system})
     expected = jinja.Template(chat).render(messages=messages)
-    assert "".join(TEMPLATES[name].format(Pair("Name a fruit.", "Apple.", system=system))) == expected
+    assert "".join(texts_of(TEMPLATES[name], Pair("Name a fruit.", "Apple.", system=system))) == expected
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_a_template_of_ones_own(tmp_path: Path, text: str, prompt: str, answer: 
     file.write_text(text, encoding="utf-8")
     pair = Pair("Name a fruit.", "Apple.")
     assert choose_template(str(file), [pair]) == str(file)
-    assert template_named(str(file)).format(pair) == (prompt, answer)
+    assert texts_of(template_named(str(file)), pair) == (prompt, answer)
 
 
 @pytest.mark.parametrize(
@@ -171,16 +172,16 @@ def test_nothing_of_a_pair_is_left_out(tmp_path: Path, name: str, pair: Pair) ->
     file = tmp_path / "mine.txt"
     file.write_text("{question} {answer}")
     with pytest.raises(InputError, match=f"has a {name}, and the template no {{{name}}} for it"):
-        template_named(str(file)).format(pair)
+        texts_of(template_named(str(file)), pair)
 
 
 def test_a_text_is_learned_from_its_first_word_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    pairs = read_pairs(write_jsonl(tmp_path / "x.jsonl", [{"text": " A page. "}, {"text": "Another."}]))
+    pairs = read_conversations(write_jsonl(tmp_path / "x.jsonl", [{"text": " A page. "}, {"text": "Another."}]))
     assert choose_template("auto", pairs) == choose_template("text", pairs) == "text"
-    (example, _), _ = encode_pairs(pairs, template_named("text"), tokenizer, 100)
+    (example, _), _ = encode_conversations(pairs, template_named("text"), tokenizer, 100)
     assert example.prompt + example.answer == tokenizer.encode("A page.", bos=True, eos=True)  # as a page is
     assert example.prompt == [tokenizer.bos_id]
-    (cut, _), _ = encode_pairs(pairs, template_named("text"), tokenizer, 2)
+    (cut, _), _ = encode_conversations(pairs, template_named("text"), tokenizer, 2)
     assert cut.prompt + cut.answer == (example.prompt + example.answer)[:3]
     for name in ("qa", "plain"):
         with pytest.raises(InputError, match="asks nothing"):
@@ -194,7 +195,7 @@ def test_a_text_is_learned_from_its_first_word_on(tmp_path: Path, tokenizer: Tok
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_braces_stay_what_they_are(name: str) -> None:
     odd = "{answer} {question} {{x}} {context} {0} {} \\1 \\g<0> %s"
-    prompt, answer = TEMPLATES[name].format(Pair("Q " + odd, "A " + odd, "C " + odd))
+    prompt, answer = texts_of(TEMPLATES[name], Pair("Q " + odd, "A " + odd, "C " + odd))
     assert prompt.count("Q " + odd) == 1
     assert prompt.count("C " + odd) == 1
     assert answer.strip() == "A " + odd
@@ -204,8 +205,8 @@ def test_braces_stay_what_they_are(name: str) -> None:
 @pytest.mark.parametrize(("name", "tail", "context"), [*product(TEMPLATES, ["", " ", "\n", " \t\r\n "], ["", "red"])])
 def test_a_prompt_never_ends_in_white_space(tmp_path: Path, name: str, tail: str, context: str) -> None:
     record = {"instruction": "Name a fruit." + tail, "input": context + tail if context else "", "output": "Apple."}
-    (pair,) = read_pairs(write_jsonl(tmp_path / "x.jsonl", [record]))
-    prompt, answer = TEMPLATES[name].format(pair)
+    (pair,) = read_conversations(write_jsonl(tmp_path / "x.jsonl", [record]))
+    prompt, answer = texts_of(TEMPLATES[name], pair)
     assert prompt == prompt.rstrip()
     assert answer[0] in " \n"  # the separator is the answer's
     assert answer.lstrip() == "Apple."
@@ -216,14 +217,14 @@ def test_a_prompt_never_ends_in_white_space(tmp_path: Path, name: str, tail: str
 def test_auto_keeps_a_template_that_the_questions_carry(tmp_path: Path, marker: str, tail: str) -> None:
     question = f"### Question:\nName a fruit.\n\n{marker}"
     records = [{"question": question + tail, "answer": "Apple."}] * 3
-    pairs = read_pairs(write_jsonl(tmp_path / "x.jsonl", records))
+    pairs = read_conversations(write_jsonl(tmp_path / "x.jsonl", records))
     assert choose_template("auto", pairs) == "carried"
-    assert TEMPLATES["carried"].format(pairs[0]) == (question, "\nApple.")
+    assert texts_of(TEMPLATES["carried"], pairs[0]) == (question, "\nApple.")
 
 
 def test_a_carried_template_gives_the_text_that_qa_makes() -> None:
     plain, carried = Pair("Name a fruit.", "Apple."), Pair(CARRIED, "Apple.")
-    assert TEMPLATES["carried"].format(carried) == TEMPLATES["qa"].format(plain)
+    assert texts_of(TEMPLATES["carried"], carried) == texts_of(TEMPLATES["qa"], plain)
 
 
 def test_auto_is_plain_where_no_template_is_carried() -> None:
@@ -242,7 +243,7 @@ def test_a_mixed_file_is_refused_and_the_odd_line_named(tmp_path: Path, odd: int
     records = [{"question": "Name a fruit." if i == odd else CARRIED, "answer": "Apple."} for i in range(3)]
     file = write_jsonl(tmp_path / "x.jsonl", records)
     with pytest.raises(InputError, match=rf"^{file}:{odd + 1}: "):
-        choose_template("auto", read_pairs(file))
+        choose_template("auto", read_conversations(file))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_the_first_pair_that_does_not_fit_is_named(name: str, questions: list[st
 def test_a_second_template_around_a_carried_one_is_refused(tmp_path: Path, name: str) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [{"question": CARRIED, "answer": "Apple."}])
     with pytest.raises(InputError, match=rf"^{file}:1: .*--template {name}"):
-        choose_template(name, read_pairs(file))
+        choose_template(name, read_conversations(file))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +316,7 @@ def test_a_bad_record_is_named(tmp_path: Path, record: dict[str, Any], culprit: 
     good = {"instruction": "a", "output": "b"} if "instruction" in record else {"question": "a", "answer": "b"}
     file = write_jsonl(tmp_path / "x.jsonl", [good] * (line - 1) + [record])
     with pytest.raises(InputError) as error:
-        read_pairs(file)
+        read_conversations(file)
     assert str(error.value).startswith(f"{file}:{line}: ")
     assert culprit in str(error.value).removeprefix(f"{file}:{line}: ")
 
@@ -323,7 +324,7 @@ def test_a_bad_record_is_named(tmp_path: Path, record: dict[str, Any], culprit: 
 def test_the_keys_of_a_record_without_usable_fields_are_named(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(InputError, match=r"'completion', 'prompt'.*known: question/answer, instruction/response"):
-        read_pairs(file)
+        read_conversations(file)
 
 
 @pytest.mark.parametrize("blank", ["", "  \n"])
@@ -334,7 +335,7 @@ def test_a_pair_with_nothing_to_answer_is_dropped_and_counted(
     """Files in the wild have such records (lamini_docs.jsonl one); they have no target, and end no run."""
     answers = ["Apple.", blank, "Pear.", blank]
     file = write_jsonl(tmp_path / "x.jsonl", [{"question": "Name a fruit.", "answer": answer} for answer in answers])
-    examples, dropped = encode_pairs(read_pairs(file), TEMPLATES[name], tokenizer, max_length=100)
+    examples, dropped = encode_conversations(read_conversations(file), TEMPLATES[name], tokenizer, max_length=100)
     assert dropped == 2
     kept = [tokenizer.decode_continuation(example.answer).strip() for example in examples]
     assert kept == ["Apple.", "Pear."]
@@ -343,13 +344,13 @@ def test_a_pair_with_nothing_to_answer_is_dropped_and_counted(
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [b"", b" "])
     with pytest.raises(InputError, match=rf"^{file}: holds no records"):
-        read_pairs(file)
+        read_conversations(file)
 
 
 def test_each_file_has_its_own_fields(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"question": "1", "answer": "one", "metric": "exact_match"}])
     write_jsonl(tmp_path / "b.json.gz", [{"instruction": "2", "response": "two"}])
-    pairs = read_all_pairs([tmp_path])
+    pairs = read_all_conversations([tmp_path])
     assert [(pair.question, pair.answer, pair.metric) for pair in pairs] == [
         ("1", "one", "exact_match"),
         ("2", "two", ""),
@@ -358,12 +359,12 @@ def test_each_file_has_its_own_fields(tmp_path: Path) -> None:
 
 def test_lamini_docs_carry_their_template(real_data: Path) -> None:
     file = real_data / "lamini_docs.jsonl"
-    pairs = read_pairs(file)
+    pairs = read_conversations(file)
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert choose_template("auto", pairs) == "carried"
     assert len(pairs) == len(records) == 1400
     for pair, record in zip(pairs, records, strict=True):
-        prompt, answer = TEMPLATES["carried"].format(pair)
+        prompt, answer = texts_of(TEMPLATES["carried"], pair)
         assert prompt == record["question"].rstrip()
         assert prompt.endswith("### Answer:")
         assert answer == "\n" + record["answer"].strip()

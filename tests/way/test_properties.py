@@ -21,17 +21,18 @@ from minift.checkpoint import load_model, save_model
 from minift.config import TrainConfig
 from minift.data.batches import PageBatches, PairBatches
 from minift.data.stream import DocumentStream
+from minift.data.templates import TEMPLATES, template_named
 from minift.errors import InputError
 from minift.formats.convert import convert
-from minift.pack import IGNORE, Batch, Example, encode_pairs
-from minift.prompts import TEMPLATES, Pair, template_named
+from minift.pack import IGNORE, Batch, Example, encode_conversations
+from minift.prompts import Pair
 from minift.runs.start import start_state
 from minift.runs.steps import load_step, save_step
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
 from minift.train import TrainState, train_step
-from tests.helpers import bits, same, small_model
+from tests.helpers import bits, same, small_model, texts_of
 
 pytestmark = pytest.mark.slow
 TOKENIZER = load_tokenizer(bundled("base"))
@@ -101,9 +102,9 @@ def test_every_id_of_the_answers_is_a_target_once_an_epoch(
 ) -> None:
     asked = [Pair(question, answer=answer) for question, answer in pairs]
     try:
-        examples, dropped = encode_pairs(asked, template_named(template), TOKENIZER, max_length)
+        examples, dropped = encode_conversations(asked, template_named(template), TOKENIZER, max_length)
     except InputError:  # none of them has a target within so few tokens
-        prompts = [template_named(template).format(pair)[0] for pair in asked]
+        prompts = [texts_of(template_named(template), pair)[0] for pair in asked]
         assert all(len(TOKENIZER.encode(prompt, special=False)) > max_length for prompt in prompts)
         return
     assert len(examples) + dropped == len(pairs)

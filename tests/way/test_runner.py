@@ -230,14 +230,14 @@ def test_once_trained_it_is_asked_as_in_training(
     runner = BasicModelRunner(small_checkpoint, **options)
     runner.load_data([{"input": question.replace("1", str(i)), "output": "A."} for i in range(6)])
     trained: list[list[int]] = []
-    encode = jobs.encode_pairs
+    encode = jobs.encode_conversations
 
     def spy(pairs: Any, template: Any, tokenizer: Tokenizer, max_length: int) -> Any:
         examples, dropped = encode(pairs, template, tokenizer, max_length)
         trained.extend(example.prompt for example in examples)
         return examples, dropped
 
-    monkeypatch.setattr(jobs, "encode_pairs", spy)
+    monkeypatch.setattr(jobs, "encode_conversations", spy)
     runner.train(**{**QUICK, "max_length": 128})
     assert len(trained) == 6
     assert runner.tokenizer.encode(runner._prompt(QUESTION)) in trained
