@@ -12,11 +12,14 @@ from minift.cli.parts import (
     add_command,
     add_encoding,
     add_group,
+    add_learn,
     add_reading,
     add_rendered,
     add_template,
+    json_text,
     reading_of,
     write_json,
+    write_texts,
 )
 from minift.errors import InputError, RunError, one_line
 from minift.look.report import shorten
@@ -109,9 +112,18 @@ examples:
   minift data format data/pairs.jsonl --template qa --out pairs-qa.jsonl"""
 
 
+AUDIT_MORE = """\
+All is counted of the ids and masks that train. The numbers of findings that change what is learned, or what is
+measured, come first, each with an example and what to do.
+
+examples:
+  minift data audit data/pairs.jsonl --test data/test.jsonl
+  minift data audit chats.jsonl --model SmolLM2-135M-Instruct --max-length 1024 --html audit.html"""
+
+
 def add_data(commands: Any) -> None:
-    """Add `minift data peek|stats|format`."""
-    verbs = add_group(commands, "data", "look at data: its first records, its lengths, its pairs as text")
+    """Add `minift data peek|stats|format|audit`."""
+    verbs = add_group(commands, "data", "look at data: its first records, its lengths, its pairs as text, its faults")
 
     peek = add_command(verbs, "peek", _peek, "print the first records of a corpus of any size", PEEK_MORE)
     peek.add_argument("data", nargs="+", metavar="GLOB", help=PAGES_HELP)
@@ -141,6 +153,24 @@ def add_data(commands: Any) -> None:
     formats.add_argument("--tokenizer", metavar="DIR|FILE", help=text)
     formats.add_argument("--out", metavar="FILE", help="write all records to FILE")
     formats.add_argument("--as-text", action="store_true", help="write each record as one text, as a page is")
+
+    text = "say what instruction pairs or chats teach: counts, findings, and records as they are learned"
+    audit = add_command(verbs, "audit", _audit, text, AUDIT_MORE)
+    audit.add_argument("data", nargs="+", metavar="FILE", help="read these instruction pairs or chats")
+    audit.add_argument("--model", default="bundled", metavar="DIR", help=f"{MODEL_HELP} (default: bundled)")
+    text = "compare with these held-out records (default: the tenth of DATA that finetune holds out)"
+    audit.add_argument("--test", nargs="+", default=(), metavar="FILE", help=text)
+    add_reading(audit)
+    add_template(audit)
+    add_rendered(audit)
+    add_learn(audit)
+    text = "cut examples to N tokens, as finetune does (default: 256)"
+    audit.add_argument("--max-length", type=int, default=256, metavar="N", help=text)
+    audit.add_argument("--seed", type=int, default=0, metavar="N", help="draw by this seed (default: 0)")
+    text = "show N records that are drawn, and the example of each finding (default: 3; on a page: 20)"
+    audit.add_argument("--sample", type=int, metavar="N", help=text)
+    audit.add_argument("--html", metavar="FILE", help="write a page to FILE that a browser shows")
+    audit.add_argument("--json", metavar="FILE", help="write the numbers, the findings and the samples to FILE")
 
 
 def _peek(options: dict[str, Any]) -> int:
@@ -209,6 +239,34 @@ def _format(options: dict[str, Any]) -> int:
         "pairs" if all(conversation.question and len(conversation.turns) < 4 for conversation in found) else "records"
     )
     print(f"saved: {out} ({len(found):,} {kind} {state})")
+    return 0
+
+
+def _audit(options: dict[str, Any]) -> int:
+    from minift.config import FINETUNE
+    from minift.data.audit import audit
+    from minift.data.records import find_files
+    from minift.look.audit import audit_text
+    from minift.look.pages.audit import audit_page
+    from minift.tokenizer.load import load_tokenizer
+
+    names = ("template", "learn", "rendered", "max_length", "seed")
+    config = FINETUNE.replace(**{name: options[name] for name in names})
+    count = options["sample"]
+    if count is not None:
+        check_number("--sample", count, least=0, below=1_001)
+    shown = 3 if count is None else count
+    files, test = find_files(options["data"]), find_files(options["test"]) if options["test"] else []
+    tokenizer = load_tokenizer(options["model"])
+    drawn = 20 if options["html"] is not None and count is None else shown
+    result = audit(files, tokenizer, config, reading_of(options), test, drawn)
+    print(audit_text(result, shown))
+    texts = {}
+    if options["html"] is not None:
+        texts[options["html"]] = audit_page(result, options["model"])
+    if options["json"] is not None:
+        texts[options["json"]] = json_text({"model": options["model"], **result.to_dict()})
+    write_texts(texts)
     return 0
 
 

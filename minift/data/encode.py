@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ CHUNK_CHARACTERS = 2**16  # at which a chunk is full: the work of some ten milli
 PREFETCH = 8  # chunks that are read ahead for each worker, so that it never waits for this process
 
 Ids = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]  # what `Tokenizer.encode_documents` returns
+Argument, Result = TypeVar("Argument"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def encode_documents(stream: DocumentStream, tokenizer: Tokenizer, workers: int 
         if texts:
             yield texts, stream.state_dict()
 
-    with _encoder(tokenizer, workers) as start:
+    with in_workers(tokenizer.encode_documents, workers) as start:
         started: deque[tuple[Callable[[], Ids], dict[str, Any]]] = deque()
         for texts, state in chunks():
             started.append((start(texts), state))
@@ -102,27 +103,38 @@ def _finish(wait: Callable[[], Ids], stream_state: dict[str, Any]) -> Chunk:
 
 
 @contextmanager
-def _encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[list[str]], Callable[[], Ids]]]:
-    """Yield a function that starts to encode texts, and returns a function that waits for their ids."""
+def in_workers(
+    function: Callable[[Argument], Result], workers: int
+) -> Iterator[Callable[[Argument], Callable[[], Result]]]:
+    """Yield a function that starts a call of `function` in a process, and returns a function that waits for its result.
+
+    Args:
+        function: a function of one argument; all three of them can be pickled.
+        workers: the number of processes; 0 calls it in this one.
+
+    Raises:
+        RunError: from waiting, when a process dies; when one cannot be started.
+    """
     if not workers:
-        yield lambda texts: partial(tokenizer.encode_documents, texts)
+        yield lambda argument: partial(function, argument)
         return
     processes: list[_Worker] = []
     threads = ThreadPoolExecutor(workers)  # one for each worker, to wait for it
     try:
         free: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(workers):
-            processes.append(_Worker(tokenizer))
+            processes.append(_Worker(function))
             free.put(processes[-1])
 
-        def encode(texts: list[str]) -> Ids:
+        def call(argument: Argument) -> Result:
             worker = free.get()
             try:
-                return worker.encode(texts)
+                result: Result = worker.call(argument)
+                return result
             finally:
                 free.put(worker)
 
-        yield lambda texts: threads.submit(encode, texts).result
+        yield lambda argument: threads.submit(call, argument).result
     finally:
         for worker in processes:
             worker.kill()
@@ -130,12 +142,12 @@ def _encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[list[str]
 
 
 class _Worker:
-    """A process that encodes texts, and the pipe to it."""
+    """A process that calls a function, and the pipe to it."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, function: Callable[[Any], Any]):
         try:
             self._pipe, worker_end = multiprocessing.Pipe()
-            self._process = multiprocessing.Process(target=_work, args=(worker_end, self._pipe, tokenizer), daemon=True)
+            self._process = multiprocessing.Process(target=_work, args=(worker_end, self._pipe, function), daemon=True)
             self._process.start()
         except OSError as error:
             raise RunError(
@@ -143,10 +155,10 @@ class _Worker:
             ) from None
         worker_end.close()  # only the worker has it now, so that the pipe ends with the worker
 
-    def encode(self, texts: list[str]) -> Ids:
-        """Have the texts encoded, and wait for their ids. Raises what the worker raised; RunError when it has died."""
+    def call(self, argument: Any) -> Any:
+        """Call the function, and wait for its result. Raises what the worker raised; RunError when it has died."""
         try:
-            self._pipe.send(texts)
+            self._pipe.send(argument)
             result = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
@@ -169,8 +181,8 @@ def _end_of(process: multiprocessing.Process) -> str:
     return f"process {process.pid} was killed by signal {-code} ({signal.strsignal(-code)}{hint})"
 
 
-def _work(pipe: Connection, run_end: Connection, tokenizer: Tokenizer) -> None:
-    """Encode what comes out of the pipe, until it ends: the body of a worker."""
+def _work(pipe: Connection, run_end: Connection, function: Callable[[Any], Any]) -> None:
+    """Call the function on what comes out of the pipe, until it ends: the body of a worker."""
     run_end.close()  # a forked worker has inherited it, and would wait for itself when the run is killed
     # Ctrl-C, and a SIGTERM for all that belongs to the run, are for the process that trains: it ends its workers. Its
     # own handlers, which a forked worker has inherited, are not for workers.
@@ -180,10 +192,10 @@ def _work(pipe: Connection, run_end: Connection, tokenizer: Tokenizer) -> None:
         os.setpgrp()
     try:
         while True:
-            texts = pipe.recv()
+            argument = pipe.recv()
             try:
-                result: Any = tokenizer.encode_documents(texts)
-            except Exception as error:  # raised again where the ids are taken
+                result: Any = function(argument)
+            except Exception as error:  # raised again where the result is taken
                 result = error
             pipe.send(result)
     except (EOFError, OSError):  # the run has ended, or was killed

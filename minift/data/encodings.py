@@ -100,3 +100,39 @@ class _Recoded(io.RawIOBase):
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
+
+
+# Text that was read in the wrong encoding ------------------------------------------------------------------------------
+
+# The characters that bytes 0x80 to 0xFF become when UTF-8 is read as cp1252 (as Latin-1, where cp1252 has none).
+_CHARACTER_OF_BYTE = [bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0x100)]
+_BYTE_OF_CHARACTER = {chr(byte): byte for byte in range(0x80, 0x100)}
+_BYTE_OF_CHARACTER |= {character: 0x80 + place for place, character in enumerate(_CHARACTER_OF_BYTE)}
+_NEXT = f"[\x80-\xbf{re.escape(''.join(_CHARACTER_OF_BYTE[:0x20]))}]"
+_MOJIBAKE = re.compile(f"[\xc2-\xdf]{_NEXT}|[\xe0-\xef]{_NEXT}{{2}}|[\xf0-\xf4]{_NEXT}{{3}}")
+_AFTER_WORDS = frozenset("\u201c\u201d\u2018\u2019\u201e\u201a\xbb\xab\u203a\u2039\u2026\u2013\u2014\xa0\xa1\xbf")
+_AFTER_NAMES = frozenset("\xae\u2122\xa9\xb0\xb2\xb3\xb9\xa7\xaa\xba\u20ac\xb7")
+
+
+def mojibake(text: str) -> str:
+    """Return a stretch of a text that is UTF-8 once read as cp1252 ("cafÃ©"), or "".
+
+    The characters of such a stretch become UTF-8 again when they are written in cp1252. Real text can hold two or
+    three characters that happen to do so: a letter and what may follow a word („JÄ“, CAFÉ®). Those do not count.
+    """
+    if text.isascii():
+        return ""
+    rare = set[str]()
+    for match in _MOJIBAKE.finditer(text):
+        found = match.group()
+        try:
+            bytes(map(_BYTE_OF_CHARACTER.__getitem__, found)).decode()
+        except UnicodeDecodeError:
+            continue
+        if all(character in _AFTER_WORDS for character in found[1:]) and not text[match.end() :][:1].isalpha():
+            continue
+        if len(found) > 2 or found[0] in "\xc2\xc3":
+            return found
+        if found[1] not in _AFTER_WORDS | _AFTER_NAMES:
+            rare.add(found)
+    return min(rare) if len(rare) > 1 else ""

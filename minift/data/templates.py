@@ -6,7 +6,8 @@
     minift data format data/pairs.jsonl
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,3 +168,38 @@ def choose_template(name: str, conversations: Sequence[Conversation], tokenizer:
             f"--template {name} would put a second one around it (use auto)"
         )
     return name
+
+
+# The template and what it is used with --------------------------------------------------------------------------------
+
+
+class Representatives:
+    """The first conversation of each kind that `choose_template` tells apart: enough for it, however many there are."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[object, ...], Conversation] = {}
+
+    def add(self, conversation: Conversation) -> None:
+        """Keep a conversation if it is the first of its kind."""
+        answer = conversation.answer
+        kind = (type(conversation), _natural_template(conversation), bool(answer.strip()), answer[:1].isspace())
+        self._first.setdefault(kind, conversation)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return iter(self._first.values())
+
+
+_MARKER = re.compile(r"<\|[^|>\s]+\|>|</?s>|</?(?:start|end)_of_turn>|</?\|?[a-z]+_of_[a-z]+\|?>")
+
+
+def unknown_markers(template: Template, tokenizer: Tokenizer) -> list[str]:
+    """Return the markers, such as `<|eot_id|>`, that a template of text writes and the tokenizer has no token for.
+
+    They are cut into several ids, which a model must learn first, and which are not what it was trained with. Words in
+    square brackets are not named: `[INST]` is text in Llama 2's own layout.
+    """
+    if not isinstance(template, TextTemplate):  # a chat template belongs to its tokenizer
+        return []
+    text = "".join((template.question, template.question_with_context, template.answer, template.system))
+    found = dict.fromkeys(_MARKER.findall(text))
+    return [marker for marker in found if len(tokenizer.encode(marker, bos=False)) > 1]

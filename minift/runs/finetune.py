@@ -13,7 +13,6 @@ minift finetune --steps 100 --plain
 
 import dataclasses
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from minift.data.batches import PairBatches
 from minift.data.conversations import Reading, read_all_conversations
 from minift.data.encodings import check_encoding
 from minift.data.records import Skipped, find_files
+from minift.data.split import held_out_places
 from minift.data.templates import choose_template, template_named
 from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
@@ -46,8 +46,6 @@ from minift.tokenizer.base import Tokenizer, check_fit
 from minift.tokenizer.chat import ChatTemplate
 from minift.tokenizer.load import load_tokenizer
 from minift.train import Plan
-
-HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given
 
 
 def finetune_job(
@@ -167,12 +165,12 @@ def read_data(job: FinetuneJob, config: TrainConfig) -> Split:
 
 
 def _hold_out(pairs: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Draw HELD_OUT_SHARE of the pairs by the seed, at least one; return the others, and those drawn, in file order."""
+    """Hold some of the pairs out; return the others, and those, in file order."""
     if len(pairs) < 2:
         raise InputError(f"{pairs[0].where}: a single record cannot be split; give at least 2, or --test")
-    count = max(1, round(len(pairs) * HELD_OUT_SHARE))
-    drawn = set(random.Random(seed).sample(range(len(pairs)), count))
-    return [pair for i, pair in enumerate(pairs) if i not in drawn], [pairs[i] for i in sorted(drawn)]
+    drawn = held_out_places(len(pairs), seed)
+    left = set(range(len(pairs))) - set(drawn)
+    return [pairs[i] for i in sorted(left)], [pairs[i] for i in drawn]
 
 
 def encode(split: Split, tokenizer: Tokenizer, config: TrainConfig) -> Encoded:

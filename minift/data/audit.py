@@ -1,0 +1,580 @@
+"""What a data set teaches: counts, findings and samples, of the ids and masks that train.
+
+Every conversation is encoded as `finetune` encodes it, and looked at (`checks.py`, `duplicates.py`). What is kept of it
+are its lengths and some 500 bytes of hashes, so a data set may be larger than memory. Large ones are looked at by two
+processes.
+
+    minift data audit data/pairs.jsonl --html audit.html
+"""
+
+import os
+import random
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from minift.config import TrainConfig
+from minift.data.batches import PairBatches
+from minift.data.checks import KINDS, Checker
+from minift.data.conversations import Reading, scan_conversations
+from minift.data.duplicates import Array, Fingerprinter, Fingerprints, contradictions, earlier, near_pairs
+from minift.data.encode import in_workers
+from minift.data.records import is_pipe, scan
+from minift.data.split import held_out_places
+from minift.data.survey import Lengths
+from minift.data.templates import Representatives, choose_template, template_named, unknown_markers
+from minift.data.unpack import UnreadableError
+from minift.errors import InputError, one_line
+from minift.pack import IGNORE, PADDING, Example, collate, encode_spans
+from minift.prompts import Conversation, Template
+from minift.tokenizer.base import Tokenizer
+
+HEAD = 1_000  # conversations by which the template is chosen; of more, the rest is looked at by WORKERS processes
+WORKERS = 2
+CHUNK = 100  # conversations that a process is given at once
+AHEAD = 8  # chunks that are read ahead for each process
+UNCUT = 2**40  # a length that cuts nothing
+BATCHES = 200  # whose padding is measured
+PADDED = 0.2  # of the positions of packed rows, from which on it is a finding
+REASONS = 5  # why records cannot be used, that are told apart
+
+
+# One conversation -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Looked:
+    """What was seen in some conversations, in order.
+
+    Attributes:
+        prints: their fingerprints.
+        lengths: of each conversation, the positions of each example that trains.
+        uncut: how often each length occurs among the examples before they are cut.
+        counts: turns by role, and tokens and examples by what becomes of them.
+        faults: of each conversation, what is wrong with it: pairs of a finding's name and what was found.
+    """
+
+    prints: Fingerprints
+    lengths: list[list[int]]
+    uncut: Counter[int]
+    counts: Counter[str]
+    faults: list[list[tuple[str, str]]]
+
+
+class Looker:
+    """Looks at conversations; a function that a worker can be given."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer, config: TrainConfig):
+        self.template: Template = template_named(name, tokenizer, config.rendered)
+        self.tokenizer, self.config = tokenizer, config
+        self.checker = Checker(self.template, name, tokenizer, config.rendered)
+        self._prints = Fingerprinter()
+
+    def __call__(self, conversations: Sequence[Conversation]) -> Looked:
+        """Look at some conversations."""
+        looked = Looked(self._prints(conversations), [], Counter(), Counter(), [])
+        for conversation in conversations:
+            looked.lengths.append([])
+            faults = dict(self.checker.of_text(conversation))
+            looked.counts.update(f"{turn.role} turns" for turn in conversation.turns)
+            try:
+                encoded = encode_twice(conversation, self.template, self.tokenizer, self.config)
+            except InputError as fault:
+                if "roles out of order" not in faults:
+                    faults["refused by the template"] = reason_of(fault)
+                encoded = []
+            for uncut, example in encoded:
+                self._count(looked, faults, uncut, example)
+            looked.faults.append(list(faults.items()))
+        return looked
+
+    def _count(
+        self, looked: Looked, faults: dict[str, str], uncut: Example | None, example: Example | None
+    ) -> None:
+        counts = looked.counts
+        if uncut is None:
+            if "empty turns" not in faults:
+                faults.setdefault("nothing learned", "no turn of the assistant is learned")
+            return
+        looked.uncut[len(uncut)] += 1
+        learned = example.n_targets if example else 0
+        kept = len(example) + 1 if example else 0
+        counts["learned"] += learned
+        counts["given"] += kept - learned
+        counts["cut"] += len(uncut) + 1 - kept
+        if example is None:
+            counts["dropped"] += 1
+            faults["records dropped"] = f"{len(uncut):,} tokens, {len(uncut.prompt):,} of them before the first answer"
+            return
+        counts["examples"] += 1
+        looked.lengths[-1].append(len(example))
+        if example.cut:
+            counts["cut examples"] += 1
+            faults["answers cut"] = f"{len(uncut):,} tokens"
+        if wrong := self.checker.of_example(example):
+            faults["stop token not learned"] = wrong
+
+
+def encode_twice(
+    conversation: Conversation, template: Template, tokenizer: Tokenizer, config: TrainConfig
+) -> list[tuple[Example | None, Example | None]]:
+    """Return the examples of a conversation, each before it is cut, and as it trains; None as `encode_conversation`."""
+    if not any(turn.learned and turn.text.strip() for turn in conversation.turns):
+        return [(None, None)]
+    once = cast(Tokenizer, _Once(tokenizer))
+    return [
+        (encode_spans(spans, once, UNCUT), encode_spans(spans, once, config.max_length))
+        for spans in template.examples(conversation, config.learn)
+    ]
+
+
+class _Once:
+    """A tokenizer that encodes each text once."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: dict[tuple[Any, ...], list[int]] = {}
+
+    def encode(self, parts: list[str], bos: bool = True, eos: bool = False) -> list[int]:
+        key = (*parts, bos, eos)
+        if key not in self._ids:
+            self._ids[key] = self._tokenizer.encode(parts, bos, eos)
+        return self._ids[key]
+
+    def encode_continuation(self, parts: list[str], eos: bool = False) -> list[int]:
+        key = (*parts, eos)
+        if key not in self._ids:
+            self._ids[key] = self._tokenizer.encode_continuation(parts, eos)
+        return self._ids[key]
+
+
+def reason_of(fault: InputError) -> str:
+    """Return a message without the place that it begins with."""
+    return re.sub(r"^.*?:\d+(: |\b)", "", one_line(fault), count=1).lstrip(": ") or one_line(fault)
+
+
+# All of them ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that was found.
+
+    Attributes:
+        name: one of KINDS.
+        changes: whether it changes what is learned or measured.
+        count: of what `text` says.
+        text: what was found, in a sentence.
+        where: `file:line` of the first example, or "".
+        detail: what was found there.
+        remedy: what to do.
+    """
+
+    name: str
+    changes: bool
+    count: int
+    text: str
+    where: str
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of a sample: what it adds to the text, and what becomes of it ("given", "learned" or "cut")."""
+
+    text: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record that is shown: the tokens of each of its examples, and the findings that it is an example of."""
+
+    where: str
+    findings: tuple[str, ...]
+    examples: tuple[tuple[Piece, ...], ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a data set teaches.
+
+    Attributes:
+        counts: by what is counted, in the order in which they are shown.
+        lengths: how many examples have how many tokens before they are cut.
+        findings: those that change something first.
+    """
+
+    files: list[str]
+    template: str
+    max_length: int
+    counts: dict[str, float]
+    lengths: dict[int, int]
+    findings: list[Finding]
+    samples: list[Sample]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return asdict(self)
+
+
+def audit(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    reading: Reading | None = None,
+    test: Sequence[Path] = (),
+    samples: int = 3,
+) -> Audit:
+    """Look at all records of some files.
+
+    Args:
+        config: its `template`, `max_length`, `learn`, `rendered`, `seed`, `batch_size` and `pack` are read.
+        test: the files that are held out; by default the tenth that `finetune` holds out.
+        samples: how many records are shown, besides those of the findings.
+
+    Raises:
+        InputError: for files without a usable record, or which cannot be read to their end; as `choose_template`.
+    """
+    return _Auditor(files, tokenizer, config, reading or Reading(), test, samples).audit()
+
+
+@dataclass
+class _Found:
+    """How many records a finding has, and the first of them."""
+
+    count: int = 0
+    where: str = ""
+    detail: str = ""
+    conversation: Conversation | None = None
+
+    def add(self, where: str, detail: str, conversation: Conversation | None = None) -> None:
+        if not self.count:
+            self.where, self.detail, self.conversation = where, detail, conversation
+        self.count += 1
+
+
+@dataclass
+class _Auditor:
+    """The state of an audit."""
+
+    files: Sequence[Path]
+    tokenizer: Tokenizer
+    config: TrainConfig
+    reading: Reading
+    test: Sequence[Path]
+    n_samples: int
+    found: dict[str, _Found] = field(default_factory=dict)
+    reasons: dict[str, _Found] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)  # key → the first record that has it
+    where: list[str] = field(default_factory=list)
+    prints: list[Fingerprints] = field(default_factory=list)
+    lengths: list[list[int]] = field(default_factory=list)
+    uncut: Counter[int] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    sampled: list[tuple[int, Conversation]] = field(default_factory=list)
+    seen: Representatives = field(default_factory=Representatives)
+
+    def audit(self) -> Audit:
+        """Return the audit."""
+        test_where, test_prints, test_seen = self._read_test()
+        conversations = self._usable()
+        head = list(islice(conversations, HEAD))
+        if not head:
+            reasons = list(self.reasons.values())
+            raise InputError(f"{reasons[0].where}: {reasons[0].detail}" if reasons else f"{self.files[0]}: no records")
+        name = choose_template(self.config.template, [*head, *test_seen], self.tokenizer)
+        looker = Looker(name, self.tokenizer, self.config)
+        self._look_at_all(chain(head, conversations), looker, large=len(head) == HEAD)
+        final = choose_template(self.config.template, [*self.seen, *test_seen], self.tokenizer)
+        if final != name:
+            return self._again(final)
+        prints = Fingerprints.join(self.prints)
+        held_out = self._compare(prints, test_where, test_prints)
+        self._measure_padding(held_out)
+        for marker in unknown_markers(looker.template, self.tokenizer):
+            self._add("unknown markers", "", marker)
+        return Audit(
+            files=list(map(str, self.files)),
+            template=name,
+            max_length=self.config.max_length,
+            counts=self._counts(held_out, len(test_where)),
+            lengths=dict(sorted(self.uncut.items())),
+            findings=self._findings(),
+            samples=self._samples(looker),
+        )
+
+    def _again(self, template: str) -> Audit:
+        """Look at the files once more, in the template that all of them need, not only the first records."""
+        if any(map(is_pipe, self.files)) or any(map(is_pipe, self.test)):
+            raise InputError(f"{self.files[0]}: all records together need --template {template}; give it")
+        config = self.config.replace(template=template)
+        reading = Reading(self.reading.encoding, self.reading.fields)
+        return _Auditor(self.files, self.tokenizer, config, reading, self.test, self.n_samples).audit()
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    def _usable(self) -> Iterator[Conversation]:
+        """Yield the usable conversations of all files; count the others, and the keys that are not read."""
+        for item in _scan(self.files, self.reading):
+            self.counts["records"] += 1
+            if isinstance(item, InputError):
+                where = re.match(r"^.*?:\d+", str(item))
+                reason = reason_of(item)
+                found = self.reasons.setdefault(re.sub(r"\[\d+\]", "", reason), _Found())
+                found.add(where.group() if where else "", reason)
+                continue
+            for key in self.reading.unread.keys() - self.unread.keys():
+                self.unread[key] = item.where
+            self.seen.add(item)
+            yield item
+
+    def _read_test(self) -> tuple[list[str], Fingerprints, Representatives]:
+        """Return the places of the held-out records, their fingerprints, and one of each kind of them."""
+        where, prints, seen, fingerprint = list[str](), list[Fingerprints](), Representatives(), Fingerprinter()
+        usable = (
+            item
+            for item in _scan(self.test, Reading(self.reading.encoding, self.reading.fields))
+            if not isinstance(item, InputError)
+        )
+        while chunk := list(islice(usable, CHUNK)):
+            where += [one.where for one in chunk]
+            prints.append(fingerprint(chunk))
+            for one in chunk:
+                seen.add(one)
+        return where, Fingerprints.join(prints), seen
+
+    def _look_at_all(self, conversations: Iterator[Conversation], looker: Looker, large: bool) -> None:
+        workers = min(WORKERS, os.cpu_count() or 1) if large else 0
+        started: deque[tuple[Callable[[], Looked], list[Conversation]]] = deque()
+        rng = random.Random(self.config.seed)
+        with in_workers(looker, workers if workers > 1 else 0) as start:
+            while chunk := list(islice(conversations, CHUNK)):
+                started.append((start(chunk), chunk))
+                if len(started) > AHEAD * workers:
+                    self._take(*started.popleft(), rng)
+            while started:
+                self._take(*started.popleft(), rng)
+
+    def _take(self, wait: Callable[[], Looked], conversations: list[Conversation], rng: random.Random) -> None:
+        """Add what was seen in some conversations; draw the samples, each record with the same probability."""
+        looked = wait()
+        for conversation, faults in zip(conversations, looked.faults, strict=True):
+            for name, detail in faults:
+                self._add(name, conversation.where, detail, conversation)
+            place = len(self.where)
+            self.where.append(conversation.where)
+            if len(self.sampled) < self.n_samples:
+                self.sampled.append((place, conversation))
+            elif self.n_samples and (slot := rng.randrange(place + 1)) < self.n_samples:
+                self.sampled[slot] = (place, conversation)
+        self.prints.append(looked.prints)
+        self.lengths += looked.lengths
+        self.uncut.update(looked.uncut)
+        self.counts.update(looked.counts)
+
+    def _add(self, name: str, where: str, detail: str, conversation: Conversation | None = None) -> None:
+        self.found.setdefault(name, _Found()).add(where, detail, conversation)
+
+    # Records together -------------------------------------------------------------------------------------------------
+
+    def _compare(self, prints: Fingerprints, test_where: list[str], test_prints: Fingerprints) -> set[int]:
+        """Find the records that are there more than once; return the places of the held-out ones among all."""
+        count = len(self.where)
+        same = earlier(prints.hashes[:, 0])
+        for place in np.flatnonzero(same != np.arange(count)).tolist():
+            self._add("duplicates", self.where[place], f"as {self.where[same[place]]}")
+        near = list(near_pairs(prints))
+        for first, later in near:
+            self._add("near-duplicates", self.where[later], f"as {self.where[first]}")
+        for first, later in contradictions(prints):
+            self._add("contradictions", self.where[later], f"and {self.where[first]}")
+        if self.test:
+            prints, held_out = Fingerprints.join([prints, test_prints]), set(range(count, count + len(test_where)))
+            near = list(near_pairs(prints))
+        else:
+            held_out = set(held_out_places(count, self.config.seed)) if count > 1 else set()
+        for place, first in on_both_sides(prints, held_out, near):
+            where = [*self.where, *test_where]
+            self._add("held-out records trained on", where[place], f"as {where[first]}")
+        return held_out
+
+    def _measure_padding(self, held_out: set[int]) -> None:
+        """Measure how much of the rows of some batches is padding, with and without packing."""
+        lengths = self._trained_lengths(held_out)
+        for pack in (True, False):
+            share = padding_share(lengths, self.config, self.tokenizer.eos_id, pack)
+            self.counts[f"padding {'packed' if pack else 'not packed'}"] = share  # type: ignore[assignment]
+        share = self.counts["padding packed"]
+        if self.config.pack and share > PADDED and len(lengths) >= self.config.batch_size:
+            longest, median = max(lengths), sorted(lengths)[len(lengths) // 2]
+            place = next(place for place, own in enumerate(self.lengths) if longest in own)
+            self._add("packs badly", self.where[place], f"{longest:,} tokens set the row; half have {median:,} or less")
+            self.found["packs badly"].count = round(100 * share)
+
+    def _trained_lengths(self, held_out: set[int]) -> list[int]:
+        return [length for place, own in enumerate(self.lengths) if place not in held_out for length in own]
+
+    # Results ----------------------------------------------------------------------------------------------------------
+
+    def _counts(self, held_out: set[int], n_test: int) -> dict[str, float]:
+        counts, examples = self.counts, len(self._trained_lengths(held_out))
+        return {
+            "records": counts["records"],
+            "conversations": len(self.where),
+            **{f"{role} turns": counts[f"{role} turns"] for role in ("system", "user", "assistant")},
+            "tokens learned": counts["learned"],
+            "tokens given": counts["given"],
+            "tokens cut": counts["cut"],
+            "examples": counts["examples"],
+            "examples cut": counts["cut examples"],
+            "examples dropped": counts["dropped"],
+            "held-out records": n_test or len(held_out),
+            "examples to train on": examples,
+            "steps an epoch": -(-examples // self.config.batch_size),
+            "padding packed": counts["padding packed"],
+            "padding not packed": counts["padding not packed"],
+        }
+
+    def _findings(self) -> list[Finding]:
+        findings = [self._finding("unusable records", found) for found in self._top_reasons()]
+        if self.unread:
+            key, where = next(iter(self.unread.items()))
+            of = ", ".join(f"{key!r} of {count:,}" for key, count in self.reading.unread.most_common(6))
+            findings.append(self._finding("keys not read", _Found(len(self.unread), where, f"{of} records")))
+        findings += [self._finding(name, self.found[name]) for name in KINDS if name in self.found]
+        order = list(KINDS)
+        return sorted(findings, key=lambda finding: (not finding.changes, order.index(finding.name)))
+
+    def _top_reasons(self) -> list[_Found]:
+        return sorted(self.reasons.values(), key=lambda found: -found.count)[:REASONS]
+
+    def _finding(self, name: str, found: _Found) -> Finding:
+        kind, remedy, count = KINDS[name], KINDS[name].remedy, found.count
+        if name == "answers cut":
+            count = self.counts["cut examples"]
+        elif name == "records dropped":
+            count = self.counts["dropped"]
+        if name in ("answers cut", "records dropped"):
+            remedy = f"{remedy}: {self._enough()}"
+        return Finding(name, kind.changes, count, sentence(name, count), found.where, one_line(found.detail), remedy)
+
+    def _enough(self) -> str:
+        """Return the lengths that would keep all examples, and 99 of 100."""
+        lengths = Lengths()
+        lengths.counts = self.uncut
+        numbers = lengths.summary()
+        return f"{numbers['max']:,} keeps all, {numbers['p99']:,} keeps 99 %"
+
+    def _samples(self, looker: Looker) -> list[Sample]:
+        """Return the records to show: the first of each finding, then those that were drawn."""
+        chosen: dict[str, tuple[Conversation, list[str]]] = {}
+        for name in KINDS:
+            found = self.found.get(name)
+            if found is not None and found.conversation is not None:
+                chosen.setdefault(found.where, (found.conversation, []))[1].append(name)
+        for _, conversation in sorted(self.sampled, key=lambda drawn: drawn[0]):
+            chosen.setdefault(conversation.where, (conversation, []))
+        return [sample(one, tuple(names), looker) for one, names in chosen.values()]
+
+
+def _scan(files: Iterable[Path], reading: Reading) -> Iterator[Conversation | InputError]:
+    for file in files:
+        for item in scan_conversations(scan(file, reading.encoding), reading):
+            if isinstance(item, UnreadableError):  # the counts would be those of a part
+                raise item
+            yield item
+
+
+def on_both_sides(
+    prints: Fingerprints, held_out: set[int], near: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return (held-out record, record to train on) where the two are the same, nearly so, or ask the same."""
+    is_held = np.zeros(len(prints.hashes), bool)
+    is_held[sorted(held_out)] = True
+    found: dict[int, int] = {}
+    for first, later in near:
+        if is_held[first] != is_held[later]:
+            held, trained = (first, later) if is_held[first] else (later, first)
+            found.setdefault(held, trained)
+    for column in (2, 1, 0):  # what is the same word for word is named, if anything
+        known: dict[int, int] = {}
+        hashes: Array = prints.hashes[:, column]
+        for place in np.flatnonzero(~is_held & (hashes != 0)).tolist():
+            known.setdefault(int(hashes[place]), place)
+        for place in np.flatnonzero(is_held).tolist():
+            if int(hashes[place]) in known:
+                found[place] = known[int(hashes[place])]
+    return sorted(found.items())
+
+
+def padding_share(lengths: Sequence[int], config: TrainConfig, pad_id: int, pack: bool) -> float:
+    """Return the share of the positions of an epoch's first batches that is padding."""
+    if not lengths:
+        return 0.0
+    of_length = {length: Example([pad_id], [pad_id] * length) for length in set(lengths)}
+    batches = PairBatches([of_length[length] for length in lengths], config.batch_size, pad_id, config.seed, pack)
+    padding = positions = 0
+    for batch in islice(batches, min(len(batches), BATCHES)):
+        padding += int((batch.document_ids == PADDING).sum())
+        positions += batch.document_ids.numel()
+    return padding / positions
+
+
+def sentence(name: str, count: int) -> str:
+    """Return a number with the words of its finding, in the singular or plural."""
+    words = re.sub(
+        r"\[([^|\]]*)\|([^|\]]*)\]", lambda match: match.group(1 if count == 1 else 2), KINDS[name].words
+    )
+    return f"{count:,} {words}".replace(" %", " %")
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def sample(conversation: Conversation, findings: tuple[str, ...], looker: Looker) -> Sample:
+    """Return a record token by token, as the tensors of its batch say what is learned."""
+    try:
+        encoded = encode_twice(conversation, looker.template, looker.tokenizer, looker.config)
+    except InputError:  # the template has no place for it
+        encoded = []
+    examples = [_pieces(uncut, example, looker.tokenizer) for uncut, example in encoded if uncut is not None]
+    if not examples:  # nothing of it trains: its text, as it is
+        examples = [tuple(Piece(f"{turn.role}: {turn.text}\n", "cut") for turn in conversation.turns)]
+    return Sample(conversation.where, findings, tuple(examples))
+
+
+def _pieces(uncut: Example, example: Example | None, tokenizer: Tokenizer) -> tuple[Piece, ...]:
+    ids, states = list[int](), list[str]()
+    if example is not None:
+        batch = collate([example], tokenizer.eos_id, length=len(example), pack=False)
+        ids, states = [int(batch.tokens[0, 0])], ["given"]
+        following = (example.prompt + example.answer)[1:]
+        for id, target in zip(following, batch.targets[0].tolist(), strict=True):
+            ids.append(id)
+            states.append("given" if target == IGNORE else "learned")
+    left = (uncut.prompt + uncut.answer)[len(ids) :]
+    return tuple(_text_pieces([*ids, *left], [*states, *["cut"] * len(left)], tokenizer))
+
+
+def _text_pieces(ids: Sequence[int], states: Sequence[str], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """Yield the text of ids; those that are parts of one character are one piece."""
+    waiting, begun = list[int](), False
+    for place, (id, state) in enumerate(zip(ids, states, strict=True)):
+        if id in (tokenizer.bos_id, tokenizer.eos_id) and not waiting:
+            yield Piece(tokenizer.pieces([id])[0], state)
+            continue
+        waiting.append(id)
+        text = tokenizer.decode_continuation(waiting) if begun else tokenizer.decode(waiting)
+        ends = place + 1 == len(ids) or states[place + 1] != state or len(waiting) > 3
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not ends:
+            continue
+        yield Piece(text or "".join(tokenizer.pieces(waiting)), state)
+        waiting, begun = [], True

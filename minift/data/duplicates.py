@@ -1,0 +1,228 @@
+"""Records that are there more than once: the same text, nearly the same, or the same question answered in two ways.
+
+The texts themselves are not kept. A record becomes a *fingerprint* of some 500 bytes:
+
+* Hashes of all it says, of its question and of its answer. In those of the *normalised* text, capitals, punctuation and
+  white space do not count, while digits do: "What is number 17?" is not "What is number 18?".
+* A MinHash signature: for each of PERMUTATIONS hash functions the least hash among the runs of SHINGLE words. Two
+  records agree in a place of it with the probability J, the share of runs that both have among those that one has
+  (Jaccard's index). So the share of equal places estimates J, with a standard deviation of √(J (1 − J) / 60).
+
+Records are *nearly* the same when their normalised texts are equal, or when they have the same numbers in the same
+order, each at least LEAST_SHINGLES runs of words, and J is at least NEAR, of the record and of its answers alone. A
+system's text and a pair's context do not count: many records may share them. Candidates are those whose signatures are
+equal in one of BANDS bands (J = 0.85: with a probability of 0.999).
+
+Source: Broder, "On the resemblance and containment of documents" (1997); the bands: Leskovec, Rajaraman and Ullman,
+"Mining of Massive Datasets", chapter 3.
+
+    minift data audit data/pairs.jsonl
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minift.prompts import Conversation, Pair
+
+SHINGLE = 5  # words of a run
+LEAST_SHINGLES = 20  # runs of a record that may be nearly the same as another
+NEAR = 0.85
+BANDS, ROWS = 12, 5
+PERMUTATIONS = BANDS * ROWS
+ANSWER_PERMUTATIONS = 36  # of the signature of the answers alone
+TABLE_SIZE = 2**18  # words whose hashes are kept
+
+_WORD = re.compile(r"\w+")
+_NUMBER = re.compile(r"\d+")
+_NOT_A_WORD = re.compile(r"[\W_]+")
+_RANDOM = np.random.Generator(np.random.PCG64(1997))
+_FACTORS = _RANDOM.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64) * 2 + 1  # odd, as multiply-shift wants them
+_IN_RUN = _RANDOM.integers(0, 2**63, SHINGLE, dtype=np.uint64) * 2 + 1  # of the words of a run, by place
+NONE = np.uint32(2**32 - 1)  # in a signature: there is no run of words
+
+Array = NDArray[Any]
+
+
+def normalised(text: str) -> str:
+    """Return a text without capitals, punctuation and white space."""
+    return _NOT_A_WORD.sub("", text.casefold())
+
+
+def text_hash(*texts: str) -> int:
+    """Return a hash of 64 bits of some texts in order; equal ones in another division have another."""
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """The fingerprints of N records, in order.
+
+    Attributes:
+        hashes: uint64 [N, 6]: of the record, of it normalised, of its question and of its answer normalised (0 where it
+            has none), of its numbers, and of its question as it is.
+        signatures: uint32 [N, PERMUTATIONS], of the record.
+        answers: uint32 [N, ANSWER_PERMUTATIONS], of its answers.
+        runs: int32 [N, 2], how many runs of words the record has, and its answers.
+    """
+
+    hashes: Array
+    signatures: Array
+    answers: Array
+    runs: Array
+
+    @classmethod
+    def join(cls, parts: Sequence["Fingerprints"]) -> "Fingerprints":
+        """Return the fingerprints of all parts, in order."""
+        if not parts:
+            return cls(np.empty((0, 6), np.uint64), *(np.empty((0, 0), np.uint32) for _ in range(3)))
+        columns = [
+            [getattr(part, name) for part in parts] for name in ("hashes", "signatures", "answers", "runs")
+        ]
+        return cls(*map(np.concatenate, columns))
+
+
+class Fingerprinter:
+    """Makes fingerprints; it remembers the hashes of words."""
+
+    def __init__(self) -> None:
+        self._words = _Words()
+
+    def __call__(self, conversations: Sequence[Conversation]) -> Fingerprints:
+        """Return the fingerprints of some conversations."""
+        hashes = np.array([_hashes(one) for one in conversations], np.uint64).reshape(-1, 6)
+        given, n_given = self._signatures([_texts(one, "user") for one in conversations], PERMUTATIONS)
+        answers, n_answers = self._signatures([_texts(one, "assistant") for one in conversations], PERMUTATIONS)
+        self._words.limit()
+        runs = np.stack([n_given + n_answers, n_answers], 1)
+        return Fingerprints(hashes, np.minimum(given, answers), answers[:, :ANSWER_PERMUTATIONS].copy(), runs)
+
+    def _signatures(self, records: Sequence[Sequence[str]], permutations: int) -> tuple[Array, Array]:
+        """Return the signature of each record's runs of words [N, permutations], and their number [N]."""
+        signatures = np.full((len(records), permutations), NONE)
+        runs = [self._runs(texts) for texts in records]
+        counts = np.array([len(one) for one in runs], np.int32)
+        filled = np.flatnonzero(counts)
+        if len(filled):
+            everything = np.concatenate([runs[place] for place in filled])
+            starts = np.cumsum(counts[filled]) - counts[filled]
+            for place in range(permutations):
+                hashed = (everything * _FACTORS[place]) >> np.uint64(32)
+                signatures[filled, place] = np.minimum.reduceat(hashed, starts)
+        return signatures, counts
+
+    def _runs(self, texts: Sequence[str]) -> Array:
+        """Return a hash, uint64, of each run of SHINGLE words inside one of the texts."""
+        found = []
+        for text in texts:
+            words = np.fromiter(map(self._words.__getitem__, _WORD.findall(text.casefold())), np.uint64)
+            count = len(words) - SHINGLE + 1
+            if count > 0:
+                mixed = sum((words[place : place + count] * _IN_RUN[place] for place in range(SHINGLE)), np.uint64(0))
+                found.append(mixed ^ (mixed >> np.uint64(29)))
+        return np.concatenate(found) if found else np.empty(0, np.uint64)
+
+
+class _Words(dict[str, int]):
+    """The hash of each word, kept for those that were met before."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = value = text_hash(word)
+        return value
+
+    def limit(self) -> None:
+        """Forget all when there are too many."""
+        if len(self) > TABLE_SIZE:
+            self.clear()
+
+
+def _texts(conversation: Conversation, role: str) -> list[str]:
+    """Return the texts of a role, without a pair's context."""
+    if isinstance(conversation, Pair):
+        return [conversation.question if role == "user" else conversation.answer]
+    return [turn.text for turn in conversation.turns if turn.role == role]
+
+
+def _hashes(conversation: Conversation) -> tuple[int, ...]:
+    turns = conversation.turns
+    before = turns[:-1] if isinstance(conversation, Pair) else conversation.until_answer()
+    asked = [turn.text for turn in before]
+    own = [normalised(turn.text) for turn in turns]
+    answer = conversation.answer
+    numbers = _NUMBER.findall(" ".join(turn.text for turn in turns))
+    has_question = any(map(str.strip, asked))
+    return (
+        text_hash(*(part for turn in turns for part in (turn.role, turn.text))),
+        text_hash(*(part for turn, text in zip(turns, own, strict=True) for part in (turn.role, text))),
+        text_hash(*map(normalised, asked)) if has_question else 0,
+        text_hash(normalised(answer)) if answer.strip() else 0,
+        text_hash(*numbers),
+        text_hash(*asked) if has_question else 0,
+    )
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+
+def earlier(values: Array) -> Array:
+    """Return for each value the place of the first that equals it: its own where it is the first; int64 [N]."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    found: Array = first[inverse.reshape(-1)]
+    return found
+
+
+def near_pairs(prints: Fingerprints) -> Iterator[tuple[int, int]]:
+    """Yield (earlier, later) for records that are nearly the same and not the same, in the order of the later ones.
+
+    Of records with the same normalised text each is compared with the first of them.
+    """
+    same, alike = earlier(prints.hashes[:, 0]), earlier(prints.hashes[:, 1])
+    places = np.arange(len(same))
+    firsts = places[(alike == places)]
+    found = {int(later): int(first) for later, first in enumerate(alike) if first != later and same[later] == later}
+    for first, later in _similar(prints, firsts):
+        found.setdefault(later, first)
+    for later in sorted(found):
+        yield found[later], later
+
+
+def _similar(prints: Fingerprints, places: Array) -> list[tuple[int, int]]:
+    """Return pairs of the records at `places` (no two of the same text) whose signatures are nearly the same."""
+    long = places[prints.runs[places, 0] >= LEAST_SHINGLES]
+    found: dict[int, int] = {}
+    for band in range(BANDS):
+        part = prints.signatures[long, band * ROWS : (band + 1) * ROWS].astype(np.uint64)
+        key = (part * _FACTORS[:ROWS]).sum(1, dtype=np.uint64) ^ prints.hashes[long, 4]  # and the same numbers
+        order = np.argsort(key, kind="stable")
+        equal = np.flatnonzero(key[order][1:] == key[order][:-1])  # neighbours in a bucket
+        first = earlier(key)[order[equal + 1]]
+        candidates = long[np.stack([np.r_[first, order[equal]], np.r_[order[equal + 1], order[equal + 1]]], 1)]
+        for block in np.array_split(candidates, len(candidates) // 10_000 + 1):
+            for a, b in block[_are_near(prints, block)].tolist():
+                found.setdefault(b, a)
+    return [(first, later) for later, first in found.items()]
+
+
+def _are_near(prints: Fingerprints, pairs: Array) -> Array:
+    """Return for each pair whether it is nearly the same by all that the fingerprints say; bool [M]."""
+    a, b = pairs[:, 0], pairs[:, 1]
+    numbers = prints.hashes[a, 4] == prints.hashes[b, 4]
+    whole = (prints.signatures[a] == prints.signatures[b]).mean(1) >= NEAR
+    answers = (prints.answers[a] == prints.answers[b]).mean(1) >= NEAR
+    short = np.minimum(prints.runs[a, 1], prints.runs[b, 1]) < SHINGLE
+    same_answer = prints.hashes[a, 3] == prints.hashes[b, 3]
+    found: Array = numbers & whole & np.where(short, same_answer, answers)
+    return found
+
+
+def contradictions(prints: Fingerprints) -> list[tuple[int, int]]:
+    """Return (earlier, later) for records that ask the same, all turns before the answer, and answer otherwise."""
+    question, answer = prints.hashes[:, 2], prints.hashes[:, 3]
+    first = earlier(question)
+    places = np.flatnonzero((question != 0) & (answer != 0) & (answer[first] != 0) & (answer != answer[first]))
+    return [(int(first[place]), int(place)) for place in places]
