@@ -9,9 +9,10 @@ The texts themselves are not kept. A record becomes a *fingerprint* of some 500 
   (Jaccard's index). So the share of equal places estimates J, with a standard deviation of √(J (1 − J) / 60).
 
 Records are *nearly* the same when their normalised texts are equal, or when they have the same numbers in the same
-order, each at least LEAST_SHINGLES runs of words, and J is at least NEAR, of the record and of its answers alone. A
-system's text and a pair's context do not count: many records may share them. Candidates are those whose signatures are
-equal in one of BANDS bands (J = 0.85: with a probability of 0.999).
+order, each at least LEAST_SHINGLES runs of words, and J is at least NEAR: of all, of what is asked, and of what is
+answered; of the last two, one that is SHORT must be equal. A system's text and a pair's context do not count: many
+records may share them. Candidates are those whose signatures are equal in one of BANDS bands (J = 0.85: with a
+probability of 0.999).
 
 Source: Broder, "On the resemblance and containment of documents" (1997); the bands: Leskovec, Rajaraman and Ullman,
 "Mining of Massive Datasets", chapter 3.
@@ -35,7 +36,8 @@ LEAST_SHINGLES = 20  # runs of a record that may be nearly the same as another
 NEAR = 0.85
 BANDS, ROWS = 12, 5
 PERMUTATIONS = BANDS * ROWS
-ANSWER_PERMUTATIONS = 36  # of the signature of the answers alone
+SIDE_PERMUTATIONS = 36  # of the signatures of what is asked, and of what is answered
+SHORT = 10  # runs; of so few, one changed word changes half
 TABLE_SIZE = 2**18  # words whose hashes are kept
 
 _WORD = re.compile(r"\w+")
@@ -50,8 +52,8 @@ Array = NDArray[Any]
 
 
 def normalised(text: str) -> str:
-    """Return a text without capitals, punctuation and white space."""
-    return _NOT_A_WORD.sub("", text.casefold())
+    """Return a text without capitals, punctuation and white space; a line of nothing but punctuation stays."""
+    return "".join(_NOT_A_WORD.sub("", line) or line.strip() for line in text.casefold().splitlines())
 
 
 def text_hash(*texts: str) -> int:
@@ -67,23 +69,23 @@ class Fingerprints:
         hashes: uint64 [N, 6]: of the record, of it normalised, of its question and of its answer normalised (0 where it
             has none), of its numbers, and of its question as it is.
         signatures: uint32 [N, PERMUTATIONS], of the record.
-        answers: uint32 [N, ANSWER_PERMUTATIONS], of its answers.
-        runs: int32 [N, 2], how many runs of words the record has, and its answers.
+        asked, answered: uint32 [N, SIDE_PERMUTATIONS], of the user's texts, and of the assistant's.
+        runs: int32 [N, 2], how many runs of words the user's texts have, and the assistant's.
     """
 
     hashes: Array
     signatures: Array
-    answers: Array
+    asked: Array
+    answered: Array
     runs: Array
 
     @classmethod
     def join(cls, parts: Sequence["Fingerprints"]) -> "Fingerprints":
         """Return the fingerprints of all parts, in order."""
         if not parts:
-            return cls(np.empty((0, 6), np.uint64), *(np.empty((0, 0), np.uint32) for _ in range(3)))
-        columns = [
-            [getattr(part, name) for part in parts] for name in ("hashes", "signatures", "answers", "runs")
-        ]
+            return Fingerprinter()([])
+        names = ("hashes", "signatures", "asked", "answered", "runs")
+        columns = [[getattr(part, name) for part in parts] for name in names]
         return cls(*map(np.concatenate, columns))
 
 
@@ -96,22 +98,22 @@ class Fingerprinter:
     def __call__(self, conversations: Sequence[Conversation]) -> Fingerprints:
         """Return the fingerprints of some conversations."""
         hashes = np.array([_hashes(one) for one in conversations], np.uint64).reshape(-1, 6)
-        given, n_given = self._signatures([_texts(one, "user") for one in conversations], PERMUTATIONS)
-        answers, n_answers = self._signatures([_texts(one, "assistant") for one in conversations], PERMUTATIONS)
+        asked, n_asked = self._signatures([_texts(one, "user") for one in conversations])
+        answered, n_answered = self._signatures([_texts(one, "assistant") for one in conversations])
         self._words.limit()
-        runs = np.stack([n_given + n_answers, n_answers], 1)
-        return Fingerprints(hashes, np.minimum(given, answers), answers[:, :ANSWER_PERMUTATIONS].copy(), runs)
+        sides = (signature[:, :SIDE_PERMUTATIONS].copy() for signature in (asked, answered))
+        return Fingerprints(hashes, np.minimum(asked, answered), *sides, np.stack([n_asked, n_answered], 1))
 
-    def _signatures(self, records: Sequence[Sequence[str]], permutations: int) -> tuple[Array, Array]:
-        """Return the signature of each record's runs of words [N, permutations], and their number [N]."""
-        signatures = np.full((len(records), permutations), NONE)
+    def _signatures(self, records: Sequence[Sequence[str]]) -> tuple[Array, Array]:
+        """Return the signature of each record's runs of words [N, PERMUTATIONS], and their number [N]."""
+        signatures = np.full((len(records), PERMUTATIONS), NONE)
         runs = [self._runs(texts) for texts in records]
         counts = np.array([len(one) for one in runs], np.int32)
         filled = np.flatnonzero(counts)
         if len(filled):
             everything = np.concatenate([runs[place] for place in filled])
             starts = np.cumsum(counts[filled]) - counts[filled]
-            for place in range(permutations):
+            for place in range(PERMUTATIONS):
                 hashed = (everything * _FACTORS[place]) >> np.uint64(32)
                 signatures[filled, place] = np.minimum.reduceat(hashed, starts)
         return signatures, counts
@@ -193,7 +195,7 @@ def near_pairs(prints: Fingerprints) -> Iterator[tuple[int, int]]:
 
 def _similar(prints: Fingerprints, places: Array) -> list[tuple[int, int]]:
     """Return pairs of the records at `places` (no two of the same text) whose signatures are nearly the same."""
-    long = places[prints.runs[places, 0] >= LEAST_SHINGLES]
+    long = places[prints.runs[places].sum(1) >= LEAST_SHINGLES]
     found: dict[int, int] = {}
     for band in range(BANDS):
         part = prints.signatures[long, band * ROWS : (band + 1) * ROWS].astype(np.uint64)
@@ -211,12 +213,12 @@ def _similar(prints: Fingerprints, places: Array) -> list[tuple[int, int]]:
 def _are_near(prints: Fingerprints, pairs: Array) -> Array:
     """Return for each pair whether it is nearly the same by all that the fingerprints say; bool [M]."""
     a, b = pairs[:, 0], pairs[:, 1]
-    numbers = prints.hashes[a, 4] == prints.hashes[b, 4]
-    whole = (prints.signatures[a] == prints.signatures[b]).mean(1) >= NEAR
-    answers = (prints.answers[a] == prints.answers[b]).mean(1) >= NEAR
-    short = np.minimum(prints.runs[a, 1], prints.runs[b, 1]) < SHINGLE
-    same_answer = prints.hashes[a, 3] == prints.hashes[b, 3]
-    found: Array = numbers & whole & np.where(short, same_answer, answers)
+    found: Array = prints.hashes[a, 4] == prints.hashes[b, 4]  # the numbers
+    found &= (prints.signatures[a] == prints.signatures[b]).mean(1) >= NEAR
+    for side, (signatures, column) in enumerate(((prints.asked, 2), (prints.answered, 3))):
+        short = np.minimum(prints.runs[a, side], prints.runs[b, side]) < SHORT
+        same = prints.hashes[a, column] == prints.hashes[b, column]
+        found &= np.where(short, same, (signatures[a] == signatures[b]).mean(1) >= NEAR)
     return found
 
 
