@@ -65,7 +65,7 @@ def _generate(options: dict[str, Any]) -> int:
     from minift.generate import Sampling, stream
     from minift.pack import encode_prompt
     from minift.prompts import Pair
-    from minift.tokenizer.base import TextStream
+    from minift.tokenizer.stream import TextStream
 
     sampling = Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"])
     model, tokenizer = load(options["model"], options["device"], options["plain"])
@@ -129,7 +129,11 @@ def _compare(options: dict[str, Any]) -> int:
     texts = {}
     if options["html"] is not None:
         words = ["minift", "compare", options["before"], options["after"], "--data", *options["data"]]
-        command = shlex.join([*words, "--template", options["template"]])
+        if options["encoding"] != "utf-8":
+            words += ["--encoding", options["encoding"]]
+        if options["fields"]:
+            words += ["--fields", *options["fields"]]
+        command = shlex.join([*words, "--template", options["template"], *["--rendered"] * options["rendered"]])
         texts[options["html"]] = comparison_page(result, [model.config for model, _ in (before, after)], command)
     if options["json"] is not None:
         texts[options["json"]] = json_text(result)

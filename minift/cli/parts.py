@@ -152,8 +152,7 @@ def load(name: str, device: str, plain: bool) -> Any:
     from minift import kernels
     from minift.checkpoint import load_model
     from minift.runs.machine import choose_device
-    from minift.tokenizer.base import check_fit
-    from minift.tokenizer.load import load_tokenizer
+    from minift.tokenizer.load import check_fit, load_tokenizer
 
     model = load_model(name, device=choose_device(TrainConfig(device=device)))
     tokenizer = load_tokenizer(name)

@@ -42,9 +42,9 @@ from minift.runs.folder import FinetuneJob, write_report
 from minift.runs.start import start_state
 from minift.storage.checksums import check_model
 from minift.storage.names import bundled, model_path
-from minift.tokenizer.base import Tokenizer, check_fit
+from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat import ChatTemplate
-from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.load import check_fit, load_tokenizer
 from minift.train import Plan
 
 HELD_OUT_SHARE = 0.1  # of the pairs, where no file of held-out pairs is given

@@ -70,11 +70,16 @@ EVERY_FLAG: dict[str, Any] = {
     "save_every": 9,
     "keep": 2,
     "save_format": "hf",
+    "learn": "last",
+    "rendered": True,
     "template": "qa",
 }
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
-NOT_OF = {"finetune": ("isolate", "shuffle_buffer", "workers"), "pretrain": ("template", "pack", *LORA)}
+NOT_OF = {
+    "finetune": ("isolate", "shuffle_buffer", "workers"),
+    "pretrain": ("template", "learn", "rendered", "pack", *LORA),
+}
 
 
 def run(*words: str | Path) -> int:
