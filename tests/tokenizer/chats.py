@@ -72,12 +72,19 @@ def messages(turns: Sequence[Turn], in_parts: bool = False) -> list[dict[str, An
 
 
 def make_folder(
-    folder: Path, template: str | None, names: Sequence[str] = NAMES, merges: bool = False, **more: Any
+    folder: Path,
+    template: str | None,
+    names: Sequence[str] = NAMES,
+    merges: bool = False,
+    split: str = "",
+    **more: Any,
 ) -> Path:
     """Make a folder with a byte-level tokenizer, whose tokens are single bytes unless it has merges, and a template."""
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
+    first = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(split), "isolated")] if split else []
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*first, bytes_])
     made.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=700 if merges else 256,
