@@ -8,8 +8,11 @@
 * `guard.py`: what a `tokenizer.json` of unknown origin may not hold
 * `make_json.py`: a `tokenizer.json` made of a `tokenizer.model`, for tools that read no other
 * `save.py`: a tokenizer's files in a new folder
+* `chat.py`: the model's own chat template: what of its text is learned
+* `chat_text.py`: what it writes, and where the data are in it
+* `chat_files.py`: where it comes from, and what it sees
+* `jinja.py`: its language, in a sandbox
 * `load.py`: the tokenizer of a model's folder, and whether it fits the model
 * `stream.py`: text that is shown id by id
-* `chat.py`: the model's own chat template
 * `word_cache.py`: SentencePiece faster, with the same ids
 """

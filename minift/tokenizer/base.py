@@ -37,6 +37,7 @@ class Tokenizer(ABC):
     bos_id: int  # the id that begins a document
     eos_id: int  # the id that ends a document
     adds_bos = True  # whether a text begins with BOS, as the model was trained and as other programs prompt it
+    marker_names: tuple[str, ...] = ()  # those of the added tokens, which a template's text may spell
     files: Mapping[str, bytes]  # the content of the tokenizer's files by name: they are saved with a model
     _anchor: list[int]  # the ids of a line break, after which no space is added; empty if the tokenizer adds none
 

@@ -52,6 +52,7 @@ class JsonTokenizer(Tokenizer):
             bare, given = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
             self.adds_bos = given[:1] != bare[:1]  # by the post-processor, which is what `transformers` goes by
             self._markers = Markers(self._tokenizer)
+            self.marker_names = tuple(self._markers.names)
             self._set_anchor(self._where)
 
     @property

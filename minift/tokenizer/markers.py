@@ -21,7 +21,12 @@ class Markers:
     def __init__(self, tokenizer: Any):
         self._tokens = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
         longest_first = sorted(self._tokens, key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # or what matches nothing
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # or what matches nothing
+
+    @property
+    def names(self) -> list[str]:
+        """The names."""
+        return list(self._tokens)
 
     def cut(self, parts: Sequence[str]) -> tuple[str, list[tuple[str, str]]] | None:
         """Cut a text at the added tokens that a template wrote in it.
@@ -37,9 +42,9 @@ class Markers:
         own = [
             (starts[place] + match.start(), starts[place] + match.end())
             for place in range(0, len(parts), 2)
-            for match in self._names.finditer(parts[place])
+            for match in self._pattern.finditer(parts[place])
         ]
-        if own == [match.span() for match in self._names.finditer(text)]:
+        if own == [match.span() for match in self._pattern.finditer(text)]:
             return None
         return self._cut(text, own)
 
