@@ -70,8 +70,8 @@ class Batch:
                 return tensor.contiguous().pin_memory().to(device, non_blocking=True)
             return tensor.to(device)
 
-        moved = map(move, (self.tokens, self.targets, self.positions, self.document_ids))
-        return Batch(*moved, self.isolated, self.n_targets)
+        tokens, targets, positions, ids = map(move, (self.tokens, self.targets, self.positions, self.document_ids))
+        return Batch(tokens, targets, positions, ids, self.isolated, self.n_targets)
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,7 @@ class Template(ABC):
     def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
         """Return the texts to train on, each in spans: one, unless the template writes earlier turns anew.
 
-        Args:
-            learn: "all" answers, or only the "last".
+        Of them "all" answers are learned, or only the "last".
 
         Raises:
             InputError: with `file:line`, for a conversation that the template has no place for.
@@ -183,7 +182,7 @@ class TextTemplate(Template):
         answer: what it learns, separator included.
         question_with_context: what it is given of a pair that has a context.
         system: the text that replaces `{system}` when the pair has a system prompt.
-        rendered: whether markers in the data's text count, too: somebody has written the data in a template already.
+        rendered: whether markers in the data's text count, too: the data are written in a template already.
     """
 
     question: str
