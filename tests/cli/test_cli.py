@@ -31,7 +31,19 @@ from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, SMALL, small_model, write_jsonl
 
 COMMANDS = [
-    *("finetune", "pretrain", "generate", "compare", "evaluate", "explain", "convert", "info", "tokenizer", "data")
+    *(
+        "finetune",
+        "pretrain",
+        "generate",
+        "chat",
+        "compare",
+        "evaluate",
+        "explain",
+        "convert",
+        "info",
+        "tokenizer",
+        "data",
+    )
 ]
 
 # Each field's value here is neither its default nor that of a job, but a run of one step goes through with it.
