@@ -22,8 +22,7 @@ from minift.pack import Batch, encode_conversations
 from minift.runs.machine import choose_device, choose_dtype
 from minift.runs.start import start_state
 from minift.storage.names import bundled, model_path
-from minift.tokenizer.base import check_fit
-from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.load import check_fit, load_tokenizer
 from minift.train import TrainState, train_step
 
 WINDOWS = 4  # different batches, with a step over each in a turn

@@ -10,8 +10,8 @@ positions, and the targets are the same ids moved one to the left:
     targets    ·    ·    ·   ·  Mexico  City  </s>            (· is IGNORE: the prompt is given, not learned)
 
 Only answers are targets, and their ends: a model that is never trained to say EOS never stops. The mask comes from
-construction (what is given and what is learned are encoded apart), never from searching for a marker.
-Padding is masked by its position, never by its id, because the padding id is usually EOS itself.
+construction (what is given and what is learned are encoded apart), never from searching for a marker. Padding is masked
+by its position, never by its id, because the padding id is usually EOS itself.
 
 Several short texts share a row, each isolated from the others: its positions start at 0, and its attention stays inside
 its own `document_ids`. The loss is the same as with one pair a row, with far less padding. Pages are packed in
@@ -70,14 +70,8 @@ class Batch:
                 return tensor.contiguous().pin_memory().to(device, non_blocking=True)
             return tensor.to(device)
 
-        return Batch(
-            move(self.tokens),
-            move(self.targets),
-            move(self.positions),
-            move(self.document_ids),
-            self.isolated,
-            self.n_targets,
-        )
+        tokens, targets, positions, ids = map(move, (self.tokens, self.targets, self.positions, self.document_ids))
+        return Batch(tokens, targets, positions, ids, self.isolated, self.n_targets)
 
 
 @dataclass(frozen=True)
@@ -143,11 +137,7 @@ def encode_prompt(spans: Sequence[Span], tokenizer: Tokenizer) -> list[int]:
 def encode_conversation(
     conversation: Conversation, template: Template, tokenizer: Tokenizer, max_length: int, learn: str = "all"
 ) -> list[Example | None]:
-    """Return the examples that a template makes of a conversation, None in the place of each without a target.
-
-    Args:
-        learn: "all" answers, or only the "last".
-    """
+    """Return the examples of a conversation, of all its answers or only the "last"; None for each without a target."""
     if not any(turn.learned and turn.text.strip() for turn in conversation.turns):
         return [None]
     return [encode_spans(spans, tokenizer, max_length) for spans in template.examples(conversation, learn)]
@@ -156,11 +146,7 @@ def encode_conversation(
 def encode_conversations(
     conversations: Iterable[Conversation], template: Template, tokenizer: Tokenizer, max_length: int, learn: str = "all"
 ) -> tuple[list[Example], int]:
-    """Encode all conversations. Return the examples, and how many were dropped because they have no target.
-
-    Raises:
-        InputError: when no example is left.
-    """
+    """Return all examples, and how many were dropped: they have no target. Raise InputError when no example is left."""
     encoded = [
         one for each in conversations for one in encode_conversation(each, template, tokenizer, max_length, learn)
     ]

@@ -50,7 +50,7 @@ class Pair:
         answer: "" where the data has a question without an answer; such a pair has no target.
         context: text that the question is about (Alpaca's `input`), or "".
         system: what the model is told before every question, or "".
-        metric: the score that fits the answer, one of `data.pairs.METRICS`; "" when the record does not say.
+        metric: the score that fits the answer, one of `data.conversations.METRICS`; "" when the record does not say.
         where: `file:line`, for messages.
     """
 
@@ -69,7 +69,7 @@ class Pair:
         return *system, Turn("user", asked), Turn("assistant", self.answer, learned=True)
 
     def exchanges(self) -> list[tuple["Pair", bool]]:
-        """Return the questions with their answers, and whether each answer is learned: this pair alone."""
+        """Return each question with its answer, and whether that is learned: this pair alone."""
         return [(self, True)]
 
 
@@ -114,17 +114,14 @@ class Chat:
         rest = [turn for place, turn in enumerate(self.turns) if place or turn.role != "system"]
         for place, turn in enumerate(rest):
             if turn.role != ("user", "assistant")[place % 2]:
+                found = f"{self.where or 'a chat'}: turn {place + 1} is the {turn.role}'s"
                 raise InputError(
-                    f"{self.where or 'a chat'}: turn {place + 1} is the {turn.role}'s; this template needs a question "
-                    "and its answer in turn (--template chat may not)"
+                    f"{found}; this template needs questions and answers in turn (--template chat may not)"
                 )
-        pairs = [
-            (Pair(asked.text, answer.text, where=self.where), answer.learned)
-            for asked, answer in zip(rest[::2], rest[1::2], strict=False)
+        return [
+            (Pair(asked.text, answer.text, system="" if place else self.system, where=self.where), answer.learned)
+            for place, (asked, answer) in enumerate(zip(rest[::2], rest[1::2], strict=False))
         ]
-        if pairs and self.system:
-            pairs[0] = replace(pairs[0][0], system=self.system), pairs[0][1]
-        return pairs
 
 
 Conversation: TypeAlias = Pair | Chat
@@ -159,8 +156,7 @@ class Template(ABC):
     def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
         """Return the texts to train on, each in spans: one, unless the template writes earlier turns anew.
 
-        Args:
-            learn: "all" answers, or only the "last".
+        Of them "all" answers are learned, or only the "last".
 
         Raises:
             InputError: with `file:line`, for a conversation that the template has no place for.
@@ -186,7 +182,7 @@ class TextTemplate(Template):
         answer: what it learns, separator included.
         question_with_context: what it is given of a pair that has a context.
         system: the text that replaces `{system}` when the pair has a system prompt.
-        rendered: whether markers in the data's text count, too: somebody has written the data in a template already.
+        rendered: whether markers in the data's text count, too: the data are written in a template already.
     """
 
     question: str
@@ -211,15 +207,9 @@ class TextTemplate(Template):
     def prompt(self, conversation: Conversation) -> list[Span]:
         """Return the earlier questions with their answers, and the last question."""
         if isinstance(conversation, Chat):
-            turns = conversation.until_answer()
-            conversation = replace(conversation, turns=(*turns, Turn("assistant", "")))
-        *before, (last, _) = conversation.exchanges()
-        spans = [
-            span
-            for pair, _ in before
-            for span in (Span(self.parts(pair)[0], bos=True), Span(self.parts(pair)[1], eos=True))
-        ]
-        return [*spans, Span(self.parts(last)[0], bos=True)]
+            conversation = replace(conversation, turns=(*conversation.until_answer(), Turn("assistant", "")))
+        (spans,) = self.examples(conversation)
+        return spans[:-1] or [Span([""], bos=True)]  # nothing is asked: a text from its beginning
 
     def answer_parts(self, conversation: Conversation) -> list[str]:
         """Return the parts of the answer, its separator included."""
@@ -232,11 +222,13 @@ class TextTemplate(Template):
             if getattr(pair, name) and f"{{{name}}}" not in text:
                 raise InputError(f"{pair.where or 'a pair'}: has a {name}, and the template no {{{name}}} for it")
         text = text.replace("{system}", self.system if pair.system else "")
-        return self._fill(text, pair, ends_prompt=True), self.answer_parts(pair)
+        question, answer = self._fill(text, pair), self.answer_parts(pair)
+        if len(question) > 1 and not question[-1]:  # it ends in the data's text, which may end in white space
+            stripped = question[-2].rstrip()
+            answer[0] = answer[0] or question[-2][len(stripped) :]
+            question[-2] = stripped
+        return (["".join(question)], ["".join(answer)]) if self.rendered else (question, answer)
 
-    def _fill(self, text: str, pair: Conversation, ends_prompt: bool = False) -> list[str]:
+    def _fill(self, text: str, pair: Conversation) -> list[str]:
         parts = re.split(r"\{(question|context|answer|system)\}", text)  # in one pass: braces inside a question stay
-        parts[1::2] = [getattr(pair, name) for name in parts[1::2]]
-        if ends_prompt and len(parts) > 1 and not parts[-1]:
-            parts[-2] = parts[-2].rstrip()
-        return ["".join(parts)] if self.rendered else parts
+        return [getattr(pair, part) if place % 2 else part for place, part in enumerate(parts)]

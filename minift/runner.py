@@ -36,8 +36,7 @@ from minift.runs import finetune as jobs
 from minift.runs.folder import check_free
 from minift.runs.machine import choose_device
 from minift.storage.names import model_path
-from minift.tokenizer.base import check_fit
-from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.load import check_fit, load_tokenizer
 from minift.values import check_number
 
 TEMPLATE_FILE = "template.txt"

@@ -17,9 +17,10 @@ from minift.config import LlamaConfig, TrainConfig
 from minift.data.batches import PairBatches
 from minift.lora import LoRAConfig, adapter_weights, add_lora
 from minift.model import Llama
-from minift.pack import Example
+from minift.pack import Example, encode_conversation
 from minift.prompts import Conversation, Template
 from minift.runs.start import start_state
+from minift.tokenizer.base import Tokenizer
 from minift.train import TrainState, train_step
 
 TEXTS = [
@@ -223,3 +224,9 @@ def texts_of(template: Template, conversation: Conversation) -> tuple[str, str]:
     (spans,) = template.examples(conversation)
     given, learned = ("".join(span.text for span in spans if span.learned is flag) for flag in (False, True))
     return given, learned
+
+
+def encode_pair(pair: Conversation, template: Template, tokenizer: Tokenizer, max_length: int) -> Example | None:
+    """Return the example of a record that is one, or None if it has no target."""
+    (example,) = encode_conversation(pair, template, tokenizer, max_length)
+    return example

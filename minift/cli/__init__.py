@@ -3,6 +3,7 @@
 commands.py   the parser of all commands
 train.py      minift finetune, minift pretrain
 models.py     minift generate, compare, evaluate, convert, info
+chat.py       minift chat
 explain.py    minift explain
 data.py       minift tokenizer, minift data
 parts.py      what the commands share: flags, loading a model, writing a result

@@ -3,6 +3,7 @@
 import argparse
 
 from minift import __version__
+from minift.cli.chat import add_chat
 from minift.cli.data import add_data, add_tokenizer
 from minift.cli.explain import add_explain
 from minift.cli.models import add_compare, add_convert, add_evaluate, add_generate, add_info
@@ -25,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_finetune(commands)
     add_pretrain(commands)
     add_generate(commands)
+    add_chat(commands)
     add_compare(commands)
     add_evaluate(commands)
     add_explain(commands)

@@ -43,9 +43,20 @@ example:
   minift tokenizer show "What is the capital of Mexico?\""""
 
 
+TEMPLATES_MORE = """\
+Each template writes ten conversations. "one text": a conversation is one text, and each of its answers is learned.
+"own examples": the template writes earlier turns in another way, so each answer is an example of its own. "refused":
+it is not certain what would be learned. A file comes without a tokenizer: what looks like the name of a token is one.
+
+examples:
+  minift tokenizer templates chat_template.jinja
+  minift tokenizer templates MODEL_FOLDER"""
+
+
 def add_tokenizer(commands: Any) -> None:
-    """Add `minift tokenizer train|show`."""
-    verbs = add_group(commands, "tokenizer", "train a tokenizer, or show how one cuts a text")
+    """Add `minift tokenizer train|show|templates`."""
+    text = "train a tokenizer, show how one cuts a text, or judge chat templates"
+    verbs = add_group(commands, "tokenizer", text)
     train = add_command(verbs, "train", _tokenizer_train, "train a BPE vocabulary on pages", TRAIN_MORE)
     train.add_argument("--data", nargs="+", required=True, metavar="GLOB", help=f"train on these pages: {PAGES_HELP}")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="make a vocabulary of N pieces")
@@ -57,6 +68,11 @@ def add_tokenizer(commands: Any) -> None:
     show.add_argument("text", metavar="TEXT", help="encode this text")
     text = f"use the tokenizer of this model, or this tokenizer's file (default: bundled): {MODEL_HELP}"
     show.add_argument("--model", default="bundled", metavar="DIR|FILE", help=text)
+
+    text = "print what is learned with chat templates, as a table"
+    templates = add_command(verbs, "templates", _tokenizer_templates, text, TEMPLATES_MORE)
+    text = "judge these templates: .jinja files, or folders of models"
+    templates.add_argument("paths", nargs="+", metavar="FILE|DIR", help=text)
 
 
 def _tokenizer_train(options: dict[str, Any]) -> int:
@@ -87,6 +103,13 @@ def _tokenizer_show(options: dict[str, Any]) -> int:
     for id, piece in zip(ids, tokenizer.pieces(ids), strict=True):
         print(f"{id:>6}  {piece}")
     print(f"{len(ids)} ids, {len(options['text'])} characters, vocabulary of {tokenizer.vocab_size}")
+    return 0
+
+
+def _tokenizer_templates(options: dict[str, Any]) -> int:
+    from minift.look.chat_templates import judge_path, table
+
+    print(table([judge_path(path) for path in options["paths"]]))
     return 0
 
 

@@ -16,10 +16,13 @@ from minift.cli.parts import (
     add_plain,
     add_reading,
     add_rendered,
+    add_sampling,
     add_template,
     json_text,
     load,
+    print_answer,
     reading_of,
+    sampling_of,
     write_json,
     write_texts,
 )
@@ -46,28 +49,17 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--prompt", required=True, metavar="TEXT", help="continue this text")
     add_template(command, default="plain")
     add_rendered(command)
-    text = "add at most N tokens (default: 64)"
-    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help=text)
-    text = "divide the logits by X before a token is drawn; 0 always takes the likeliest token (default: 0)"
-    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help=text)
-    text = "draw among the N likeliest tokens; 0 draws among all (default: 0)"
-    command.add_argument("--top-k", type=int, default=0, metavar="N", help=text)
-    text = "draw among the likeliest tokens that together have the probability X (default: 1)"
-    command.add_argument("--top-p", type=float, default=1.0, metavar="X", help=text)
-    text = "start the random numbers from N: the same seed gives the same text (default: 0)"
-    command.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    add_sampling(command, max_new_tokens=64)
     add_device(command)
     add_plain(command)
 
 
 def _generate(options: dict[str, Any]) -> int:
     from minift.data.templates import choose_template, template_named
-    from minift.generate import Sampling, stream
     from minift.pack import encode_prompt
     from minift.prompts import Pair
-    from minift.tokenizer.base import TextStream
 
-    sampling = Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"])
+    sampling = sampling_of(options)
     model, tokenizer = load(options["model"], options["device"], options["plain"])
     pair, name = Pair(options["prompt"], answer=""), options["template"]
     if pair.question.strip() or name == "auto":  # no question, no conflict: a text from its beginning
@@ -75,15 +67,7 @@ def _generate(options: dict[str, Any]) -> int:
     # With auto the prompt is the user's own, complete: its markers are those of a template.
     template = template_named(name, tokenizer, options["rendered"] or options["template"] == "auto")
     prompt = encode_prompt(template.prompt(pair), tokenizer)
-    ids = stream(model, prompt, options["max_new_tokens"], sampling, options["plain"])
-    text, shown, waiting = TextStream(tokenizer), False, ""
-    for id in chain(ids, [None]):
-        waiting += text.end() if id is None else text.add(id)
-        ready = waiting.rstrip()  # no blank lines around the text: white space is shown when something follows it
-        if ready:
-            print(ready if shown else ready.lstrip(), end="", flush=True)
-            shown, waiting = True, waiting[len(ready) :]
-    print()
+    print_answer(model, tokenizer, prompt, options["max_new_tokens"], sampling, options["plain"])
     return 0
 
 
@@ -129,7 +113,11 @@ def _compare(options: dict[str, Any]) -> int:
     texts = {}
     if options["html"] is not None:
         words = ["minift", "compare", options["before"], options["after"], "--data", *options["data"]]
-        command = shlex.join([*words, "--template", options["template"]])
+        if options["encoding"] != "utf-8":
+            words += ["--encoding", options["encoding"]]
+        if options["fields"]:
+            words += ["--fields", *options["fields"]]
+        command = shlex.join([*words, "--template", options["template"], *["--rendered"] * options["rendered"]])
         texts[options["html"]] = comparison_page(result, [model.config for model, _ in (before, after)], command)
     if options["json"] is not None:
         texts[options["json"]] = json_text(result)

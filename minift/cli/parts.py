@@ -6,14 +6,18 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minift.config import LEARN, TrainConfig
 from minift.errors import InputError
+from minift.look.report import printable
+from minift.values import check_number
 
 if TYPE_CHECKING:
     from minift.data.conversations import Reading
+    from minift.generate import Sampling
 
 MODEL_HELP = (
     "a model of any format: a minift, Hugging Face or Meta folder, a llama2.c .bin, an adapter's folder, "
@@ -152,8 +156,7 @@ def load(name: str, device: str, plain: bool) -> Any:
     from minift import kernels
     from minift.checkpoint import load_model
     from minift.runs.machine import choose_device
-    from minift.tokenizer.base import check_fit
-    from minift.tokenizer.load import load_tokenizer
+    from minift.tokenizer.load import check_fit, load_tokenizer
 
     model = load_model(name, device=choose_device(TrainConfig(device=device)))
     tokenizer = load_tokenizer(name)
@@ -161,6 +164,55 @@ def load(name: str, device: str, plain: bool) -> Any:
     if not plain:
         kernels.install(model, kernels.choose_for_reading(model.device))
     return model, tokenizer
+
+
+def add_sampling(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add --max-new-tokens, --temperature, --top-k, --top-p and --seed."""
+    text = f"add at most N tokens (default: {max_new_tokens})"
+    command.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=text)
+    text = "divide the logits by X before a token is drawn; 0 always takes the likeliest token (default: 0)"
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help=text)
+    text = "draw among the N likeliest tokens; 0 draws among all (default: 0)"
+    command.add_argument("--top-k", type=int, default=0, metavar="N", help=text)
+    text = "draw among the likeliest tokens that together have the probability X (default: 1)"
+    command.add_argument("--top-p", type=float, default=1.0, metavar="X", help=text)
+    text = "start the random numbers from N: the same seed gives the same text (default: 0)"
+    command.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+
+
+def sampling_of(options: dict[str, Any]) -> "Sampling":
+    """Return how tokens are drawn. Raises InputError for a number out of bounds."""
+    from minift.generate import Sampling
+
+    check_number("max_new_tokens", options["max_new_tokens"], least=1)
+    return Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"])
+
+
+def print_answer(
+    model: Any, tokenizer: Any, prompt: Sequence[int], limit: int, sampling: "Sampling", plain: bool
+) -> str:
+    """Print what a model adds to a prompt, as it comes, without white space around it. Return all of its text.
+
+    Ctrl-C ends it, if something was printed already.
+    """
+    from minift.generate import stream
+    from minift.tokenizer.stream import TextStream
+
+    text, answer, waiting = TextStream(tokenizer), "", ""
+    shown = False
+    try:
+        for id in chain(stream(model, prompt, limit, sampling, plain), [None]):
+            part = text.end() if id is None else text.add(id)
+            answer, waiting = answer + part, waiting + part
+            ready = waiting.rstrip()  # no blank lines around the text: white space is shown when something follows it
+            if ready:
+                print(printable(ready if shown else ready.lstrip()), end="", flush=True)
+                shown, waiting = True, waiting[len(ready) :]
+    except KeyboardInterrupt:
+        if not shown:
+            raise
+    print()
+    return answer
 
 
 def json_text(values: dict[str, Any]) -> str:

@@ -16,8 +16,7 @@ from minift.errors import InputError
 from minift.formats.files import dtype_name
 from minift.formats.open import open_model, shape_named
 from minift.formats.opened import Opened
-from minift.tokenizer.base import check_fit
-from minift.tokenizer.load import load_tokenizer, tokenizer_files
+from minift.tokenizer.load import check_fit, load_tokenizer, tokenizer_files
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
 from minift.values import check_number, size
 

@@ -9,6 +9,7 @@ pictures cannot be learned from text alone: a message that has them is refused b
     minift data format chats.jsonl
 """
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -99,52 +100,10 @@ def check_refused(values: dict[str, Any], where: str) -> None:
 
 
 # What tells one record from another, and changes nothing that could be learned.
-HARMLESS = frozenset(
-    [
-        "category",
-        "conversation_id",
-        "created",
-        "created_at",
-        "dataset",
-        "date",
-        "guid",
-        "hash",
-        "id",
-        "idx",
-        "index",
-        "lang",
-        "language",
-        "license",
-        "link",
-        "message_id",
-        "meta",
-        "metadata",
-        "model",
-        "model_name",
-        "n_tokens",
-        "num_tokens",
-        "num_turns",
-        "origin",
-        "parent_id",
-        "prompt_id",
-        "question_id",
-        "rating",
-        "score",
-        "source",
-        "sources",
-        "split",
-        "subcategory",
-        "tag",
-        "tags",
-        "time",
-        "timestamp",
-        "token_count",
-        "tokens",
-        "uid",
-        "updated_at",
-        "url",
-        "uuid",
-    ]
+HARMLESS = re.compile(
+    r"(.*_)?(id|idx|index|uid|uuid|guid|hash|sources?|url|link|dataset|origin|(sub)?category|lang(uage)?|license|split)"
+    r"|timestamp|date|time|(created|updated)(_at)?|model(_name)?|score|rating|tags?|meta(data)?"
+    r"|num_(turns|tokens)|n_tokens|tokens?(_count)?|entity|relation"  # the last two: of the bundled pairs
 )
 
 
@@ -153,6 +112,9 @@ def unread_keys(values: dict[str, Any], read: set[str]) -> list[str]:
     return [
         key
         for key, value in values.items()
-        if key not in read and isinstance(value, str | list | dict) and value and key.strip().lower() not in HARMLESS
+        if key not in read
+        and isinstance(value, str | list | dict)
+        and value
+        and not HARMLESS.fullmatch(key.strip().lower())
         if not isinstance(value, str) or not value.isspace()
     ]

@@ -187,7 +187,7 @@ def find_form(record: Record, fields: Sequence[str] = ()) -> Form:
         return Form(question, answer, chat=isinstance(values[answer], list))
     keys = {key.strip().lower(): key for key in reversed(values)} | {key: key for key in values}
     for name in CHAT_FIELDS:
-        if isinstance(values.get(keys.get(name, "")), list):
+        if name in keys and isinstance(values[keys[name]], list):
             return Form("", keys[name], chat=True)
     for question, answer in FIELDS:
         if question in keys and answer in keys:

@@ -156,6 +156,9 @@ def choose_template(name: str, conversations: Sequence[Conversation], tokenizer:
             and any(isinstance(one, Chat) for one in conversations)
         ):
             return "chat"
+        answers = [one.answer for one in conversations if one.answer.strip()]
+        if answers and all(isinstance(one, Pair) for one in conversations) and all(a[0].isspace() for a in answers):
+            return "joined"
         if len(where) > 1:
             raise InputError(
                 f"{where['plain']}: does not end in {' or '.join(MARKERS)} as other questions of the file do; "

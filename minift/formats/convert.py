@@ -32,8 +32,8 @@ from minift.formats.opened import Opened
 from minift.storage.atomic import write_file, write_folder
 from minift.storage.links import check_name
 from minift.storage.names import base_of, is_adapter, model_path
-from minift.tokenizer.base import Tokenizer, check_fit
-from minift.tokenizer.load import TOKENIZER_FILES, load_tokenizer, tokenizer_files
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import TOKENIZER_FILES, check_fit, load_tokenizer, tokenizer_files
 from minift.tokenizer.save import save_tokenizer
 
 _WRITERS: dict[str, Callable[..., None]] = {"native": write_native, "hf": write_huggingface, "meta": write_meta}

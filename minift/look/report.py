@@ -188,6 +188,11 @@ def _pad(text: str, width: int) -> str:
     return text + " " * (width - sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
 
 
+def printable(text: str) -> str:
+    """Return a text as it is, but for what a terminal would obey: that is spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def visible(text: str, space: str = "▁") -> str:
     """Return a token's text with every character visible: "▁" is a space, "⏎" a line break."""
     shown = text.replace(" ", space).replace("\n", "⏎")

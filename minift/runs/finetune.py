@@ -36,15 +36,15 @@ from minift.evaluation.evaluate import compare
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.pack import Batch, Example, collate, encode_conversations
-from minift.prompts import Conversation
+from minift.prompts import Chat, Conversation
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
 from minift.runs.folder import FinetuneJob, write_report
 from minift.runs.start import start_state
 from minift.storage.checksums import check_model
 from minift.storage.names import bundled, model_path
-from minift.tokenizer.base import Tokenizer, check_fit
+from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat import ChatTemplate
-from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.load import check_fit, load_tokenizer
 from minift.train import Plan
 
 
@@ -128,6 +128,13 @@ class Split:
     held_out: list[Conversation]
     template: str
     skipped: Skipped
+
+    @property
+    def kind(self) -> str:
+        """What the records are, in a word."""
+        if any(isinstance(one, Chat) for one in self.training):
+            return "chats"
+        return "texts" if self.template == "text" else "pairs"
 
 
 @dataclass(frozen=True)
@@ -246,9 +253,9 @@ def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, con
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else "all of them trained"
     left_out = f"{encoded.cut} cut to {config.max_length} tokens, {encoded.dropped} dropped"
-    held_out = f"{len(split.held_out):,} pairs held out ({encoded.held_out_dropped} without a target)"
+    held_out = f"{len(split.held_out):,} {split.kind} held out ({encoded.held_out_dropped} without a target)"
     print(describe(model, job.model, share, config, world))
-    print(f"{len(encoded.examples):,} pairs to train on ({left_out})")
+    print(f"{len(encoded.examples):,} {split.kind} to train on ({left_out})")
     print(f"{held_out}; template {split.template}")
     if split.skipped.skipped:
         print(split.skipped)

@@ -34,8 +34,8 @@ from minift.runs.common import Run, check_length, check_out, choose_machine, com
 from minift.runs.folder import PretrainJob, write_report
 from minift.runs.machine import choose_compile
 from minift.runs.start import start_state
-from minift.tokenizer.base import Tokenizer, check_fit
-from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import check_fit, load_tokenizer
 from minift.train import Plan
 
 VALIDATION_ROWS = 64  # rows of held-out pages on which a pretraining run is evaluated

@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from minift.config import LlamaConfig
 from minift.errors import InputError
 
 
@@ -144,52 +143,3 @@ def _parts(text: str | list[str], special: bool) -> list[str]:
     except UnicodeEncodeError:
         raise InputError("the text is not Unicode: it holds bytes that are not UTF-8, or half a character") from None
     return parts
-
-
-class TextStream:
-    """The text of ids that come one by one, each part as soon as it is certain.
-
-    A character may be spread over several ids; until its last one has come, `add` returns the empty string. The parts
-    joined are what `decode_continuation` gives for all the ids, unless these end inside a character.
-
-        stream = TextStream(tokenizer)
-        for id in generate.stream(model, prompt, 64):
-            print(stream.add(id), end="", flush=True)
-        print(stream.end())
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._waiting: list[int] = []
-
-    def add(self, id: int) -> str:
-        """Return the text that this id completes."""
-        self._waiting.append(id)
-        text = self._tokenizer.decode_continuation(self._waiting)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the start of a character, or (rarely) that character itself
-            return ""
-        self._waiting = []
-        return text
-
-    def end(self) -> str:
-        """Return the text that still waits: empty, unless the ids end inside a character."""
-        text, self._waiting = self._tokenizer.decode_continuation(self._waiting), []
-        return text
-
-
-def check_fit(config: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> None:
-    """Raise InputError unless a tokenizer and a model belong together.
-
-    The tokenizer must know no id that the model lacks, and their BOS and EOS must be the same. A published model may
-    have spare ids; a model that is made for a tokenizer (`exact`) has none.
-    """
-    spare = config.vocab_size - tokenizer.vocab_size
-    if spare < 0 or (exact and spare):
-        found = f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {config.vocab_size}"
-    elif config.bos_token_id != tokenizer.bos_id:
-        found = f"the model's bos_token_id is {config.bos_token_id}, the tokenizer's is {tokenizer.bos_id}"
-    elif tokenizer.eos_id not in config.eos_token_ids:
-        found = f"the model's eos_token_id is {config.eos_token_id}, the tokenizer's is {tokenizer.eos_id}"
-    else:
-        return
-    raise InputError(f"{found}: they do not fit; give the tokenizer that the model was trained with")

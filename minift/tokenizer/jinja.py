@@ -109,7 +109,7 @@ class Renderer:
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja as `transformers` sets it up, with a budget."""
 
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["*", "**", "%"])  # "+" is paid for by `_Paid`
 
     def __init__(self, now: datetime):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
@@ -148,7 +148,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.paid(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Add, multiply, raise to a power or format."""
+        """Multiply, raise to a power or format, unless the result is too large."""
         if operator == "*" and not isinstance(left, float) and not isinstance(right, float):
             for sequence, times in ((left, right), (right, left)):
                 if isinstance(times, int) and not isinstance(sequence, int) and _size(sequence) * times > self._left:
@@ -184,12 +184,22 @@ class _Paid(NodeTransformer):
         node.nodes = [part if isinstance(part, nodes.TemplateData) else _paid(part) for part in node.nodes]
         return node
 
+    def visit_Add(self, node: nodes.Add) -> nodes.Node:  # noqa: N802
+        return _paid(self._sum(node))
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         return _paid(self.generic_visit(node))
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return node if node.node is None else _paid(node)  # without a node it is the filter of a block
+
+    def _sum(self, node: nodes.Add) -> nodes.Node:
+        """Change what is added. Only the sum is paid for: it is as long as all that is on the way to it."""
+        for side in ("left", "right"):
+            term = getattr(node, side)
+            setattr(node, side, self._sum(term) if isinstance(term, nodes.Add) else self.visit(term))
+        return node
 
     def _paid_body(self, node: Any) -> Any:
         self.generic_visit(node)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.storage.links import check_links
 from minift.storage.names import base_of, is_adapter, model_path
@@ -84,3 +85,21 @@ def _from_model_folder(file: Path, content: bytes, files: dict[str, bytes]) -> T
     named = named_ids(file.parent, tokenizer.piece_id)
     tokenizer.bos_id, tokenizer.eos_id = named.get("bos", tokenizer.bos_id), named.get("eos", tokenizer.eos_id)
     return tokenizer
+
+
+def check_fit(config: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) -> None:
+    """Raise InputError unless a tokenizer and a model belong together.
+
+    The tokenizer must know no id that the model lacks, and their BOS and EOS must be the same. A published model may
+    have spare ids; a model that is made for a tokenizer (`exact`) has none.
+    """
+    spare = config.vocab_size - tokenizer.vocab_size
+    if spare < 0 or (exact and spare):
+        found = f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {config.vocab_size}"
+    elif config.bos_token_id != tokenizer.bos_id:
+        found = f"the model's bos_token_id is {config.bos_token_id}, the tokenizer's is {tokenizer.bos_id}"
+    elif tokenizer.eos_id not in config.eos_token_ids:
+        found = f"the model's eos_token_id is {config.eos_token_id}, the tokenizer's is {tokenizer.eos_id}"
+    else:
+        return
+    raise InputError(f"{found}: they do not fit; give the tokenizer that the model was trained with")

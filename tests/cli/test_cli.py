@@ -31,7 +31,19 @@ from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, SMALL, small_model, write_jsonl
 
 COMMANDS = [
-    *("finetune", "pretrain", "generate", "compare", "evaluate", "explain", "convert", "info", "tokenizer", "data")
+    *(
+        "finetune",
+        "pretrain",
+        "generate",
+        "chat",
+        "compare",
+        "evaluate",
+        "explain",
+        "convert",
+        "info",
+        "tokenizer",
+        "data",
+    )
 ]
 
 # Each field's value here is neither its default nor that of a job, but a run of one step goes through with it.
@@ -70,11 +82,16 @@ EVERY_FLAG: dict[str, Any] = {
     "save_every": 9,
     "keep": 2,
     "save_format": "hf",
+    "learn": "last",
+    "rendered": True,
     "template": "qa",
 }
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
-NOT_OF = {"finetune": ("isolate", "shuffle_buffer", "workers"), "pretrain": ("template", "pack", *LORA)}
+NOT_OF = {
+    "finetune": ("isolate", "shuffle_buffer", "workers"),
+    "pretrain": ("template", "learn", "rendered", "pack", *LORA),
+}
 
 
 def run(*words: str | Path) -> int:

@@ -602,7 +602,7 @@ def test_finetuning_bears_one_per_cent(run: Run, finetune: list[str | Path], tmp
     lines = out.splitlines()
     at = lines.index("2 of 202 records skipped:")
     assert lines[at + 1].startswith(f"  {file}:51: not valid JSON")
-    assert lines[at + 2] == f"  {file}:202: 'answer' is missing"
+    assert lines[at + 2] == f"  {file}:202: 'answer' is missing; its keys: question"
     assert "200 pairs to train on" in out
     assert (tmp_path / "out" / "final" / "model.pt").is_file()
 

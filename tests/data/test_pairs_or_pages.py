@@ -102,7 +102,10 @@ def test_a_record_is_a_pair_or_a_page(values: dict[str, Any], text_field: str | 
 
 @pytest.mark.parametrize(("values", "text_field"), [({"body": "a"}, None), ({"body": "a"}, "page"), ({}, None)])
 def test_a_record_that_is_neither_is_named(values: dict[str, Any], text_field: str | None) -> None:
-    with pytest.raises(InputError, match=r"^x\.jsonl:7: no usable fields in .*; known: question/answer, .*, text$"):
+    with pytest.raises(
+        InputError,
+        match=r"^x\.jsonl:7: no usable fields in .*; known: question/answer, .*, text; or name them: --fields QUESTION",
+    ):
         is_conversation(Record(values, Path("x.jsonl"), 7), text_field)
 
 

@@ -146,9 +146,9 @@ def test_the_numbers_of_pairs(
     finish = "Write a response that appropriately completes the request."
     prompts, answers = [], []
     for pair in pairs:
-        question, context, answer = pair["instruction"].rstrip(), pair["input"].rstrip(), pair["output"].strip()
+        question, context, answer = pair["instruction"], pair["input"], pair["output"]
         both = f"{question}\n{context}" if context else question
-        prompt = {"qa": f"### Question:\n{both}\n\n### Answer:", "alpaca": ""}.get(template, both)
+        prompt = {"qa": f"### Question:\n{both}\n\n### Answer:", "alpaca": ""}.get(template, both.rstrip())
         if template == "alpaca":
             middle = f"\n\n### Input:\n{context}" if context else ""
             more = ", paired with an input that provides further context" if context else ""
@@ -256,7 +256,7 @@ def test_an_out_that_exists_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("words", "culprit"),
     [
-        (["--out", "{}/out.jsonl"], "--template"),
+        (["--out", "{}/out.jsonl", "--as-text"], "--template"),
         (["--out", "{}/x.jsonl/out.jsonl", "--template", "qa"], "cannot be written"),
         (["-n", "0"], "-n"),
         (["--template", "alpaca", "{}/carried.jsonl"], "already carries a template"),

@@ -125,7 +125,7 @@ def test_a_question_that_is_too_long(model: Llama, tokenizer: Tokenizer) -> None
         choose(model, tokenizer, [long], TEMPLATES["plain"])
     words = "word " * 60
     longest = ChoiceQuestion(words, ("a", "b" * 40), 0, "x.jsonl:8")
-    prompt, answer = (tokenizer.encode(words.rstrip()), tokenizer.encode_continuation("\n" + "b" * 40))
+    prompt, answer = (tokenizer.encode(words.rstrip()), tokenizer.encode_continuation(" " + "b" * 40))
     positions = len(prompt) + len(answer) - 1  # of its longest choice: the last id is only predicted
     for limit in (positions, positions + 1):
         fits = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=limit)

@@ -18,12 +18,12 @@ from minift.look.explain import Entry, Position, XRay, explain
 from minift.look.pages.xray import xray_page
 from minift.look.report import visible, xray_table
 from minift.model import Llama
-from minift.pack import IGNORE, PADDING, Example, collate, encode_pair
+from minift.pack import IGNORE, PADDING, Example, collate
 from minift.prompts import Pair
 from minift.runs.start import start_state
 from minift.tokenizer.base import Tokenizer
 from minift.train import train_step
-from tests.helpers import small_model, write_jsonl
+from tests.helpers import encode_pair, small_model, write_jsonl
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PAIRS = [

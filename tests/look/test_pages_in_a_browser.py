@@ -21,10 +21,10 @@ from minift.look.explain import XRay, explain
 from minift.look.pages.run import comparison_page
 from minift.look.pages.xray import xray_page
 from minift.look.report import visible
-from minift.pack import Example, encode_pair
+from minift.pack import Example
 from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
-from tests.helpers import SMALL, small_model
+from tests.helpers import SMALL, encode_pair, small_model
 
 sync_api = pytest.importorskip("playwright.sync_api")
 Browser, BrowserContext, Page = sync_api.Browser, sync_api.BrowserContext, sync_api.Page

@@ -97,11 +97,12 @@ def test_the_command_does_the_run_again(run: Path) -> None:
     options = vars(make_parser().parse_args(words[1:]))
     assert (options.pop("run").__name__, options.pop("out")) == ("_finetune", str(run))
     assert FINETUNE.replace(**train_options(options)).to_dict() == saved["train"]
-    inputs = {"model": options["model"], "data": options["data"], "test": [], "encoding": "utf-8"}
+    inputs = {"model": options["model"], "data": options["data"], "test": [], "encoding": "utf-8", "fields": []}
     assert inputs == saved["inputs"]
     assert "--encoding" not in words
     saved["inputs"]["encoding"] = "cp1252"
-    assert "--encoding cp1252" in run_command(saved, run)
+    saved["inputs"]["fields"] = ["asked", "told"]
+    assert "--encoding cp1252 --fields asked told" in run_command(saved, run)
 
 
 def test_a_pretraining_run_has_a_page_too(tmp_path: Path) -> None:

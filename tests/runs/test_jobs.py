@@ -25,14 +25,13 @@ from minift.data.templates import template_named
 from minift.distributed.world import World
 from minift.lora import LoRAConfig, adapter_weights, add_lora
 from minift.model import Llama
-from minift.pack import encode_pair
 from minift.runs import finetune as finetuning
 from minift.runs import pretrain as pretraining
 from minift.runs.finetune import finetune, finetune_job
 from minift.runs.folder import FinetuneJob, PretrainJob
 from minift.runs.pretrain import make_plan, open_pages, pretrain, pretrain_job
 from minift.tokenizer.base import Tokenizer
-from tests.helpers import SMALL, plain_nll, write_jsonl
+from tests.helpers import SMALL, encode_pair, plain_nll, write_jsonl
 from tests.runs.ranks import by_two
 
 N_PAIRS = 26

@@ -12,8 +12,8 @@ from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.formats.convert import convert
 from minift.storage.names import bundled
-from minift.tokenizer.base import Tokenizer, check_fit
-from minift.tokenizer.load import TOKENIZER_FILES, load_tokenizer
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import TOKENIZER_FILES, check_fit, load_tokenizer
 from minift.tokenizer.save import save_tokenizer
 from tests.tokenizer.kinds import (
     CHAT_TOKENS,

@@ -10,13 +10,12 @@ import sentencepiece
 from minift.data.batches import PageBatches
 from minift.data.stream import DocumentStream
 from minift.data.templates import TEMPLATES
-from minift.pack import encode_pair
 from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.huggingface import JsonTokenizer
 from minift.tokenizer.load import load_tokenizer
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
-from tests.helpers import texts_of, write_jsonl
+from tests.helpers import encode_pair, texts_of, write_jsonl
 from tests.tokenizer.kinds import CHAT_TOKENS, CHATS, NAMES, edit, kept, refused, trained, write_config
 
 tokenizers = pytest.importorskip("tokenizers")

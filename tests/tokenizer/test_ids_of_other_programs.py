@@ -20,7 +20,7 @@ from minift.data.templates import TEXT, read_template, template_named
 from minift.evaluation.choices import ChoiceQuestion, choose
 from minift.formats.convert import convert
 from minift.generate import generate
-from minift.pack import IGNORE, Example, collate, encode_pair
+from minift.pack import IGNORE, Example, collate
 from minift.prompts import Pair, Template
 from minift.runner import BasicModelRunner
 from minift.storage.names import bundled
@@ -29,7 +29,7 @@ from minift.tokenizer.huggingface import JsonTokenizer
 from minift.tokenizer.load import load_tokenizer
 from minift.tokenizer.make_json import make_json
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
-from tests.helpers import texts_of, write_jsonl
+from tests.helpers import encode_pair, texts_of, write_jsonl
 from tests.tokenizer.kinds import (
     SAMPLE,
     byte_level,

@@ -16,8 +16,9 @@ from minift.cli import main
 from minift.generate import Sampling, generate, stream
 from minift.model import Llama
 from minift.storage.names import bundled
-from minift.tokenizer.base import TextStream, Tokenizer
+from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.stream import TextStream
 from tests.helpers import small_model
 from tests.tokenizer.kinds import CHATS, SAMPLE, model_for, nasty, random_unicode, refused
 

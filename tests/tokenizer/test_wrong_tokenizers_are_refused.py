@@ -14,9 +14,9 @@ from minift.checkpoint import save_model
 from minift.cli import main
 from minift.config import LlamaConfig
 from minift.errors import InputError
-from minift.tokenizer.base import Tokenizer, check_fit
+from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.huggingface import JsonTokenizer
-from minift.tokenizer.load import load_tokenizer
+from minift.tokenizer.load import check_fit, load_tokenizer
 from minift.tokenizer.sentencepiece import SentencePieceTokenizer
 from tests.helpers import SMALL, small_model
 from tests.tokenizer.kinds import edit, refused, trained

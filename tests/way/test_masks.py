@@ -17,10 +17,10 @@ from minift.data.templates import TEMPLATES
 from minift.errors import InputError
 from minift.loss import next_token_loss
 from minift.model import Llama
-from minift.pack import IGNORE, PADDING, Batch, Example, collate, encode_conversations, encode_pair
+from minift.pack import IGNORE, PADDING, Batch, Example, collate, encode_conversations
 from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
-from tests.helpers import small_model, texts_of, write_jsonl
+from tests.helpers import encode_pair, small_model, texts_of, write_jsonl
 
 PAIRS = [
     Pair("What is the capital of Mexico?", "Mexico City"),

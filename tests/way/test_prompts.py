@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minift.data.conversations import FIELDS, find_form, read_all_conversations, read_conversations
+from minift.data.conversations import FIELDS, Form, find_form, read_all_conversations, read_conversations
 from minift.data.records import read_records
 from minift.data.templates import TEMPLATES, carried_template, choose_template, template_named
 from minift.errors import InputError
@@ -37,14 +37,15 @@ CARRIED = "### Question:\nName a fruit.\n\n### Answer:"
 @pytest.mark.parametrize(("question", "answer"), FIELDS)
 def test_fields_are_found_by_their_names(tmp_path: Path, question: str, answer: str) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [{"id": 7, answer: "Apple.", question: "Name a fruit."}])
-    assert find_form(next(read_records(file))) == (question, answer)
+    assert find_form(next(read_records(file))) == Form(question, answer)
     (pair,) = read_conversations(file)
     assert (pair.question, pair.answer, pair.context, pair.where) == ("Name a fruit.", "Apple.", "", f"{file}:1")
 
 
 def test_the_known_fields_are_the_documented_ones() -> None:
-    expected = {("question", "answer"), ("instruction", "response"), ("instruction", "output"), ("input", "output")}
-    assert set(FIELDS) == expected
+    expected = "question answer, instruction response, instruction output, input output"
+    more = "prompt completion, prompt response, question response"
+    assert {" ".join(names) for names in FIELDS} == {*expected.split(", "), *more.split(", ")}
 
 
 @pytest.mark.parametrize("answer", ["response", "output"])
@@ -55,10 +56,16 @@ def test_alpacas_input_is_context(tmp_path: Path, answer: str, given: str | None
     assert (pair.question, pair.context, pair.answer) == ("Name a fruit.", given or "", "Apple.")
 
 
-def test_white_space_around_a_pair_is_taken_off(tmp_path: Path) -> None:
-    records = [{"instruction": "  Name a fruit. \n", "input": " It is red. \n", "output": "\n Apple. \n"}]
-    (pair,) = read_conversations(write_jsonl(tmp_path / "x.jsonl", records))
-    assert (pair.question, pair.context, pair.answer) == ("  Name a fruit.", " It is red.", "Apple.")
+def test_white_space_of_data_stays(tmp_path: Path) -> None:
+    """That of a code answer's first line is its indentation. Only a prompt does not end in white space."""
+    record = {"instruction": "  Name a fruit. \n", "input": " It is red. \n", "output": "\n    Apple. \n"}
+    (pair,) = read_conversations(write_jsonl(tmp_path / "x.jsonl", [record | {"system": " Be brief.\n"}]))
+    assert (pair.question, pair.context, pair.answer) == (record["instruction"], record["input"], record["output"])
+    prompt, answer = texts_of(TEMPLATES["plain"], pair)
+    assert prompt == " Be brief.\n\n\n  Name a fruit. \n\n It is red."
+    assert answer == " \n    Apple. \n"
+    prompt, answer = texts_of(TEMPLATES["joined"], pair)
+    assert prompt + answer == " Be brief.\n\n\n  Name a fruit. \n\n It is red. \n\n    Apple. \n"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +106,7 @@ def test_the_text_of_a_template_is_exact(name: str, context: str, prompt: str, a
     ],
 )
 def test_a_system_prompt(tmp_path: Path, name: str, prompt: str) -> None:
-    record = {"system": " Be brief.\n", "question": "Name a fruit.", "answer": "Apple."}
+    record = {"system": "Be brief.", "question": "Name a fruit.", "answer": "Apple."}
     (pair,) = read_conversations(write_jsonl(tmp_path / "x.jsonl", [record]))
     assert texts_of(TEMPLATES[name], pair)[0] == prompt
 
@@ -179,7 +186,7 @@ def test_a_text_is_learned_from_its_first_word_on(tmp_path: Path, tokenizer: Tok
     pairs = read_conversations(write_jsonl(tmp_path / "x.jsonl", [{"text": " A page. "}, {"text": "Another."}]))
     assert choose_template("auto", pairs) == choose_template("text", pairs) == "text"
     (example, _), _ = encode_conversations(pairs, template_named("text"), tokenizer, 100)
-    assert example.prompt + example.answer == tokenizer.encode("A page.", bos=True, eos=True)  # as a page is
+    assert example.prompt + example.answer == tokenizer.encode(" A page. ", bos=True, eos=True)  # as a page is
     assert example.prompt == [tokenizer.bos_id]
     (cut, _), _ = encode_conversations(pairs, template_named("text"), tokenizer, 2)
     assert cut.prompt + cut.answer == (example.prompt + example.answer)[:3]
@@ -208,7 +215,7 @@ def test_a_prompt_never_ends_in_white_space(tmp_path: Path, name: str, tail: str
     (pair,) = read_conversations(write_jsonl(tmp_path / "x.jsonl", [record]))
     prompt, answer = texts_of(TEMPLATES[name], pair)
     assert prompt == prompt.rstrip()
-    assert answer[0] in " \n"  # the separator is the answer's
+    assert name == "joined" or answer[0] in " \n"  # the separator is the answer's
     assert answer.lstrip() == "Apple."
 
 
@@ -277,7 +284,7 @@ def test_a_second_template_around_a_carried_one_is_refused(tmp_path: Path, name:
         (CARRIED, "qa"),
         (ALPACA_WITH_INPUT, "alpaca"),
         ("What does ### Answer: mean?", ""),
-        ("### Answer: ", ""),
+        ("### Answer: ", "qa"),
         ("", ""),
     ],
 )
@@ -292,14 +299,14 @@ def test_no_pairs_need_no_template() -> None:
 
 
 def test_an_unknown_template_is_named() -> None:
-    with pytest.raises(InputError, match=r"unknown template 'vicuna'; known: auto, plain, qa, alpaca"):
+    with pytest.raises(InputError, match=r"unknown template 'vicuna'; known: auto, chat, plain, qa, alpaca"):
         choose_template("vicuna", [Pair("Name a fruit.", "Apple.")])
 
 
 @pytest.mark.parametrize(
     ("record", "culprit"),
     [
-        ({"prompt": "a", "completion": "b"}, "question"),
+        ({"ask": "a", "reply": "b"}, "question"),
         ({}, "question"),
         ({"question": "a"}, "answer"),
         ({"question": "a", "answer": None}, "answer"),
@@ -322,8 +329,8 @@ def test_a_bad_record_is_named(tmp_path: Path, record: dict[str, Any], culprit: 
 
 
 def test_the_keys_of_a_record_without_usable_fields_are_named(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(InputError, match=r"'completion', 'prompt'.*known: question/answer, instruction/response"):
+    file = write_jsonl(tmp_path / "x.jsonl", [{"ask": "a", "reply": "b"}])
+    with pytest.raises(InputError, match=r"'ask', 'reply'.*known: question/answer, instruction/response"):
         read_conversations(file)
 
 

@@ -21,6 +21,7 @@ from minift.config import FINETUNE
 from minift.errors import InputError
 from minift.generate import generate
 from minift.model import Llama
+from minift.pack import encode_prompt
 from minift.runs import finetune as jobs
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import ROOT
@@ -210,7 +211,7 @@ CARRIED = f"### Question:\n{QUESTION}\n\n### Answer:"
 def test_the_template_around_a_question(
     small_checkpoint: Path, options: dict[str, str], prompt: str, asked: str
 ) -> None:
-    assert "".join(BasicModelRunner(small_checkpoint, **options)._prompt(prompt)) == asked
+    assert [span.text for span in BasicModelRunner(small_checkpoint, **options)._prompt(prompt)] == [asked]
 
 
 @pytest.mark.parametrize(
@@ -232,18 +233,18 @@ def test_once_trained_it_is_asked_as_in_training(
     trained: list[list[int]] = []
     encode = jobs.encode_conversations
 
-    def spy(pairs: Any, template: Any, tokenizer: Tokenizer, max_length: int) -> Any:
-        examples, dropped = encode(pairs, template, tokenizer, max_length)
+    def spy(pairs: Any, template: Any, tokenizer: Tokenizer, max_length: int, learn: str) -> Any:
+        examples, dropped = encode(pairs, template, tokenizer, max_length, learn)
         trained.extend(example.prompt for example in examples)
         return examples, dropped
 
     monkeypatch.setattr(jobs, "encode_conversations", spy)
     runner.train(**{**QUICK, "max_length": 128})
     assert len(trained) == 6
-    assert runner.tokenizer.encode(runner._prompt(QUESTION)) in trained
-    assert runner.tokenizer.encode(runner._prompt(question)) in trained
+    assert encode_prompt(runner._prompt(QUESTION), runner.tokenizer) in trained
+    assert encode_prompt(runner._prompt(question), runner.tokenizer) in trained
     if asked is not None:
-        assert "".join(runner._prompt(question)) == asked
+        assert [span.text for span in runner._prompt(question)] == [asked]
 
 
 @pytest.mark.parametrize(
