@@ -1,6 +1,6 @@
 """What a data set teaches: counts, findings and samples, of the ids and masks that train.
 
-Every conversation is encoded as `finetune` encodes it, and looked at (`checks.py`, `duplicates.py`). What is kept of it
+Every conversation is encoded as `finetune` encodes it, and examined (`checks.py`, `duplicates.py`). What is kept of it
 are its lengths and some 500 bytes of hashes, so a data set may be larger than memory. Large ones are looked at by two
 processes.
 
@@ -15,191 +15,38 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
-from minift.data.checks import KINDS, Checker
 from minift.data.conversations import Reading, scan_conversations
-from minift.data.duplicates import Array, Fingerprinter, Fingerprints, contradictions, earlier, near_pairs
+from minift.data.duplicates import Fingerprinter, Fingerprints, contradictions, earlier, near_pairs, on_both_sides
 from minift.data.encode import in_workers
-from minift.data.records import is_pipe, scan
+from minift.data.examine import Examined, Examiner, reason_of
+from minift.data.findings import KINDS, Finding, sentence
+from minift.data.records import scan
+from minift.data.samples import Sample, sample
 from minift.data.split import held_out_places
 from minift.data.survey import Lengths
-from minift.data.templates import Representatives, choose_template, template_named, unknown_markers
-from minift.data.unpack import UnreadableError
+from minift.data.templates import Representatives, choose_template, unknown_markers
+from minift.data.unpack import UnreadableError, is_pipe
 from minift.errors import InputError, one_line
-from minift.pack import IGNORE, PADDING, Example, collate, encode_spans
-from minift.prompts import Conversation, Template
+from minift.pack import PADDING, Example
+from minift.prompts import Conversation
 from minift.tokenizer.base import Tokenizer
 
 HEAD = 1_000  # conversations by which the template is chosen; of more, the rest is looked at by WORKERS processes
 WORKERS = 2
 CHUNK = 100  # conversations that a process is given at once
 AHEAD = 8  # chunks that are read ahead for each process
-UNCUT = 2**40  # a length that cuts nothing
 BATCHES = 200  # whose padding is measured
 PADDED = 0.2  # of the positions of packed rows, from which on it is a finding
 REASONS = 5  # why records cannot be used, that are told apart
 
 
-# One conversation -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Looked:
-    """What was seen in some conversations, in order.
-
-    Attributes:
-        prints: their fingerprints.
-        lengths: of each conversation, the positions of each example that trains.
-        uncut: how often each length occurs among the examples before they are cut.
-        counts: turns by role, and tokens and examples by what becomes of them.
-        faults: of each conversation, what is wrong with it: pairs of a finding's name and what was found.
-    """
-
-    prints: Fingerprints
-    lengths: list[list[int]]
-    uncut: Counter[int]
-    counts: Counter[str]
-    faults: list[list[tuple[str, str]]]
-
-
-class Looker:
-    """Looks at conversations; a function that a worker can be given."""
-
-    def __init__(self, name: str, tokenizer: Tokenizer, config: TrainConfig):
-        self.template: Template = template_named(name, tokenizer, config.rendered)
-        self.tokenizer, self.config = tokenizer, config
-        self.checker = Checker(self.template, name, tokenizer, config.rendered)
-        self._prints = Fingerprinter()
-
-    def __call__(self, conversations: Sequence[Conversation]) -> Looked:
-        """Look at some conversations."""
-        looked = Looked(self._prints(conversations), [], Counter(), Counter(), [])
-        for conversation in conversations:
-            looked.lengths.append([])
-            faults = dict(self.checker.of_text(conversation))
-            looked.counts.update(f"{turn.role} turns" for turn in conversation.turns)
-            try:
-                encoded = encode_twice(conversation, self.template, self.tokenizer, self.config)
-            except InputError as fault:
-                if "roles out of order" not in faults:
-                    faults["refused by the template"] = reason_of(fault)
-                encoded = []
-            for uncut, example in encoded:
-                self._count(looked, faults, uncut, example)
-            looked.faults.append(list(faults.items()))
-        return looked
-
-    def _count(
-        self, looked: Looked, faults: dict[str, str], uncut: Example | None, example: Example | None
-    ) -> None:
-        counts = looked.counts
-        if uncut is None:
-            if "empty turns" not in faults:
-                faults.setdefault("nothing learned", "no turn of the assistant is learned")
-            return
-        looked.uncut[len(uncut)] += 1
-        learned = example.n_targets if example else 0
-        kept = len(example) + 1 if example else 0
-        counts["learned"] += learned
-        counts["given"] += kept - learned
-        counts["cut"] += len(uncut) + 1 - kept
-        if example is None:
-            counts["dropped"] += 1
-            faults["records dropped"] = f"{len(uncut):,} tokens, {len(uncut.prompt):,} of them before the first answer"
-            return
-        counts["examples"] += 1
-        looked.lengths[-1].append(len(example))
-        if example.cut:
-            counts["cut examples"] += 1
-            faults["answers cut"] = f"{len(uncut):,} tokens"
-        if wrong := self.checker.of_example(example):
-            faults["stop token not learned"] = wrong
-
-
-def encode_twice(
-    conversation: Conversation, template: Template, tokenizer: Tokenizer, config: TrainConfig
-) -> list[tuple[Example | None, Example | None]]:
-    """Return the examples of a conversation, each before it is cut, and as it trains; None as `encode_conversation`."""
-    if not any(turn.learned and turn.text.strip() for turn in conversation.turns):
-        return [(None, None)]
-    once = cast(Tokenizer, _Once(tokenizer))
-    return [
-        (encode_spans(spans, once, UNCUT), encode_spans(spans, once, config.max_length))
-        for spans in template.examples(conversation, config.learn)
-    ]
-
-
-class _Once:
-    """A tokenizer that encodes each text once."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: dict[tuple[Any, ...], list[int]] = {}
-
-    def encode(self, parts: list[str], bos: bool = True, eos: bool = False) -> list[int]:
-        key = (*parts, bos, eos)
-        if key not in self._ids:
-            self._ids[key] = self._tokenizer.encode(parts, bos, eos)
-        return self._ids[key]
-
-    def encode_continuation(self, parts: list[str], eos: bool = False) -> list[int]:
-        key = (*parts, eos)
-        if key not in self._ids:
-            self._ids[key] = self._tokenizer.encode_continuation(parts, eos)
-        return self._ids[key]
-
-
-def reason_of(fault: InputError) -> str:
-    """Return a message without the place that it begins with."""
-    return re.sub(r"^.*?:\d+(: |\b)", "", one_line(fault), count=1).lstrip(": ") or one_line(fault)
-
-
 # All of them ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that was found.
-
-    Attributes:
-        name: one of KINDS.
-        changes: whether it changes what is learned or measured.
-        count: of what `text` says.
-        text: what was found, in a sentence.
-        where: `file:line` of the first example, or "".
-        detail: what was found there.
-        remedy: what to do.
-    """
-
-    name: str
-    changes: bool
-    count: int
-    text: str
-    where: str
-    detail: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A token of a sample: what it adds to the text, and what becomes of it ("given", "learned" or "cut")."""
-
-    text: str
-    state: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A record that is shown: the tokens of each of its examples, and the findings that it is an example of."""
-
-    where: str
-    findings: tuple[str, ...]
-    examples: tuple[tuple[Piece, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -291,15 +138,15 @@ class _Auditor:
             reasons = list(self.reasons.values())
             raise InputError(f"{reasons[0].where}: {reasons[0].detail}" if reasons else f"{self.files[0]}: no records")
         name = choose_template(self.config.template, [*head, *test_seen], self.tokenizer)
-        looker = Looker(name, self.tokenizer, self.config)
-        self._look_at_all(chain(head, conversations), looker, large=len(head) == HEAD)
+        examiner = Examiner(name, self.tokenizer, self.config)
+        self._look_at_all(chain(head, conversations), examiner, large=len(head) == HEAD)
         final = choose_template(self.config.template, [*self.seen, *test_seen], self.tokenizer)
         if final != name:
             return self._again(final)
         prints = Fingerprints.join(self.prints)
         held_out = self._compare(prints, test_where, test_prints)
         self._measure_padding(held_out)
-        for marker in unknown_markers(looker.template, self.tokenizer):
+        for marker in unknown_markers(examiner.template, self.tokenizer):
             self._add("unknown markers", "", marker)
         return Audit(
             files=list(map(str, self.files)),
@@ -308,7 +155,7 @@ class _Auditor:
             counts=self._counts(held_out, len(test_where)),
             lengths=dict(sorted(self.uncut.items())),
             findings=self._findings(),
-            samples=self._samples(looker),
+            samples=self._samples(examiner),
         )
 
     def _again(self, template: str) -> Audit:
@@ -351,11 +198,11 @@ class _Auditor:
                 seen.add(one)
         return where, Fingerprints.join(prints), seen
 
-    def _look_at_all(self, conversations: Iterator[Conversation], looker: Looker, large: bool) -> None:
+    def _look_at_all(self, conversations: Iterator[Conversation], examiner: Examiner, large: bool) -> None:
         workers = min(WORKERS, os.cpu_count() or 1) if large else 0
-        started: deque[tuple[Callable[[], Looked], list[Conversation]]] = deque()
+        started: deque[tuple[Callable[[], Examined], list[Conversation]]] = deque()
         rng = random.Random(self.config.seed)
-        with in_workers(looker, workers if workers > 1 else 0) as start:
+        with in_workers(examiner, workers if workers > 1 else 0) as start:
             while chunk := list(islice(conversations, CHUNK)):
                 started.append((start(chunk), chunk))
                 if len(started) > AHEAD * workers:
@@ -363,10 +210,10 @@ class _Auditor:
             while started:
                 self._take(*started.popleft(), rng)
 
-    def _take(self, wait: Callable[[], Looked], conversations: list[Conversation], rng: random.Random) -> None:
+    def _take(self, wait: Callable[[], Examined], conversations: list[Conversation], rng: random.Random) -> None:
         """Add what was seen in some conversations; draw the samples, each record with the same probability."""
-        looked = wait()
-        for conversation, faults in zip(conversations, looked.faults, strict=True):
+        examined = wait()
+        for conversation, faults in zip(conversations, examined.faults, strict=True):
             for name, detail in faults:
                 self._add(name, conversation.where, detail, conversation)
             place = len(self.where)
@@ -375,10 +222,10 @@ class _Auditor:
                 self.sampled.append((place, conversation))
             elif self.n_samples and (slot := rng.randrange(place + 1)) < self.n_samples:
                 self.sampled[slot] = (place, conversation)
-        self.prints.append(looked.prints)
-        self.lengths += looked.lengths
-        self.uncut.update(looked.uncut)
-        self.counts.update(looked.counts)
+        self.prints.append(examined.prints)
+        self.lengths += examined.lengths
+        self.uncut.update(examined.uncut)
+        self.counts.update(examined.counts)
 
     def _add(self, name: str, where: str, detail: str, conversation: Conversation | None = None) -> None:
         self.found.setdefault(name, _Found()).add(where, detail, conversation)
@@ -446,7 +293,7 @@ class _Auditor:
     def _findings(self) -> list[Finding]:
         findings = [self._finding("unusable records", found) for found in self._top_reasons()]
         if self.unread:
-            key, where = next(iter(self.unread.items()))
+            where = next(iter(self.unread.values()))
             of = ", ".join(f"{key!r} of {count:,}" for key, count in self.reading.unread.most_common(6))
             findings.append(self._finding("keys not read", _Found(len(self.unread), where, f"{of} records")))
         findings += [self._finding(name, self.found[name]) for name in KINDS if name in self.found]
@@ -473,7 +320,7 @@ class _Auditor:
         numbers = lengths.summary()
         return f"{numbers['max']:,} keeps all, {numbers['p99']:,} keeps 99 %"
 
-    def _samples(self, looker: Looker) -> list[Sample]:
+    def _samples(self, examiner: Examiner) -> list[Sample]:
         """Return the records to show: the first of each finding, then those that were drawn."""
         chosen: dict[str, tuple[Conversation, list[str]]] = {}
         for name in KINDS:
@@ -482,7 +329,28 @@ class _Auditor:
                 chosen.setdefault(found.where, (found.conversation, []))[1].append(name)
         for _, conversation in sorted(self.sampled, key=lambda drawn: drawn[0]):
             chosen.setdefault(conversation.where, (conversation, []))
-        return [sample(one, tuple(names), looker) for one, names in chosen.values()]
+        chosen |= self._read_again(chosen)
+        template, tokenizer = examiner.template, examiner.tokenizer
+        return [sample(one, tuple(names), template, tokenizer, self.config) for one, names in chosen.values()]
+
+    def _read_again(
+        self, chosen: dict[str, tuple[Conversation, list[str]]]
+    ) -> dict[str, tuple[Conversation, list[str]]]:
+        """Return the first records of the findings that only all records together show, by their places."""
+        if any(map(is_pipe, self.files)):
+            return {}
+        missing = dict[str, list[str]]()
+        for name, found in self.found.items():
+            if found.where and found.conversation is None:
+                missing.setdefault(found.where, []).append(name)
+        known = {where: (one, [*names, *missing.pop(where, [])]) for where, (one, names) in chosen.items()}
+        if missing:
+            for item in _scan(self.files, Reading(self.reading.encoding, self.reading.fields)):
+                if not isinstance(item, InputError) and item.where in missing:
+                    known[item.where] = (item, missing.pop(item.where))
+                    if not missing:
+                        break
+        return known
 
 
 def _scan(files: Iterable[Path], reading: Reading) -> Iterator[Conversation | InputError]:
@@ -491,28 +359,6 @@ def _scan(files: Iterable[Path], reading: Reading) -> Iterator[Conversation | In
             if isinstance(item, UnreadableError):  # the counts would be those of a part
                 raise item
             yield item
-
-
-def on_both_sides(
-    prints: Fingerprints, held_out: set[int], near: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Return (held-out record, record to train on) where the two are the same, nearly so, or ask the same."""
-    is_held = np.zeros(len(prints.hashes), bool)
-    is_held[sorted(held_out)] = True
-    found: dict[int, int] = {}
-    for first, later in near:
-        if is_held[first] != is_held[later]:
-            held, trained = (first, later) if is_held[first] else (later, first)
-            found.setdefault(held, trained)
-    for column in (2, 1, 0):  # what is the same word for word is named, if anything
-        known: dict[int, int] = {}
-        hashes: Array = prints.hashes[:, column]
-        for place in np.flatnonzero(~is_held & (hashes != 0)).tolist():
-            known.setdefault(int(hashes[place]), place)
-        for place in np.flatnonzero(is_held).tolist():
-            if int(hashes[place]) in known:
-                found[place] = known[int(hashes[place])]
-    return sorted(found.items())
 
 
 def padding_share(lengths: Sequence[int], config: TrainConfig, pad_id: int, pack: bool) -> float:
@@ -526,55 +372,3 @@ def padding_share(lengths: Sequence[int], config: TrainConfig, pad_id: int, pack
         padding += int((batch.document_ids == PADDING).sum())
         positions += batch.document_ids.numel()
     return padding / positions
-
-
-def sentence(name: str, count: int) -> str:
-    """Return a number with the words of its finding, in the singular or plural."""
-    words = re.sub(
-        r"\[([^|\]]*)\|([^|\]]*)\]", lambda match: match.group(1 if count == 1 else 2), KINDS[name].words
-    )
-    return f"{count:,} {words}".replace(" %", " %")
-
-
-# What is shown --------------------------------------------------------------------------------------------------------
-
-
-def sample(conversation: Conversation, findings: tuple[str, ...], looker: Looker) -> Sample:
-    """Return a record token by token, as the tensors of its batch say what is learned."""
-    try:
-        encoded = encode_twice(conversation, looker.template, looker.tokenizer, looker.config)
-    except InputError:  # the template has no place for it
-        encoded = []
-    examples = [_pieces(uncut, example, looker.tokenizer) for uncut, example in encoded if uncut is not None]
-    if not examples:  # nothing of it trains: its text, as it is
-        examples = [tuple(Piece(f"{turn.role}: {turn.text}\n", "cut") for turn in conversation.turns)]
-    return Sample(conversation.where, findings, tuple(examples))
-
-
-def _pieces(uncut: Example, example: Example | None, tokenizer: Tokenizer) -> tuple[Piece, ...]:
-    ids, states = list[int](), list[str]()
-    if example is not None:
-        batch = collate([example], tokenizer.eos_id, length=len(example), pack=False)
-        ids, states = [int(batch.tokens[0, 0])], ["given"]
-        following = (example.prompt + example.answer)[1:]
-        for id, target in zip(following, batch.targets[0].tolist(), strict=True):
-            ids.append(id)
-            states.append("given" if target == IGNORE else "learned")
-    left = (uncut.prompt + uncut.answer)[len(ids) :]
-    return tuple(_text_pieces([*ids, *left], [*states, *["cut"] * len(left)], tokenizer))
-
-
-def _text_pieces(ids: Sequence[int], states: Sequence[str], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Yield the text of ids; those that are parts of one character are one piece."""
-    waiting, begun = list[int](), False
-    for place, (id, state) in enumerate(zip(ids, states, strict=True)):
-        if id in (tokenizer.bos_id, tokenizer.eos_id) and not waiting:
-            yield Piece(tokenizer.pieces([id])[0], state)
-            continue
-        waiting.append(id)
-        text = tokenizer.decode_continuation(waiting) if begun else tokenizer.decode(waiting)
-        ends = place + 1 == len(ids) or states[place + 1] != state or len(waiting) > 3
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not ends:
-            continue
-        yield Piece(text or "".join(tokenizer.pieces(waiting)), state)
-        waiting, begun = [], True

@@ -1,4 +1,4 @@
-"""What can be wrong with a conversation that is learned from: its checks, and for each what to do about it.
+"""The checks of a conversation that is learned from.
 
 Some look at the text, some at the ids and the mask that train (`pack.Example`). Each has a name, under which
 `minift data audit` counts the records.
@@ -8,7 +8,7 @@ Some look at the text, some at the ids and the mask that train (`pack.Example`).
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import pairwise
 
 from minift.data.duplicates import normalised
 from minift.data.encodings import mojibake
@@ -19,103 +19,6 @@ from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat import ChatTemplate
 
 SHOWN = 60  # characters of a text in a finding
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of finding.
-
-    Attributes:
-        changes: whether it changes what is learned or what is measured; otherwise it is only worth knowing.
-        words: what was found, after the number; in [ ] the ending for one, then for several.
-        remedy: what to do.
-    """
-
-    changes: bool
-    words: str
-    remedy: str
-
-
-KINDS = {
-    "unusable records": Kind(True, "record[|s] cannot be used", "mend them, or take them out"),
-    "refused by the template": Kind(
-        True,
-        "record[|s] [has|have] no place in the template; finetune stops at such a record",
-        "mend them, take them out, or choose another --template",
-    ),
-    "roles out of order": Kind(
-        True,
-        "conversation[|s] [is|are] not a question and its answer in turn",
-        "put the turns in order, or take the records out; a text after the last answer is never learned",
-    ),
-    "records dropped": Kind(
-        True,
-        "example[|s] dropped: what is given fills --max-length, nothing of the answer fits",
-        "raise --max-length, or shorten what is given",
-    ),
-    "answers cut": Kind(
-        True,
-        "example[|s] cut: the end of the answer is not learned, and neither is the stop token",
-        "raise --max-length, or split long records",
-    ),
-    "nothing learned": Kind(
-        True,
-        "record[|s] with nothing to learn: no turn of the assistant, or all of weight 0",
-        "add answers, or take the records out",
-    ),
-    "stop token not learned": Kind(
-        True,
-        "learned turn[|s] [does|do] not end in a token that ends a turn: the model learns not to stop there",
-        "use a template that ends a turn in such a token",
-    ),
-    "empty turns": Kind(True, "record[|s] with a blank question or answer", "fill them, or take the records out"),
-    "markers in the data": Kind(
-        True,
-        "record[|s] whose text holds markers of a template; they are learned as characters",
-        "take them out of the text; if they were put there on purpose, give --rendered",
-    ),
-    "template twice": Kind(
-        True,
-        "record[|s] whose question carries the template's own words; they are written twice",
-        "take them out of the text, or choose the template plain",
-    ),
-    "wrong encoding": Kind(
-        True,
-        "record[|s] with text that was read in a wrong encoding on its way",
-        "make the file again from its source, as UTF-8; for a file in another encoding give --encoding",
-    ),
-    "held-out records trained on": Kind(
-        True,
-        "held-out record[|s] [is|are] also trained on, or [its question is|their questions are]",
-        "take them out of one side: the scores say how well they are remembered",
-    ),
-    "keys not read": Kind(
-        True, "key[|s] with something that is not read", "name what you need: --fields QUESTION ANSWER; or drop the key"
-    ),
-    "unknown markers": Kind(
-        True,
-        "marker[|s] of the template [is|are] no token of this tokenizer: [it is|they are] cut into pieces",
-        "choose a template of the model's own (--template chat), or one without markers (plain, qa)",
-    ),
-    "duplicates": Kind(
-        False, "record[|s] [is|are] there already, word for word", "keep one of each: copies count as many times"
-    ),
-    "near-duplicates": Kind(
-        False,
-        "record[|s] [is|are] nearly the same as an earlier one",
-        "keep one of each, unless the difference is what you want learned",
-    ),
-    "contradictions": Kind(
-        False, "record[|s] answer[s|] a question otherwise than an earlier record", "keep the answer that is right"
-    ),
-    "answer repeats its question": Kind(
-        False, "record[|s] whose answer begins with the question", "take the question out of the answer"
-    ),
-    "HTML entities": Kind(
-        False, "record[|s] with characters written as HTML entities", "unescape them, unless HTML is the subject"
-    ),
-    "packs badly": Kind(False, "% of the positions are padding although rows are packed", "see the lengths"),
-}
 
 
 class Checker:
@@ -154,7 +57,7 @@ class Checker:
         for place, turn in enumerate(turns):
             for name, what in self._of_turn(turn.text, turn.role):
                 found.setdefault(name, f"turn {place + 1}, the {turn.role}'s: {what}")
-        for before, turn in zip(turns, turns[1:], strict=False):
+        for before, turn in pairwise(turns):
             if (before.role, turn.role) == ("user", "assistant") and repeats(before.text, turn.text):
                 found.setdefault("answer repeats its question", _excerpt(turn.text, 0))
         yield from found.items()
@@ -214,8 +117,9 @@ def own_words(template: Template) -> list[str]:
 
 def _either(lines: list[str]) -> re.Pattern[str]:
     """Return a pattern of lines; a bare word with a colon ("Human:") only counts at the beginning of a text."""
+    bare = [rf"\A\s*{re.escape(line)}" for line in lines if line[0].isalpha() and len(line) < 30]
     return re.compile(
-        "|".join(rf"\A\s*{re.escape(line)}" if line[0].isalpha() and len(line) < 30 else re.escape(line) for line in lines)
+        "|".join([*bare, *(re.escape(line) for line in lines if not line[0].isalpha() or len(line) > 29)])
     )
 
 

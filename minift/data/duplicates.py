@@ -101,8 +101,9 @@ class Fingerprinter:
         asked, n_asked = self._signatures([_texts(one, "user") for one in conversations])
         answered, n_answered = self._signatures([_texts(one, "assistant") for one in conversations])
         self._words.limit()
-        sides = (signature[:, :SIDE_PERMUTATIONS].copy() for signature in (asked, answered))
-        return Fingerprints(hashes, np.minimum(asked, answered), *sides, np.stack([n_asked, n_answered], 1))
+        whole, runs = np.minimum(asked, answered), np.stack([n_asked, n_answered], 1)
+        asked, answered = (side[:, :SIDE_PERMUTATIONS].copy() for side in (asked, answered))
+        return Fingerprints(hashes, whole, asked, answered, runs)
 
     def _signatures(self, records: Sequence[Sequence[str]]) -> tuple[Array, Array]:
         """Return the signature of each record's runs of words [N, PERMUTATIONS], and their number [N]."""
@@ -228,3 +229,23 @@ def contradictions(prints: Fingerprints) -> list[tuple[int, int]]:
     first = earlier(question)
     places = np.flatnonzero((question != 0) & (answer != 0) & (answer[first] != 0) & (answer != answer[first]))
     return [(int(first[place]), int(place)) for place in places]
+
+
+def on_both_sides(prints: Fingerprints, held_out: set[int], near: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return (held-out record, record to train on) where the two are the same, nearly so, or ask the same."""
+    is_held = np.zeros(len(prints.hashes), bool)
+    is_held[sorted(held_out)] = True
+    found: dict[int, int] = {}
+    for first, later in near:
+        if is_held[first] != is_held[later]:
+            held, trained = (first, later) if is_held[first] else (later, first)
+            found.setdefault(held, trained)
+    for column in (2, 1, 0):  # what is the same word for word is named, if anything
+        known: dict[int, int] = {}
+        hashes: Array = prints.hashes[:, column]
+        for place in np.flatnonzero(~is_held & (hashes != 0)).tolist():
+            known.setdefault(int(hashes[place]), place)
+        for place in np.flatnonzero(is_held).tolist():
+            if int(hashes[place]) in known:
+                found[place] = known[int(hashes[place])]
+    return sorted(found.items())

@@ -40,7 +40,8 @@ CHUNK_CHARACTERS = 2**16  # at which a chunk is full: the work of some ten milli
 PREFETCH = 8  # chunks that are read ahead for each worker, so that it never waits for this process
 
 Ids = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]  # what `Tokenizer.encode_documents` returns
-Argument, Result = TypeVar("Argument"), TypeVar("Result")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)

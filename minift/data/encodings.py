@@ -102,7 +102,7 @@ class _Recoded(io.RawIOBase):
         return count
 
 
-# Text that was read in the wrong encoding ------------------------------------------------------------------------------
+# Text that was read in the wrong encoding -----------------------------------------------------------------------------
 
 # The characters that bytes 0x80 to 0xFF become when UTF-8 is read as cp1252 (as Latin-1, where cp1252 has none).
 _CHARACTER_OF_BYTE = [bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0x100)]

@@ -1,12 +1,14 @@
 """Show an audit in a terminal: counts, findings, and some records with what is learned of them.
 
-    minift data audit data/pairs.jsonl
+minift data audit data/pairs.jsonl
 """
 
 import textwrap
 from itertools import groupby
 
-from minift.data.audit import Audit, Finding, Piece
+from minift.data.audit import Audit
+from minift.data.findings import Finding
+from minift.data.samples import Piece
 from minift.errors import one_line
 from minift.look.report import visible
 
@@ -53,7 +55,11 @@ def _findings(findings: list[Finding]) -> list[str]:
 
 def _wrapped(text: str, start: str) -> list[str]:
     return textwrap.wrap(
-        text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False,
+        text,
+        WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
         break_on_hyphens=False,
     )
 
@@ -63,7 +69,7 @@ def record_text(pieces: tuple[Piece, ...]) -> str:
     parts = list[str]()
     for state, group in groupby(pieces, key=lambda piece: piece.state):
         text = "".join(piece.text for piece in group)
-        if len(text) > SHOWN:
+        if len(text) > 1.2 * SHOWN:
             text = f"{text[: SHOWN // 2]} … (+{len(text) - SHOWN:,} characters) … {text[-SHOWN // 2 :]}"
         shown = "\n".join(visible(line, space=" ") for line in text.split("\n"))
         parts.append({"given": "{}", "learned": "[{}]", "cut": "~{}~"}[state].replace("{}", shown))
