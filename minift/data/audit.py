@@ -21,8 +21,17 @@ import numpy as np
 
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
+from minift.data.checks import Checker
 from minift.data.conversations import Reading, scan_conversations
-from minift.data.duplicates import Fingerprinter, Fingerprints, contradictions, earlier, near_pairs, on_both_sides
+from minift.data.duplicates import (
+    Fingerprinter,
+    Fingerprints,
+    contradictions,
+    earlier,
+    near_pairs,
+    on_both_sides,
+    question_hash,
+)
 from minift.data.encode import in_workers
 from minift.data.examine import Examined, Examiner, reason_of
 from minift.data.findings import KINDS, Finding, sentence
@@ -30,7 +39,7 @@ from minift.data.records import scan
 from minift.data.samples import Sample, sample
 from minift.data.split import held_out_places
 from minift.data.survey import Lengths
-from minift.data.templates import Representatives, choose_template, unknown_markers
+from minift.data.templates import Representatives, choose_template, template_named, unknown_markers
 from minift.data.unpack import UnreadableError, is_pipe
 from minift.errors import InputError, one_line
 from minift.pack import PADDING, Example
@@ -372,3 +381,46 @@ def padding_share(lengths: Sequence[int], config: TrainConfig, pad_id: int, pack
         padding += int((batch.document_ids == PADDING).sum())
         positions += batch.document_ids.numel()
     return padding / positions
+
+
+# In finetune ----------------------------------------------------------------------------------------------------------
+
+
+def finding_lines(
+    training: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    cut: int,
+    dropped: int,
+    template: str,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+) -> list[str]:
+    """Return the findings that change what is learned or measured, each in one line.
+
+    The conversations are not encoded again, and near-duplicates are left to `audit`.
+
+    Args:
+        cut, dropped: how many examples to train on were cut, and how many have no target.
+        template: its name.
+    """
+    chosen = template_named(template, tokenizer, config.rendered)
+    checker = Checker(chosen, template, tokenizer, config.rendered)
+    without = sum(not any(turn.learned and turn.text.strip() for turn in one.turns) for one in training)
+    counts = {"answers cut": cut, "records dropped": dropped - without}
+    found = {name: _Found(count) for name, count in counts.items() if count > 0}
+    for conversation in training:
+        for name, detail in checker.of_text(conversation):
+            found.setdefault(name, _Found()).add(conversation.where, detail)
+    asked = {question_hash(one): one.where for one in reversed(training)}
+    for one in held_out:
+        if (question := question_hash(one)) and question in asked:
+            found.setdefault("held-out records trained on", _Found()).add(one.where, f"as {asked[question]}")
+    for marker in unknown_markers(chosen, tokenizer):
+        found.setdefault("unknown markers", _Found()).add("", marker)
+    lines = []
+    for name, kind in KINDS.items():
+        if kind.changes and name in found:
+            one = found[name]
+            example = f" ({': '.join(filter(None, (one.where, one.detail)))})" if one.where or one.detail else ""
+            lines.append(one_line(f"finding: {sentence(name, one.count)}{example}; {kind.remedy}"))
+    return lines

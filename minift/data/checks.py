@@ -117,10 +117,11 @@ def own_words(template: Template) -> list[str]:
 
 def _either(lines: list[str]) -> re.Pattern[str]:
     """Return a pattern of lines; a bare word with a colon ("Human:") only counts at the beginning of a text."""
-    bare = [rf"\A\s*{re.escape(line)}" for line in lines if line[0].isalpha() and len(line) < 30]
-    return re.compile(
-        "|".join([*bare, *(re.escape(line) for line in lines if not line[0].isalpha() or len(line) > 29)])
-    )
+    patterns = []
+    for line in lines:
+        bare = line[0].isalpha() and len(line) < 30
+        patterns.append((r"\A\s*" if bare else "") + re.escape(line))
+    return re.compile("|".join(patterns))
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------

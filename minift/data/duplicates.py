@@ -66,8 +66,8 @@ class Fingerprints:
     """The fingerprints of N records, in order.
 
     Attributes:
-        hashes: uint64 [N, 6]: of the record, of it normalised, of its question and of its answer normalised (0 where it
-            has none), of its numbers, and of its question as it is.
+        hashes: uint64 [N, 5]: of the record; of it normalised; of all that is asked, and of the answer, both normalised
+            (0 where there is none); of the numbers.
         signatures: uint32 [N, PERMUTATIONS], of the record.
         asked, answered: uint32 [N, SIDE_PERMUTATIONS], of the user's texts, and of the assistant's.
         runs: int32 [N, 2], how many runs of words the user's texts have, and the assistant's.
@@ -97,7 +97,7 @@ class Fingerprinter:
 
     def __call__(self, conversations: Sequence[Conversation]) -> Fingerprints:
         """Return the fingerprints of some conversations."""
-        hashes = np.array([_hashes(one) for one in conversations], np.uint64).reshape(-1, 6)
+        hashes = np.array([_hashes(one) for one in conversations], np.uint64).reshape(-1, 5)
         asked, n_asked = self._signatures([_texts(one, "user") for one in conversations])
         answered, n_answered = self._signatures([_texts(one, "assistant") for one in conversations])
         self._words.limit()
@@ -151,21 +151,27 @@ def _texts(conversation: Conversation, role: str) -> list[str]:
     return [turn.text for turn in conversation.turns if turn.role == role]
 
 
+def _asked(conversation: Conversation) -> list[str]:
+    """Return the texts before the last answer."""
+    before = conversation.turns[:-1] if isinstance(conversation, Pair) else conversation.until_answer()
+    return [turn.text for turn in before]
+
+
+def question_hash(conversation: Conversation) -> int:
+    """Return a hash of all that is asked, normalised; 0 where nothing is."""
+    asked = _asked(conversation)
+    return text_hash(*map(normalised, asked)) if any(map(str.strip, asked)) else 0
+
+
 def _hashes(conversation: Conversation) -> tuple[int, ...]:
-    turns = conversation.turns
-    before = turns[:-1] if isinstance(conversation, Pair) else conversation.until_answer()
-    asked = [turn.text for turn in before]
-    own = [normalised(turn.text) for turn in turns]
-    answer = conversation.answer
+    turns, answer = conversation.turns, conversation.answer
     numbers = _NUMBER.findall(" ".join(turn.text for turn in turns))
-    has_question = any(map(str.strip, asked))
     return (
         text_hash(*(part for turn in turns for part in (turn.role, turn.text))),
-        text_hash(*(part for turn, text in zip(turns, own, strict=True) for part in (turn.role, text))),
-        text_hash(*map(normalised, asked)) if has_question else 0,
+        text_hash(*(part for turn in turns for part in (turn.role, normalised(turn.text)))),
+        question_hash(conversation),
         text_hash(normalised(answer)) if answer.strip() else 0,
         text_hash(*numbers),
-        text_hash(*asked) if has_question else 0,
     )
 
 

@@ -23,6 +23,7 @@ import torch
 from minift import kernels
 from minift.checkpoint import load_model, model_without_memory, weights_of
 from minift.config import TrainConfig
+from minift.data.audit import finding_lines
 from minift.data.batches import PairBatches
 from minift.data.conversations import Reading, read_all_conversations
 from minift.data.encodings import check_encoding
@@ -101,6 +102,8 @@ def _train(
     encoded = encode(split, tokenizer, config)
     add_stop_tokens(model, split, tokenizer)
     announce(job, model, split, encoded, config, world)
+    if world.is_main:
+        print_findings(split, encoded, tokenizer, config)
     ranks = (world.rank, world.size)
     batches = PairBatches(encoded.examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack, *ranks)
     plan = Plan.make(config, len(batches))
@@ -259,6 +262,13 @@ def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, con
     print(f"{held_out}; template {split.template}")
     if split.skipped.skipped:
         print(split.skipped)
+
+
+def print_findings(split: Split, encoded: Encoded, tokenizer: Tokenizer, config: TrainConfig) -> None:
+    """Print what was found in the pairs that changes what is learned or measured, in a line each."""
+    cut, dropped = encoded.cut, encoded.dropped
+    for line in finding_lines(split.training, split.held_out, cut, dropped, split.template, tokenizer, config):
+        print(line)
 
 
 # Result ---------------------------------------------------------------------------------------------------------------
