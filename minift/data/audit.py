@@ -21,7 +21,6 @@ import numpy as np
 
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
-from minift.data.checks import Checker
 from minift.data.conversations import Reading, scan_conversations
 from minift.data.duplicates import (
     Fingerprinter,
@@ -30,16 +29,15 @@ from minift.data.duplicates import (
     earlier,
     near_pairs,
     on_both_sides,
-    question_hash,
 )
 from minift.data.encode import in_workers
 from minift.data.examine import Examined, Examiner, reason_of
-from minift.data.findings import KINDS, Finding, sentence
+from minift.data.findings import KINDS, Finding, Found, sentence
 from minift.data.records import scan
 from minift.data.samples import Sample, sample
 from minift.data.split import held_out_places
 from minift.data.survey import Lengths
-from minift.data.templates import Representatives, choose_template, template_named, unknown_markers
+from minift.data.templates import Representatives, choose_template, unknown_markers
 from minift.data.unpack import UnreadableError, is_pipe
 from minift.errors import InputError, one_line
 from minift.pack import PADDING, Example
@@ -103,21 +101,6 @@ def audit(
 
 
 @dataclass
-class _Found:
-    """How many records a finding has, and the first of them."""
-
-    count: int = 0
-    where: str = ""
-    detail: str = ""
-    conversation: Conversation | None = None
-
-    def add(self, where: str, detail: str, conversation: Conversation | None = None) -> None:
-        if not self.count:
-            self.where, self.detail, self.conversation = where, detail, conversation
-        self.count += 1
-
-
-@dataclass
 class _Auditor:
     """The state of an audit."""
 
@@ -127,8 +110,8 @@ class _Auditor:
     reading: Reading
     test: Sequence[Path]
     n_samples: int
-    found: dict[str, _Found] = field(default_factory=dict)
-    reasons: dict[str, _Found] = field(default_factory=dict)
+    found: dict[str, Found] = field(default_factory=dict)
+    reasons: dict[str, Found] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)  # key → the first record that has it
     where: list[str] = field(default_factory=list)
     prints: list[Fingerprints] = field(default_factory=list)
@@ -184,7 +167,7 @@ class _Auditor:
             if isinstance(item, InputError):
                 where = re.match(r"^.*?:\d+", str(item))
                 reason = reason_of(item)
-                found = self.reasons.setdefault(re.sub(r"\[\d+\]", "", reason), _Found())
+                found = self.reasons.setdefault(re.sub(r"\[\d+\]", "", reason), Found())
                 found.add(where.group() if where else "", reason)
                 continue
             for key in self.reading.unread.keys() - self.unread.keys():
@@ -237,7 +220,7 @@ class _Auditor:
         self.counts.update(examined.counts)
 
     def _add(self, name: str, where: str, detail: str, conversation: Conversation | None = None) -> None:
-        self.found.setdefault(name, _Found()).add(where, detail, conversation)
+        self.found.setdefault(name, Found()).add(where, detail, conversation)
 
     # Records together -------------------------------------------------------------------------------------------------
 
@@ -304,15 +287,15 @@ class _Auditor:
         if self.unread:
             where = next(iter(self.unread.values()))
             of = ", ".join(f"{key!r} of {count:,}" for key, count in self.reading.unread.most_common(6))
-            findings.append(self._finding("keys not read", _Found(len(self.unread), where, f"{of} records")))
+            findings.append(self._finding("keys not read", Found(len(self.unread), where, f"{of} records")))
         findings += [self._finding(name, self.found[name]) for name in KINDS if name in self.found]
         order = list(KINDS)
         return sorted(findings, key=lambda finding: (not finding.changes, order.index(finding.name)))
 
-    def _top_reasons(self) -> list[_Found]:
+    def _top_reasons(self) -> list[Found]:
         return sorted(self.reasons.values(), key=lambda found: -found.count)[:REASONS]
 
-    def _finding(self, name: str, found: _Found) -> Finding:
+    def _finding(self, name: str, found: Found) -> Finding:
         kind, remedy, count = KINDS[name], KINDS[name].remedy, found.count
         if name == "answers cut":
             count = self.counts["cut examples"]
@@ -381,46 +364,3 @@ def padding_share(lengths: Sequence[int], config: TrainConfig, pad_id: int, pack
         padding += int((batch.document_ids == PADDING).sum())
         positions += batch.document_ids.numel()
     return padding / positions
-
-
-# In finetune ----------------------------------------------------------------------------------------------------------
-
-
-def finding_lines(
-    training: Sequence[Conversation],
-    held_out: Sequence[Conversation],
-    cut: int,
-    dropped: int,
-    template: str,
-    tokenizer: Tokenizer,
-    config: TrainConfig,
-) -> list[str]:
-    """Return the findings that change what is learned or measured, each in one line.
-
-    The conversations are not encoded again, and near-duplicates are left to `audit`.
-
-    Args:
-        cut, dropped: how many examples to train on were cut, and how many have no target.
-        template: its name.
-    """
-    chosen = template_named(template, tokenizer, config.rendered)
-    checker = Checker(chosen, template, tokenizer, config.rendered)
-    without = sum(not any(turn.learned and turn.text.strip() for turn in one.turns) for one in training)
-    counts = {"answers cut": cut, "records dropped": dropped - without}
-    found = {name: _Found(count) for name, count in counts.items() if count > 0}
-    for conversation in training:
-        for name, detail in checker.of_text(conversation):
-            found.setdefault(name, _Found()).add(conversation.where, detail)
-    asked = {question_hash(one): one.where for one in reversed(training)}
-    for one in held_out:
-        if (question := question_hash(one)) and question in asked:
-            found.setdefault("held-out records trained on", _Found()).add(one.where, f"as {asked[question]}")
-    for marker in unknown_markers(chosen, tokenizer):
-        found.setdefault("unknown markers", _Found()).add("", marker)
-    lines = []
-    for name, kind in KINDS.items():
-        if kind.changes and name in found:
-            one = found[name]
-            example = f" ({': '.join(filter(None, (one.where, one.detail)))})" if one.where or one.detail else ""
-            lines.append(one_line(f"finding: {sentence(name, one.count)}{example}; {kind.remedy}"))
-    return lines

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from minift.config import TrainConfig
 from minift.data.checks import Checker
-from minift.data.duplicates import Fingerprinter, Fingerprints
+from minift.data.duplicates import Fingerprinter, Fingerprints, question_hash
+from minift.data.findings import KINDS, Found, sentence
 from minift.data.samples import encode_twice
-from minift.data.templates import template_named
+from minift.data.templates import template_named, unknown_markers
 from minift.errors import InputError, one_line
 from minift.pack import Example
 from minift.prompts import Conversation, Template
@@ -95,3 +96,47 @@ class Examiner:
 def reason_of(fault: InputError) -> str:
     """Return a message without the place that it begins with."""
     return re.sub(r"^.*?:\d+(: |\b)", "", one_line(fault), count=1).lstrip(": ") or one_line(fault)
+
+
+# In finetune ----------------------------------------------------------------------------------------------------------
+
+
+def finding_lines(
+    training: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    cut: int,
+    dropped: int,
+    template: str,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+) -> list[str]:
+    """Return the findings that change what is learned or measured, each in one line.
+
+    The conversations are not encoded again, and near-duplicates are left to `audit`.
+
+    Args:
+        cut, dropped: how many examples to train on were cut, and how many have no target.
+        template: its name.
+    """
+    chosen = template_named(template, tokenizer, config.rendered)
+    checker = Checker(chosen, template, tokenizer, config.rendered)
+    without = sum(not any(turn.learned and turn.text.strip() for turn in one.turns) for one in training)
+    counts = {"answers cut": cut, "records dropped": dropped - without}
+    found = {name: Found(count) for name, count in counts.items() if count > 0}
+    for conversation in training:
+        for name, detail in checker.of_text(conversation):
+            found.setdefault(name, Found()).add(conversation.where, detail)
+    asked = {question_hash(one): one.where for one in reversed(training)}
+    for one in held_out:
+        if (question := question_hash(one)) and question in asked:
+            found.setdefault("held-out records trained on", Found()).add(one.where, f"as {asked[question]}")
+    for marker in unknown_markers(chosen, tokenizer):
+        found.setdefault("unknown markers", Found()).add("", marker)
+    lines = []
+    for name, kind in KINDS.items():
+        if kind.changes and name in found:
+            total = found[name]
+            example = ": ".join(filter(None, (total.where, total.detail)))
+            words = f"{sentence(name, total.count)} ({example})" if example else sentence(name, total.count)
+            lines.append(one_line(f"finding: {words}; {kind.remedy}"))
+    return lines

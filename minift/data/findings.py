@@ -6,6 +6,8 @@ minift data audit data/pairs.jsonl
 import re
 from dataclasses import dataclass
 
+from minift.prompts import Conversation
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -131,3 +133,19 @@ def sentence(name: str, count: int) -> str:
     """Return a number with the words of its finding, in the singular or plural."""
     words = re.sub(r"\[([^|\]]*)\|([^|\]]*)\]", lambda match: match.group(1 if count == 1 else 2), KINDS[name].words)
     return f"{count:,} {words}".replace(" %", " %")
+
+
+@dataclass
+class Found:
+    """How many records a finding has, and the first of them."""
+
+    count: int = 0
+    where: str = ""
+    detail: str = ""
+    conversation: Conversation | None = None
+
+    def add(self, where: str, detail: str, conversation: Conversation | None = None) -> None:
+        """Count one more."""
+        if not self.count:
+            self.where, self.detail, self.conversation = where, detail, conversation
+        self.count += 1

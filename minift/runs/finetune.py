@@ -23,10 +23,10 @@ import torch
 from minift import kernels
 from minift.checkpoint import load_model, model_without_memory, weights_of
 from minift.config import TrainConfig
-from minift.data.audit import finding_lines
 from minift.data.batches import PairBatches
 from minift.data.conversations import Reading, read_all_conversations
 from minift.data.encodings import check_encoding
+from minift.data.examine import finding_lines
 from minift.data.records import Skipped, find_files
 from minift.data.split import held_out_places
 from minift.data.templates import choose_template, template_named
