@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from benchmarks.__main__ import BENCHMARKS
 from minift.config import LlamaConfig, TrainConfig
 from minift.data.batches import PairBatches
+from minift.formats.convert import convert
 from minift.lora import LoRAConfig, adapter_weights, add_lora
 from minift.model import Llama
 from minift.pack import Example, encode_conversation
@@ -230,3 +232,32 @@ def encode_pair(pair: Conversation, template: Template, tokenizer: Tokenizer, ma
     """Return the example of a record that is one, or None if it has no target."""
     (example,) = encode_conversation(pair, template, tokenizer, max_length)
     return example
+
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def instruct_model(folder: Path) -> Path:
+    """Write the bundled base as a Hugging Face folder with ChatML's two tokens, and their template."""
+    convert("bundled", str(folder), "hf")
+    load_file, save_file = (getattr(import_module("safetensors.torch"), name) for name in ("load_file", "save_file"))
+    described = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "config.json"))
+    V = config["vocab_size"]
+    names = ("<|im_start|>", "<|im_end|>")
+    tokenizer["added_tokens"] += [{"id": V + i, "content": name, **described} for i, name in enumerate(names)]
+    config["vocab_size"] = V + len(names)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if weight.shape[0] == V:
+            more = torch.randn(len(names), *weight.shape[1:], generator=generator) * weight.std()
+            weights[name] = torch.cat([weight, more])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder

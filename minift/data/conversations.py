@@ -238,7 +238,8 @@ def read_conversation(
     conversation = _chat(fields, form, unread) if form.chat else _pair(fields, form)
     if turns := fields.history(unread):
         conversation = _after(turns, conversation)
-    if conversation.answer.strip() in str(record.values.get(fields.key(TEXT_FIELD), "")):
+    text = str(record.values.get(fields.key(TEXT_FIELD), ""))
+    if conversation.question.strip() in text and conversation.answer.strip() in text:
         fields.read.add(fields.key(TEXT_FIELD))  # all of the record once more, as one text
     unread.update(unread_keys(record.values, fields.read))
     reading.unread.update(set(unread))

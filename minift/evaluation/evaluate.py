@@ -62,7 +62,9 @@ def _question(pair: Conversation, template: Template, tokenizer: Tokenizer, max_
     example = encode_conversation(pair, template, tokenizer, max_length, learn="last")[-1]
     if example is None:
         return None
-    return Question(pair, example, len(tokenizer.decode_continuation(example.answer).encode()))
+    pieces = zip(example.answer, tokenizer.pieces(example.answer), strict=True)
+    words = [id for id, piece in pieces if piece not in tokenizer.marker_names]  # a marker is no text
+    return Question(pair, example, len(tokenizer.decode_continuation(words).encode()))
 
 
 def answer_likelihoods(model: Llama, questions: Sequence[Question], batch_size: int = 64) -> list[Likelihood]:

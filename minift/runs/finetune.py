@@ -100,7 +100,7 @@ def _train(
     """
     tokenizer, model = open_model(job.model, config, world)
     encoded = encode(split, tokenizer, config)
-    add_stop_tokens(model, split, tokenizer)
+    fit_to_template(model, split, tokenizer)
     announce(job, model, split, encoded, config, world)
     if world.is_main:
         print_findings(split, encoded, tokenizer, config)
@@ -243,10 +243,12 @@ def _fill_shards(name: str, model: Llama, config: TrainConfig, world: World) -> 
         init_adapters(model, torch.Generator().manual_seed(config.seed))
 
 
-def add_stop_tokens(model: Llama, split: Split, tokenizer: Tokenizer) -> None:
-    """Add the tokens that end a turn in a chat template to those at which the model stops."""
+def fit_to_template(model: Llama, split: Split, tokenizer: Tokenizer) -> None:
+    """Let the model stop at the tokens that end a turn in a chat template, and save the template with it."""
     template = template_named(split.template, tokenizer)
     if isinstance(template, ChatTemplate):
+        if split.template != "chat":  # the user's own: a program that asks the model needs it
+            tokenizer.files = {**tokenizer.files, "chat_template.jinja": Path(split.template).read_bytes()}
         stops = dict.fromkeys([*model.config.eos_token_ids, *template.stop_ids(tokenizer)])
         model.config = dataclasses.replace(model.config, eos_token_id=tuple(stops))
 
