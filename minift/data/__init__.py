@@ -11,5 +11,12 @@ written.py        pairs and chats → records again
 stream.py         records of pages → documents, shuffled, epoch after epoch, from any point on
 encode.py         documents → ids, by several processes, in one order
 batches.py        examples, or ids of pages → batches, without end
+split.py          which conversations are held out
 survey.py         how many records a corpus has, how long they are, and what cannot be used
+duplicates.py     records that are there more than once: fingerprints, and what they have in common
+findings.py       the kinds of findings of an audit, in words
+checks.py         what can be wrong with a conversation
+samples.py        a record token by token, as it trains
+examine.py        what is seen in conversations, one at a time
+audit.py          what a data set teaches: counts, findings, samples
 """

@@ -102,7 +102,7 @@ KINDS = {
     "HTML entities": Kind(
         False, "record[|s] with characters written as HTML entities", "unescape them, unless HTML is the subject"
     ),
-    "packs badly": Kind(False, "% of the positions are padding although rows are packed", "see the lengths"),
+    "packs badly": Kind(False, "% of the positions are padding although rows are packed", "give a larger --batch-size; shorten the longest, which set the rows"),
 }
 
 

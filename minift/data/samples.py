@@ -39,11 +39,12 @@ def encode_twice(
     """Return the examples of a conversation, each before it is cut, and as it trains; None as `encode_conversation`."""
     if not any(turn.learned and turn.text.strip() for turn in conversation.turns):
         return [(None, None)]
-    once = cast(Tokenizer, _Once(tokenizer))
-    return [
-        (encode_spans(spans, once, UNCUT), encode_spans(spans, once, config.max_length))
-        for spans in template.examples(conversation, config.learn)
-    ]
+    once, found = cast(Tokenizer, _Once(tokenizer)), list[tuple[Example | None, Example | None]]()
+    for spans in template.examples(conversation, config.learn):
+        uncut = encode_spans(spans, once, UNCUT)
+        fits = uncut is not None and len(uncut) <= config.max_length
+        found.append((uncut, uncut if fits else encode_spans(spans, once, config.max_length)))
+    return found
 
 
 class _Once:
