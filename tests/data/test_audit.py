@@ -240,7 +240,9 @@ FAULTS = {
     "a template twice": Fault(
         put(question="### Question:\nWhat is it?"), "template twice", settings=(("template", "qa"),)
     ),
-    "[INST] twice": Fault(put(question="[INST] What?"), "template twice", settings=(("template", "llama2"),)),
+    "[INST] twice": Fault(
+        put(question="[INST] What?"), "template twice", settings=(("template", "llama2"), ("pack", False))
+    ),
     "mojibake": Fault(put(answer="The cafÃ© is open."), "wrong encoding", says="cafÃ©"),
     "a lost character": Fault(put(question="The caf\N{REPLACEMENT CHARACTER}?"), "wrong encoding"),
     "an entity": Fault(put(answer="Salt &amp; pepper."), "HTML entities", says="&amp;"),

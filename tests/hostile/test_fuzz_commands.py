@@ -61,6 +61,7 @@ COMMANDS = {
     "data peek": "{pages}",
     "data stats": "{pages} --tokenizer {model}",
     "data format": "{pairs}",
+    "data audit": "{pairs} --model {model}",
 }
 NOTHING_BUT_ODD = ("--workers", "--compile")  # a good value would start processes, or a compiler
 
@@ -298,6 +299,8 @@ DATA_COMMANDS = (
         "data stats {0} --json x.json",
     ),
     *(
+        "data audit {0} --model {model}",
+        "data audit {0} --model {model} --test {0} --html x.html --json x.json",
         "data format {0}",
         "data format {0} --template qa --out y.jsonl",
         "data format {0} --template auto --as-text --out y.jsonl",

@@ -149,6 +149,7 @@ def test_no_main_path_connects_starts_a_program_or_runs_data(small_checkpoint: P
         ["data", "peek", pages],
         ["data", "stats", pages, "--tokenizer", model],
         ["data", "format", data],
+        ["data", "audit", data, "--model", model, "--html", f"{out}/audit.html"],
     ]
     done = guarded(PATHS, json.dumps(commands))
     assert "FORBIDDEN" not in done.stderr, done.stderr
