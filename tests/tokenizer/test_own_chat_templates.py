@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from minift.cli import main
 from minift.prompts import Chat, Pair, Span, Turn
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
@@ -303,6 +304,7 @@ def test_the_newest_source_comes_first_as_in_transformers(tmp_path: Path) -> Non
 def test_a_folder_without_a_template_says_what_would_work(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path)
     assert not has_chat_template(tokenizer)
+    assert has_chat_template(tokenizer_with(tmp_path / "listed", config=[{"name": "rag", "template": "x"}]))
     refused(lambda: chat_template(tokenizer), "chat_template.jinja", "tokenizer_config.json", "--template")
     (tmp_path / "mine.jinja").write_text(CHATML)
     template = chat_template(tokenizer, str(tmp_path / "mine.jinja"))
@@ -331,6 +333,23 @@ def test_a_folder_without_a_template_says_what_would_work(tmp_path: Path) -> Non
 def test_what_is_no_template_is_refused(tmp_path: Path, files: dict[str, Any], words: list[str]) -> None:
     tokenizer = tokenizer_with(tmp_path, **files)
     refused(lambda: chat_template(tokenizer), *words)
+
+
+def test_the_command_prints_what_is_done_with_templates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thinks.jinja").write_text(REASONING)
+    (tmp_path / "damaged.jinja").write_text("{% for %}")
+    folder = str(make_folder(tmp_path / "model", LLAMA_2))
+    paths = [str(tmp_path / "thinks.jinja"), folder, str(tmp_path / "damaged.jinja")]
+    assert main(["tokenizer", "templates", *paths]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| thinks | own examples | prefixes |  |"
+    assert lines[3].startswith(f"| {folder} | one text | prefixes | an answer first, two users: the chat")
+    assert lines[4].startswith("| damaged | refused |  | 10 of them: damaged.jinja:1: not a chat template: ")
+    assert lines[6] == "3 templates: 1 one text, 1 own examples, 1 refused"
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    for path in (folder, str(tmp_path / "none.jinja"), str(tmp_path / "none")):
+        assert main(["tokenizer", "templates", path]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("bos", ["<s>", None, {"content": "<s>", "__type": "AddedToken"}], ids=str)
