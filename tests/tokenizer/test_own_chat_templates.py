@@ -137,6 +137,11 @@ def test_a_tag_that_begins_before_the_prompt_ends_is_cut_there() -> None:
     assert text_of(spans).startswith(prompt.text)
 
 
+def test_tags_that_follow_one_another_are_one_span() -> None:
+    two = MARKED.replace("m.content + '<|im_end|>'", "m.content }}{% endgeneration %}{% generation %}{{ '<|im_end|>'")
+    assert of(two).examples(TWO) == of(MARKED).examples(TWO)
+
+
 def test_the_parts_of_an_answer_have_no_end() -> None:
     assert of(CHATML).answer_parts(TWO) == ["See you."]
     assert of(LLAMA_2).answer_parts(TWO) == [" See you."]
@@ -180,6 +185,17 @@ def test_a_name_that_the_template_looks_for_stays_a_marker() -> None:
     assert second[0].parts[1::2] == ["<|im_end|>"]  # while </think> was found, and what comes before it dropped
     assert second[1].parts == ["c ", "<|im_end|>", "<|im_end|>\n"]
     assert first[1].parts[1::2] == ["<think>", "</think>"]  # here nothing is looked for: the last turn stays as it is
+
+
+def test_two_names_that_the_template_looks_for_together_stay_markers() -> None:
+    either = "{{ m.content if '<think>' in m.content or '</think>' in m.content else '<think></think>' + m.content }}"
+    source = MARKED.replace(
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}", either + "<|im_end|>{% endgeneration %}"
+    )
+    thinks = chat(("u", "<|im_end|>"), ("a", "<think>a</think>b <|eot_id|>"))
+    (spans,) = of(source, (*NAMES, "<think>", "</think>")).examples(thinks)
+    assert spans[0].parts[1::2] == ["<|im_end|>"]
+    assert spans[1].parts == ["<think>a</think>b ", "<|eot_id|>", "<|im_end|>"]
 
 
 def test_a_name_that_the_template_changes_is_refused() -> None:
@@ -362,6 +378,23 @@ def test_a_template_sees_the_special_tokens_of_the_files(tmp_path: Path, bos: An
     assert text_of(chat_template(load_tokenizer(folder)).examples(TWO)[0]) == theirs
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_the_older_map_of_special_tokens_counts_where_no_token_is_described(tmp_path: Path, described: bool) -> None:
+    more = {"added_tokens_decoder": {"256": {"content": "<s>", "special": True}}} if described else {}
+    folder = make_folder(tmp_path, "{{ bos_token }}/{{ pad_token }}" + CHATML, **more)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "</s>", "pad_token": "<|eot_id|>"}))
+    theirs = read_by_transformers(folder).apply_chat_template(messages(TWO.turns), tokenize=False)
+    assert text_of(chat_template(load_tokenizer(folder)).examples(TWO)[0]) == theirs
+
+
+def test_json_is_written_as_in_transformers(tmp_path: Path) -> None:
+    source = "{{ messages | tojson }}{{ messages | tojson(indent=2, sort_keys=true) }}" + CHATML
+    conversation = chat(("u", "é <b> & 'x' \"y\" \u2028"), ("a", "日本"))
+    theirs = read_by_transformers(make_folder(tmp_path, source))
+    expected = theirs.apply_chat_template(messages(conversation.turns), tokenize=False)
+    assert of(source).text.render(conversation.turns, "") == expected
+
+
 def test_without_jinja_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_with(tmp_path, CHATML)
     monkeypatch.setitem(sys.modules, "jinja2", None)  # as if it were not installed
@@ -393,6 +426,7 @@ UNMARKED_END = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endg
 NOTHING_MARKED = MARKED.replace(
     "{% generation %}", "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
 ).replace("<|im_end|>' }}{% endgeneration %}", "<|im_end|>' }}")
+ENDED = "{% endgeneration %}"
 COUNTED = MARKED.replace("{% generation %}", "{% set x %}{% generation %}").replace(
     "{% endgeneration %}", "{% endgeneration %}{% endset %}{{ x if x|length != 18 else 'no<|im_end|>' }}"
 )
@@ -404,6 +438,10 @@ UNCERTAIN = {
     ),
     "end unmarked": (UNMARKED_END, ["ends the assistant's turn", "'Hello.'"]),
     "nothing marked": (NOTHING_MARKED, ["marks nothing"]),
+    "tag in a tag": (
+        MARKED.replace("{% generation %}", "{% generation %}" * 2).replace(ENDED, ENDED * 2),
+        ["not certain"],
+    ),
     "marks counted": (COUNTED, ["not certain"]),
     "system dropped": (CHATML.replace("in messages", "in messages if message.role != 'system'"), ["has a system text"]),
 }
