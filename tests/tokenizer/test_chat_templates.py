@@ -170,7 +170,7 @@ def check_prompts(
 ) -> None:
     """Check that what comes before the last answer is what a model is given in use, and encoded apart."""
     template = programs.template(stem, True)
-    (prompt,) = template.prompt(Chat((*turns[: learned[-1]], Turn("assistant", "x"))))
+    (prompt,) = template.prompt(Chat((*turns[: learned[-1]], Turn("assistant", "x", learned=True))))
     asked = programs.apply(stem, turns[: learned[-1]], tokenize=False, add_generation_prompt=True)
     assert prompt.text == asked
     starts, length = [], 0
