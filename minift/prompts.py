@@ -227,7 +227,7 @@ class TextTemplate(Template):
             stripped = question[-2].rstrip()
             answer[0] = answer[0] or question[-2][len(stripped) :]
             question[-2] = stripped
-        return (["".join(question)], ["".join(answer)]) if self.rendered else (question, answer)
+        return (["".join(question), "", ""], ["".join(answer), "", ""]) if self.rendered else (question, answer)
 
     def _fill(self, text: str, pair: Conversation) -> list[str]:
         parts = re.split(r"\{(question|context|answer|system)\}", text)  # in one pass: braces inside a question stay

@@ -44,9 +44,12 @@ example:
 
 
 TEMPLATES_MORE = """\
-Each template writes ten conversations. "one text": a conversation is one text, and each of its answers is learned.
-"own examples": the template writes earlier turns in another way, so each answer is an example of its own. "refused":
-it is not certain what would be learned. A file comes without a tokenizer: what looks like the name of a token is one.
+Each template writes ten conversations, and what is done with them is its verdict.
+"one text": a conversation is one text, and each of its answers is learned in it.
+"own examples": earlier turns are written in another way once there are later ones, so each
+answer is an example of its own.
+"refused": of most conversations it is not certain what would be learned.
+A file comes without a tokenizer: what looks like the name of a token is taken for one.
 
 examples:
   minift tokenizer templates chat_template.jinja

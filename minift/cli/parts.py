@@ -206,7 +206,8 @@ def print_answer(
             answer, waiting = answer + part, waiting + part
             ready = waiting.rstrip()  # no blank lines around the text: white space is shown when something follows it
             if ready:
-                print(printable(ready if shown else ready.lstrip()), end="", flush=True)
+                part = ready if shown else ready.lstrip()
+                print(printable(part) if sys.stdout.isatty() else part, end="", flush=True)
                 shown, waiting = True, waiting[len(ready) :]
     except KeyboardInterrupt:
         if not shown:

@@ -7,11 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from minift.errors import InputError, one_line
 from minift.prompts import Chat, Turn
 from minift.tokenizer.chat import ChatTemplate, chat_template
+from minift.tokenizer.chat_files import chat_source
 from minift.tokenizer.chat_text import ChatText
 from minift.tokenizer.load import load_tokenizer
 
@@ -92,24 +94,26 @@ def judge_path(path: str) -> Verdict:
     """Return what is done with the template of a `.jinja` file or of a model's folder.
 
     A file comes without a tokenizer. What looks like the name of an added token in its text is taken for one then.
+
+    Raises:
+        InputError: when there is no template, or it cannot be read.
     """
-    name = Path(path).stem if path.endswith(".jinja") else path
+    if path.endswith(".jinja"):
+        source, where = chat_source({}, path)
+        name, make = Path(path).stem, partial(template_alone, source, Path(where).name)
+    else:
+        tokenizer = load_tokenizer(path)
+        chat_source(tokenizer.files, None)
+        name, make = path, partial(chat_template, tokenizer)
     try:
-        if not path.endswith(".jinja"):
-            return judge(chat_template(load_tokenizer(path)), name)
-        return judge(template_of_file(path), name)
+        return judge(make(), name)
     except InputError as error:
         return Verdict(name, refused={str(error): [title for title, _ in CONVERSATIONS]})
 
 
-def template_of_file(path: str) -> ChatTemplate:
-    """Return the template of a `.jinja` file, with the names of added tokens that its texts seem to hold."""
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(one_line(f"{path}: cannot be read: {getattr(error, 'strerror', '') or error}")) from None
+def template_alone(source: str, where: str) -> ChatTemplate:
+    """Return a template without its tokenizer, with the names of added tokens that its texts seem to hold."""
     variables = {"bos_token": _BOS, "eos_token": _EOS}
-    where = Path(path).name
     text = ChatText(source, where, (_BOS, _EOS), variables)
     turns = CONVERSATIONS[1][1].turns
     written = text.render(turns, where) + text.render(turns[:-1], where, prompt=True)  # names may be put together

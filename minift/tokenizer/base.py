@@ -111,8 +111,8 @@ class Tokenizer(ABC):
         return self._ids("".join(parts), special=any(parts[::2]))
 
     def _ended(self, ids: list[int], parts: list[str]) -> list[int]:
-        by_template = len(parts) > 2 and parts[-1] and ids[-1:] == [self.eos_id]
-        return ids if by_template else [*ids, self.eos_id]
+        own = "" if len(parts) < 3 else parts[-1] if any(parts[1:]) else parts[0]  # the template's own text at the end
+        return ids if own and self._ids(own.rstrip(), special=True)[-1:] == [self.eos_id] else [*ids, self.eos_id]
 
     def _many_ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         return [np.array(self._ids(text, special=False), np.int32) for text in texts]

@@ -156,8 +156,6 @@ class ChatTemplate(Template):
 
     def _end(self, prompt: str, text: str, whole: str) -> int:
         """Return where a turn ends in the text in one, or 0 where that writes it in another way than its own text."""
-        if not whole.startswith(prompt):
-            return 0
         if whole.startswith(text):
             return len(text)
         # A template may write EOS at the end of a text, whichever turn is the last.

@@ -18,7 +18,8 @@ _DEFAULTS = {  # of the classes that have any, for a `tokenizer_config.json` wit
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:
     """Return whether a chat template came with the tokenizer. Raises InputError for a damaged file."""
-    return _found(tokenizer.files) is not None
+    files = tokenizer.files
+    return SOURCES[0] in files or any(_json(files, name).get("chat_template") is not None for name in SOURCES[1:])
 
 
 def chat_source(files: Mapping[str, bytes], path: str | None) -> tuple[str, str]:

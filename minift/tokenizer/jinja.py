@@ -28,7 +28,7 @@ from jinja2.visitor import NodeTransformer
 
 from minift.errors import InputError, one_line
 
-BUDGET = 1 << 28  # characters that one rendering may make, in all its steps
+BUDGET = 1 << 27  # characters that one rendering may make, in all its steps
 ROUND = 64  # characters that one round of a loop costs
 SECONDS = 20.0  # for what costs time but makes no text; an ordinary rendering takes a ten-thousandth of it
 WIDEST = 1_000_000  # no number that a template gives to a function, such as a width, is larger
@@ -115,7 +115,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.begin(("", ""))
         self.filters["tojson"] = _tojson
-        self.filters["paid"] = self.paid
+        self.filters["paid"], self.filters["pay"] = self.paid, self.pay
         for name in ("center", "indent", "batch", "slice", "format"):
             self.filters[name] = _with_bounds(self.filters[name])
         self.globals.pop("lipsum")
@@ -128,12 +128,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Begin a rendering, with all of its budget."""
         self.marks, self._left, self._deadline = marks, BUDGET, time.monotonic() + SECONDS
 
-    def pay(self, characters: int) -> str:
+    def pay(self, _: object, characters: int) -> None:
         """Take characters from the budget. Raise _TooMuchError when it is used up, or the time."""
         self._left -= characters
         if self._left < 0 or time.monotonic() > self._deadline:
             raise _TooMuchError
-        return ""
 
     def paid(self, value: Any) -> Any:
         """Return a value that was made, and pay for it."""
@@ -204,8 +203,9 @@ class _Paid(NodeTransformer):
     def _paid_body(self, node: Any) -> Any:
         self.generic_visit(node)
         price = ROUND + sum(len(text.data) for text in node.find_all(nodes.TemplateData))
-        call = nodes.Call(nodes.EnvironmentAttribute("pay"), [nodes.Const(price)], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
+        # A filter is called directly, a function with the sandbox's checks. Of a constant it would be called only once.
+        pay = nodes.Filter(nodes.EnvironmentAttribute("marks"), "pay", [nodes.Const(price)], [], None, None)
+        node.body.insert(0, nodes.ExprStmt(pay).set_lineno(node.lineno))
         return node
 
 

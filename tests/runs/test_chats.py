@@ -20,8 +20,8 @@ from minift.data.conversations import read_all_conversations
 from minift.data.templates import template_named
 from minift.evaluation.evaluate import answer_questions, make_questions
 from minift.generate import generate
-from minift.pack import encode_prompt
-from minift.prompts import Chat, Turn
+from minift.pack import encode_conversation, encode_prompt
+from minift.prompts import Chat, Pair, Turn
 from minift.runner import BasicModelRunner
 from minift.storage.names import bundled
 from minift.tokenizer.load import load_tokenizer
@@ -201,3 +201,26 @@ def test_a_template_of_the_users_own_travels_with_the_model(folder: Path, tmp_pa
     assert main([*words, "--out", str(tmp_path / "run"), "--template", template, "--device", "cpu"]) == 0
     saved = tmp_path / "run" / "final" / "chat_template.jinja"
     assert saved.read_bytes() == (tmp_path / "mine.jinja").read_bytes()
+
+
+def test_a_text_that_is_rendered_already_has_the_ids_of_the_chat(folder: Path, tmp_path: Path) -> None:
+    """With `rendered` its markers are markers, and nothing is added to them but what is missing."""
+    tokenizer = load_tokenizer(folder / "model")
+    (record, *_) = conversations()
+    chat = read_all_conversations([write_jsonl(tmp_path / "chat.jsonl", [record])])[0]
+    (spans,) = template_named("chat", tokenizer).examples(chat)
+    text = Pair("", "".join(span.text for span in spans))
+    whole = encode_prompt(spans, tokenizer)
+    for rendered in (True, False):
+        (example,) = encode_conversation(text, template_named("text", tokenizer, rendered), tokenizer, 500)
+        assert example is not None
+        ids = example.prompt + example.answer
+        stop = tokenizer.encode("<|im_end|>", bos=False)[0]
+        assert ids.count(stop) == (whole.count(stop) if rendered else 0)
+        assert ids[0] == tokenizer.bos_id
+        assert ids[-1] == tokenizer.eos_id  # it is not this tokenizer's name for the end of a turn
+        assert (ids[1:-1] == whole) == rendered
+    ended = Pair("", "A text.</s>\n")
+    (example,) = encode_conversation(ended, template_named("text", tokenizer, rendered=True), tokenizer, 500)
+    assert example is not None
+    assert (example.prompt + example.answer).count(tokenizer.eos_id) == 1

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minift.errors import InputError
-from minift.look.chat_templates import CONVERSATIONS, judge_path, table, template_of_file
+from minift.look.chat_templates import CONVERSATIONS, judge_path, table, template_alone
 from minift.prompts import Chat, Span, Turn
 from minift.tokenizer.chat import ChatTemplate
 from minift.tokenizer.chat_text import ChatText
@@ -57,7 +57,7 @@ class Programs:
 
     def __init__(self, folder: Path, tmp_path: Path):
         self.sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jinja"))}
-        self.names = {stem: template_of_file(str(folder / f"{stem}.jinja")).text.names for stem in self.sources}
+        self.names = {stem: template_alone(source, stem).text.names for stem, source in self.sources.items()}
         names = dict.fromkeys(name for stem in self.sources for name in self.names[stem])
         made = make_folder(tmp_path, None, list(names))
         self.ours, self.theirs = load_tokenizer(made), read_by_transformers(made)
@@ -170,7 +170,7 @@ def check_prompts(
 ) -> None:
     """Check that what comes before the last answer is what a model is given in use, and encoded apart."""
     template = programs.template(stem, True)
-    (prompt,) = template.prompt(Chat((*turns[: learned[-1]], Turn("assistant", "x"))))
+    (prompt,) = template.prompt(Chat((*turns[: learned[-1]], Turn("assistant", "x", learned=True))))
     asked = programs.apply(stem, turns[: learned[-1]], tokenize=False, add_generation_prompt=True)
     assert prompt.text == asked
     starts, length = [], 0
@@ -282,4 +282,5 @@ def check_data_names(programs: Programs, stem: str, chat: Chat) -> None:
 
 def test_the_table_of_the_readme_is_what_the_command_prints(templates: Path) -> None:
     printed = table([judge_path(str(path)) for path in sorted(templates.glob("*.jinja"))])
+    assert len(printed.splitlines()) == 2 + 72 + 2
     assert printed in (ROOT / "minift" / "tokenizer" / "README.md").read_text(encoding="utf-8")

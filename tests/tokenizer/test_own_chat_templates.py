@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from minift.cli import main
 from minift.prompts import Chat, Pair, Span, Turn
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
@@ -136,6 +137,11 @@ def test_a_tag_that_begins_before_the_prompt_ends_is_cut_there() -> None:
     assert text_of(spans).startswith(prompt.text)
 
 
+def test_tags_that_follow_one_another_are_one_span() -> None:
+    two = MARKED.replace("m.content + '<|im_end|>'", "m.content }}{% endgeneration %}{% generation %}{{ '<|im_end|>'")
+    assert of(two).examples(TWO) == of(MARKED).examples(TWO)
+
+
 def test_the_parts_of_an_answer_have_no_end() -> None:
     assert of(CHATML).answer_parts(TWO) == ["See you."]
     assert of(LLAMA_2).answer_parts(TWO) == [" See you."]
@@ -179,6 +185,17 @@ def test_a_name_that_the_template_looks_for_stays_a_marker() -> None:
     assert second[0].parts[1::2] == ["<|im_end|>"]  # while </think> was found, and what comes before it dropped
     assert second[1].parts == ["c ", "<|im_end|>", "<|im_end|>\n"]
     assert first[1].parts[1::2] == ["<think>", "</think>"]  # here nothing is looked for: the last turn stays as it is
+
+
+def test_two_names_that_the_template_looks_for_together_stay_markers() -> None:
+    either = "{{ m.content if '<think>' in m.content or '</think>' in m.content else '<think></think>' + m.content }}"
+    source = MARKED.replace(
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}", either + "<|im_end|>{% endgeneration %}"
+    )
+    thinks = chat(("u", "<|im_end|>"), ("a", "<think>a</think>b <|eot_id|>"))
+    (spans,) = of(source, (*NAMES, "<think>", "</think>")).examples(thinks)
+    assert spans[0].parts[1::2] == ["<|im_end|>"]
+    assert spans[1].parts == ["<think>a</think>b ", "<|eot_id|>", "<|im_end|>"]
 
 
 def test_a_name_that_the_template_changes_is_refused() -> None:
@@ -303,6 +320,7 @@ def test_the_newest_source_comes_first_as_in_transformers(tmp_path: Path) -> Non
 def test_a_folder_without_a_template_says_what_would_work(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path)
     assert not has_chat_template(tokenizer)
+    assert has_chat_template(tokenizer_with(tmp_path / "listed", config=[{"name": "rag", "template": "x"}]))
     refused(lambda: chat_template(tokenizer), "chat_template.jinja", "tokenizer_config.json", "--template")
     (tmp_path / "mine.jinja").write_text(CHATML)
     template = chat_template(tokenizer, str(tmp_path / "mine.jinja"))
@@ -333,6 +351,23 @@ def test_what_is_no_template_is_refused(tmp_path: Path, files: dict[str, Any], w
     refused(lambda: chat_template(tokenizer), *words)
 
 
+def test_the_command_prints_what_is_done_with_templates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thinks.jinja").write_text(REASONING)
+    (tmp_path / "damaged.jinja").write_text("{% for %}")
+    folder = str(make_folder(tmp_path / "model", LLAMA_2))
+    paths = [str(tmp_path / "thinks.jinja"), folder, str(tmp_path / "damaged.jinja")]
+    assert main(["tokenizer", "templates", *paths]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| thinks | own examples | prefixes |  |"
+    assert lines[3].startswith(f"| {folder} | one text | prefixes | an answer first, two users: the chat")
+    assert lines[4].startswith("| damaged | refused |  | 10 of them: damaged.jinja:1: not a chat template: ")
+    assert lines[6] == "3 templates: 1 one text, 1 own examples, 1 refused"
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    for path in (folder, str(tmp_path / "none.jinja"), str(tmp_path / "none")):
+        assert main(["tokenizer", "templates", path]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("bos", ["<s>", None, {"content": "<s>", "__type": "AddedToken"}], ids=str)
 def test_a_template_sees_the_special_tokens_of_the_files(tmp_path: Path, bos: Any) -> None:
     names = "{{ bos_token }}/{{ eos_token }}/{{ pad_token }}/{{ unk_token }}/{{ image_token }}" + CHATML
@@ -341,6 +376,23 @@ def test_a_template_sees_the_special_tokens_of_the_files(tmp_path: Path, bos: An
         (folder / "config.json").write_text(json.dumps({"bos_token_id": 5, "eos_token_id": 6}))
     theirs = read_by_transformers(folder).apply_chat_template(messages(TWO.turns), tokenize=False)
     assert text_of(chat_template(load_tokenizer(folder)).examples(TWO)[0]) == theirs
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_the_older_map_of_special_tokens_counts_where_no_token_is_described(tmp_path: Path, described: bool) -> None:
+    more = {"added_tokens_decoder": {"256": {"content": "<s>", "special": True}}} if described else {}
+    folder = make_folder(tmp_path, "{{ bos_token }}/{{ pad_token }}" + CHATML, **more)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "</s>", "pad_token": "<|eot_id|>"}))
+    theirs = read_by_transformers(folder).apply_chat_template(messages(TWO.turns), tokenize=False)
+    assert text_of(chat_template(load_tokenizer(folder)).examples(TWO)[0]) == theirs
+
+
+def test_json_is_written_as_in_transformers(tmp_path: Path) -> None:
+    source = "{{ messages | tojson }}{{ messages | tojson(indent=2, sort_keys=true) }}" + CHATML
+    conversation = chat(("u", "é <b> & 'x' \"y\" \u2028"), ("a", "日本"))
+    theirs = read_by_transformers(make_folder(tmp_path, source))
+    expected = theirs.apply_chat_template(messages(conversation.turns), tokenize=False)
+    assert of(source).text.render(conversation.turns, "") == expected
 
 
 def test_without_jinja_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +426,7 @@ UNMARKED_END = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endg
 NOTHING_MARKED = MARKED.replace(
     "{% generation %}", "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
 ).replace("<|im_end|>' }}{% endgeneration %}", "<|im_end|>' }}")
+ENDED = "{% endgeneration %}"
 COUNTED = MARKED.replace("{% generation %}", "{% set x %}{% generation %}").replace(
     "{% endgeneration %}", "{% endgeneration %}{% endset %}{{ x if x|length != 18 else 'no<|im_end|>' }}"
 )
@@ -385,6 +438,10 @@ UNCERTAIN = {
     ),
     "end unmarked": (UNMARKED_END, ["ends the assistant's turn", "'Hello.'"]),
     "nothing marked": (NOTHING_MARKED, ["marks nothing"]),
+    "tag in a tag": (
+        MARKED.replace("{% generation %}", "{% generation %}" * 2).replace(ENDED, ENDED * 2),
+        ["not certain"],
+    ),
     "marks counted": (COUNTED, ["not certain"]),
     "system dropped": (CHATML.replace("in messages", "in messages if message.role != 'system'"), ["has a system text"]),
 }
