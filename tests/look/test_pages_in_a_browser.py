@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from minift.config import FINETUNE, LlamaConfig, TrainConfig
+from minift.data.audit import Audit, audit
 from minift.data.templates import template_named
 from minift.look.explain import XRay, explain
+from minift.look.pages.audit import audit_page
 from minift.look.pages.run import comparison_page
 from minift.look.pages.xray import xray_page
 from minift.look.report import visible
@@ -273,6 +275,59 @@ def test_the_report_of_a_run(context: BrowserContext, tmp_path: Path, small_chec
     assert headings == ["Command", "Before and after", "Curves", "Samples", "Speed", "Memory", "Settings"]
     assert opened.page.locator("svg").count() == 2
     assert "pairs <b>.jsonl" in opened.page.inner_text("pre")
+
+
+def audit_of(file: Path, tokenizer: Tokenizer, lines: list[dict[str, Any]], **settings: Any) -> Audit:
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return audit([file], tokenizer, FINETUNE.replace(**settings), samples=20)
+
+
+@everywhere
+def test_an_audit(context: BrowserContext, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Every token of a record is shown, and what is learned of it is what its batch says."""
+    lines = [{"question": f"What is {i}?", "answer": f"It is {i}.", "hint": "x"} for i in range(40)]
+    lines[1] = {"question": HOSTILE, "answer": HOSTILE + "cafÃ©" * 60}
+    lines[2] = {"question": "word " * 700, "answer": "None of it fits."}
+    lines[3] = {**lines[0], "answer": "Otherwise. &amp;"}
+    result = audit_of(tmp_path / "pairs <b>\u202e.jsonl", tokenizer, lines, max_length=600)
+    opened = open_page(context, tmp_path, audit_page(result, "runs/<b onclick='x'>"))
+    page = opened.page
+    check(opened)
+    assert page.locator("h2").all_text_contents()[:2] == ["Changes what is learned or measured", "Worth knowing"]
+    names = page.locator(".card h3").all_text_contents()
+    assert names == [finding.name for finding in result.findings]
+    assert {"answers cut", "records dropped", "wrong encoding", "keys not read", "contradictions"} <= set(names)
+    assert page.locator(".sample").count() == len(result.samples)
+    for number, sample in enumerate(result.samples):
+        shown = page.locator(f"#record{number} .tokens")
+        assert shown.count() == len(sample.examples)
+        if sum(map(len, sample.examples)) < 100:
+            (pieces,) = sample.examples
+            tokens = shown.locator("i").all_text_contents()
+            assert [text.replace("\n", "") for text in tokens] == [visible(one.text, space=" ") for one in pieces]
+            learned = shown.locator("mark.learned i").all_text_contents()
+            assert len(learned) == sum(one.state == "learned" for one in pieces)
+    assert page.locator("s.cut i").count() > 100
+    page.get_by_role("link", name="See the record.").first.click()
+    assert page.evaluate("location.hash").startswith("#record")
+    assert page.locator("svg .limit").count() == 1
+
+
+def test_the_page_of_an_audit_is_small_whatever_the_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "é<" * 3_000} for i in range(60)]
+    chats = [{"messages": turns[: 2 * (i % 29) + 2 + i % 2], "hint": "x" * 10_000} for i in range(60)]
+    result = audit_of(tmp_path / f"{'x' * 200}.jsonl", tokenizer, chats, max_length=16)
+    assert {"roles out of order", "records dropped", "duplicates"} <= {one.name for one in result.findings}
+    assert len(audit_page(result, "m" * 1_000).encode()) < 3e6
+    long = audit_of(tmp_path / "long.jsonl", tokenizer, chats, max_length=100_000)
+    assert len(audit_page(long, "bundled").encode()) < 3e6
+
+
+def test_an_audit_without_findings(context: BrowserContext, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(4)]
+    opened = open_page(context, tmp_path, audit_page(audit_of(tmp_path / "x.jsonl", tokenizer, lines), "bundled"))
+    check(opened)
+    assert "None." in opened.page.inner_text("main")
 
 
 def test_on_paper(context: BrowserContext, tmp_path: Path, hostile_xrays: dict[str, XRay]) -> None:
