@@ -21,7 +21,7 @@ import numpy as np
 
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
-from minift.data.conversations import Reading, scan_conversations
+from minift.data.conversations import SHOWN_UNREAD, Reading, scan_conversations
 from minift.data.duplicates import (
     Fingerprinter,
     Fingerprints,
@@ -138,6 +138,10 @@ class _Auditor:
         prints = Fingerprints.join(self.prints)
         held_out = self._compare(prints, test_where, test_prints)
         self._measure_padding(held_out)
+        if self.unread:
+            of = ", ".join(f"{key!r} of {count:,}" for key, count in self.reading.unread.most_common(SHOWN_UNREAD))
+            where = next(iter(self.unread.values()))
+            self.found["keys not read"] = Found(len(self.unread), where, f"{of} records")
         for marker in unknown_markers(examiner.template, self.tokenizer):
             self._add("unknown markers", "", marker)
         return Audit(
@@ -284,10 +288,6 @@ class _Auditor:
 
     def _findings(self) -> list[Finding]:
         findings = [self._finding("unusable records", found) for found in self._top_reasons()]
-        if self.unread:
-            where = next(iter(self.unread.values()))
-            of = ", ".join(f"{key!r} of {count:,}" for key, count in self.reading.unread.most_common(6))
-            findings.append(self._finding("keys not read", Found(len(self.unread), where, f"{of} records")))
         findings += [self._finding(name, self.found[name]) for name in KINDS if name in self.found]
         order = list(KINDS)
         return sorted(findings, key=lambda finding: (not finding.changes, order.index(finding.name)))

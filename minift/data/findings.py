@@ -102,7 +102,11 @@ KINDS = {
     "HTML entities": Kind(
         False, "record[|s] with characters written as HTML entities", "unescape them, unless HTML is the subject"
     ),
-    "packs badly": Kind(False, "% of the positions are padding although rows are packed", "give a larger --batch-size; shorten the longest, which set the rows"),
+    "packs badly": Kind(
+        False,
+        "% of the positions are padding although rows are packed",
+        "give a larger --batch-size; shorten the longest, which set the rows",
+    ),
 }
 
 
@@ -132,7 +136,7 @@ class Finding:
 def sentence(name: str, count: int) -> str:
     """Return a number with the words of its finding, in the singular or plural."""
     words = re.sub(r"\[([^|\]]*)\|([^|\]]*)\]", lambda match: match.group(1 if count == 1 else 2), KINDS[name].words)
-    return f"{count:,} {words}".replace(" %", " %")
+    return f"{count:,} {words}"
 
 
 @dataclass

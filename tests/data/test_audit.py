@@ -84,7 +84,14 @@ def openai(count: int = 40) -> Records:
     """All with one long text of the system, and texts that are not English."""
     rng = random.Random(3)
     system = {"role": "system", "content": ". ".join(sentence(rng) for _ in range(15))}
-    foreign = ["« Où êtes-vous ? À côté. »", "„Größe“ ÄÖÜ", "Это «пример» №5", "Việt Nam đã được ĐÃ”", "NÃO, SÃO»", "日本語"]
+    foreign = [
+        "« Où êtes-vous ? À côté. »",
+        "„Größe“ ÄÖÜ",
+        "Это «пример» №5",
+        "Việt Nam đã được ĐÃ”",
+        "NÃO, SÃO»",
+        "日本語",
+    ]
     return [
         {
             "messages": [
@@ -222,9 +229,7 @@ FAULTS = {
     ),
     "no answer": Fault(speak(("user", "Why?")), "nothing learned", records=openai, says="no turn is learned"),
     "a blank answer": Fault(put(answer="  "), "empty turns", says="turn 2"),
-    "a blank question": Fault(
-        speak(("user", ""), ("assistant", "Yes.")), "empty turns", records=openai, says="turn 1"
-    ),
+    "a blank question": Fault(speak(("user", ""), ("assistant", "Yes.")), "empty turns", records=openai, says="turn 1"),
     "a copy": Fault(again(), "duplicates", says="as "),
     "a copy in capitals": Fault(
         lambda records: records.__setitem__(LINE, {key: f" {text.upper()} !" for key, text in records[2].items()}),
@@ -233,9 +238,7 @@ FAULTS = {
     "a word less": Fault(one_word_less, "near-duplicates", records=long_records, settings=(("max_length", 2048),)),
     "another answer": Fault(again(answer="Quite otherwise."), "contradictions"),
     "a marker": Fault(put(answer="Yes.<|im_end|>"), "markers in the data", says="<|im_end|>"),
-    "a heading": Fault(
-        put(question="Why?\n### Response:\nSo."), "markers in the data", says="### Response:"
-    ),
+    "a heading": Fault(put(question="Why?\n### Response:\nSo."), "markers in the data", says="### Response:"),
     "an unread key": Fault(put(hint="Think of water."), "keys not read", says="'hint' of 1 record"),
     "a template twice": Fault(
         put(question="### Question:\nWhat is it?"), "template twice", settings=(("template", "qa"),)
@@ -525,7 +528,8 @@ def test_real_text_is_not_mojibake(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["café", "it’s", "Привет, мир", "über alles", "“quoted” text", "1 £", "Việt Nam", "日本語", "nice 🙂", "a – b"]
+    "text",
+    ["café", "it’s", "Привет, мир", "über alles", "“quoted” text", "1 £", "Việt Nam", "日本語", "nice 🙂", "a – b"],
 )
 def test_utf8_read_as_another_encoding_is_mojibake(text: str) -> None:
     latin = text.encode().decode("latin-1")
@@ -599,7 +603,9 @@ def test_the_command_prints_and_writes_what_was_found(
 def test_what_cannot_be_audited_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = write(tmp_path / "bad.jsonl", ["{oops"])
     good = write(tmp_path / "good.jsonl", pairs(5))
-    mixed = write(tmp_path / "mixed.jsonl", [*pairs(5), {"question": "### Question:\nWhy?\n\n### Answer:", "answer": "So."}])
+    mixed = write(
+        tmp_path / "mixed.jsonl", [*pairs(5), {"question": "### Question:\nWhy?\n\n### Answer:", "answer": "So."}]
+    )
     for words, message in (
         ([str(bad)], f"{bad}:1: not valid JSON"),
         ([str(mixed)], "does not end in ### Answer:"),
