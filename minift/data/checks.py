@@ -36,7 +36,7 @@ class Checker:
             self._stops.update(template.stop_ids(tokenizer))
         written = rendered or name in ("carried", "joined", "text")  # the data brings a template of its own, or none
         own = [] if written else own_words(template)
-        self._own = _either(own) if own else None
+        self._own = _either(own)
         names = [re.escape(name) for name in tokenizer.marker_names if len(name) > 2 and not name.isalnum()]
         markers = [*names, *_FOREIGN, *([] if written else [_HEADINGS])]
         self._markers = None if rendered else re.compile("|".join(markers), re.MULTILINE)
@@ -63,7 +63,7 @@ class Checker:
         yield from found.items()
 
     def _of_turn(self, text: str, role: str) -> Iterator[tuple[str, str]]:
-        twice = self._own.search(text) if self._own and role == "user" else None
+        twice = self._own.search(text) if role == "user" else None
         if twice:
             yield "template twice", _excerpt(text, twice.start())
         elif self._markers and (match := self._markers.search(text)):
@@ -111,16 +111,18 @@ def own_words(template: Template) -> list[str]:
             parts = [part for spans in template.examples(question) for span in spans for part in span.parts]
         except InputError:  # it needs more than a question; each record is tried anyway
             return []
-    text = "\0".join(parts[::2])
-    return list(dict.fromkeys(line.strip() for line in re.split(r"[\n\0]", text) if len(line.strip()) > 3))
+    lines = (line.strip() for line in re.split(r"[\n\0]", "\0".join(parts[::2])))
+    return list(dict.fromkeys(line for line in lines if len(line) > 3 and any(map(str.isalnum, line))))
 
 
 def _either(lines: list[str]) -> re.Pattern[str]:
-    """Return a pattern of lines; a bare word with a colon ("Human:") only counts at the beginning of a text."""
-    patterns = []
+    """Return a pattern of lines: of markers and of long sentences anywhere, of "Human:" at the beginning of a text."""
+    patterns = [r"(?!)"]  # it matches nothing
     for line in lines:
-        bare = line[0].isalpha() and len(line) < 30
-        patterns.append((r"\A\s*" if bare else "") + re.escape(line))
+        if not line[0].isalpha() or len(line) > 30:
+            patterns.append(re.escape(line))
+        elif line.endswith(":"):
+            patterns.append(rf"\A\s*{re.escape(line)}")
     return re.compile("|".join(patterns))
 
 

@@ -1,6 +1,8 @@
 """What is seen in conversations, one at a time: their examples as they train, and what is wrong with them.
 
-minift data audit data/pairs.jsonl
+`Examiner` is what a worker of `audit.py` runs. `finding_lines` is what `finetune` prints before it starts.
+
+    minift data audit data/pairs.jsonl
 """
 
 import re

@@ -1,6 +1,8 @@
 """The kinds of findings of an audit, in words: what was found, and what to do.
 
-minift data audit data/pairs.jsonl
+A finding either changes what is learned or measured, or is only worth knowing. `finetune` prints the first kind.
+
+    minift data audit data/pairs.jsonl
 """
 
 import re
@@ -105,7 +107,7 @@ KINDS = {
     "packs badly": Kind(
         False,
         "% of the positions are padding although rows are packed",
-        "give a larger --batch-size; shorten the longest, which set the rows",
+        "give a larger --batch-size, or shorten the longest examples, which set the rows",
     ),
 }
 

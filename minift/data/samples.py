@@ -1,6 +1,8 @@
 """A record, token by token, as it trains: what is learned of it, what is given, and what is cut.
 
-minift data audit data/pairs.jsonl
+The states are read from the tensors of a batch, not from the template.
+
+    minift data audit data/pairs.jsonl
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,9 @@
-"""Which conversations are held out, where no file of them is given."""
+"""Which conversations are held out, where no file of them is given.
+
+It is drawn from their number and a seed alone, so that an audit knows it before a run.
+
+    minift data audit data/pairs.jsonl --seed 1
+"""
 
 import random
 

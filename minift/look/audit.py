@@ -1,6 +1,8 @@
 """Show an audit in a terminal: counts, findings, and some records with what is learned of them.
 
-minift data audit data/pairs.jsonl
+The numbers come from `data/audit.py`; here they only become text.
+
+    minift data audit data/pairs.jsonl
 """
 
 import textwrap

@@ -1,6 +1,8 @@
 """Make the page of an audit: findings, counts, lengths, and records token by token as they train.
 
-minift data audit data/pairs.jsonl --html audit.html
+What becomes of a token is never said by colour alone: what is learned is underlined, what is cut is struck through.
+
+    minift data audit data/pairs.jsonl --html audit.html
 """
 
 from collections.abc import Iterator, Mapping, Sequence
