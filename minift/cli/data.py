@@ -139,12 +139,12 @@ examples:
 
 
 AUDIT_MORE = """\
-All is counted of the ids and masks that train. The numbers of findings that change what is learned, or what is
-measured, come first, each with an example and what to do.
+All is counted of the ids and masks that train. What changes what is learned or measured comes
+first, each finding with its number, an example and what to do.
 
 examples:
   minift data audit data/pairs.jsonl --test data/test.jsonl
-  minift data audit chats.jsonl --model SmolLM2-135M-Instruct --max-length 1024 --html audit.html"""
+  minift data audit chats.jsonl --model DIR --max-length 1024 --html audit.html"""
 
 
 def add_data(commands: Any) -> None:

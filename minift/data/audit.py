@@ -303,6 +303,8 @@ class _Auditor:
             count = self.counts["dropped"]
         if name in ("answers cut", "records dropped"):
             remedy = f"{remedy}: {self._enough()}"
+        elif name == "packs badly" and self.counts["padding not packed"] < self.counts["padding packed"]:
+            remedy = f"give --no-pack: {self.counts['padding not packed']:.0%} would be padding"
         return Finding(name, kind.changes, count, sentence(name, count), found.where, one_line(found.detail), remedy)
 
     def _enough(self) -> str:

@@ -238,7 +238,7 @@ FAULTS = {
     "a heading": Fault(put(question="Why?\n### Response:\nSo."), "markers in the data", says="### Response:"),
     "an unread key": Fault(put(hint="Think of water."), "keys not read", says="'hint' of 1 record"),
     "a template twice": Fault(
-        put(question="### Question:\nWhat is it?"), "template twice", settings=(("template", "qa"),)
+        put(question="### Question:\nWhat is it?"), "template twice", settings=(("template", "qa"), ("pack", False))
     ),
     "[INST] twice": Fault(
         put(question="[INST] What?"), "template twice", settings=(("template", "llama2"), ("pack", False))
@@ -269,7 +269,7 @@ FAULTS = {
     ),
     "bad rows": Fault(lambda records: None, "packs badly", line=1, count=0, records=equal_lengths),
     "unknown markers": Fault(
-        lambda records: None, "unknown markers", line=0, count=3, settings=(("template", "llama3"),)
+        lambda records: None, "unknown markers", line=0, count=3, settings=(("template", "llama3"), ("pack", False))
     ),
     "no fields": Fault(lambda records: records[LINE].pop("answer"), "unusable records", says="'answer' is missing"),
     "no JSON": Fault(lambda records: records.__setitem__(LINE, "{oops"), "unusable records", says="not valid JSON"),
