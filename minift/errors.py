@@ -10,7 +10,12 @@ import re
 from importlib import import_module
 from types import ModuleType
 
-_PACKAGES = {"hf": ("safetensors", "tokenizers"), "plot": ("matplotlib",), "zstd": ("zstandard",)}  # as pyproject.toml
+_PACKAGES = {  # as pyproject.toml
+    "hf": ("safetensors", "tokenizers"),
+    "plot": ("matplotlib",),
+    "zstd": ("zstandard",),
+    "arrow": ("pyarrow",),
+}
 LONGEST_LINE = 1_000  # characters of a message; a file may hold a megabyte where a number should be
 
 

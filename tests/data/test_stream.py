@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from minift.cli import main
-from minift.data.records import TEXT_PART, find_files, read_records
+from minift.data.lines import TEXT_PART
+from minift.data.records import find_files, read_records
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.tokenizer.base import Tokenizer
