@@ -1,7 +1,7 @@
 """Column files → rows: Parquet, Arrow (streams and files of record batches), and folders that `datasets` has saved.
 
 A column file stores all values of a column one after the other, in groups of rows: Parquet's row groups, Arrow's record
-batches. A group may hold a million rows, so it is read in batches of about a megabyte, and only the columns that are
+batches. A group may hold a million rows, so it is read in batches of some hundred kilobytes, and only the columns that are
 needed. Parquet is unpacked page by page. An Arrow file is mapped into memory, and what has been read is given back to
 the system, or all of it would count as memory of this process. (Record batches that are compressed are unpacked one at
 a time, as a whole.)
@@ -29,8 +29,9 @@ from minift.data.unpack import UnreadableError, is_pipe, pipe_in_words
 from minift.errors import InputError, need, one_line
 
 COLUMN_SUFFIXES = (".parquet", ".arrow")
-BATCH_BYTES = 2**20  # of the rows that are taken out of a group at once, on average …
+BATCH_BYTES = 2**18  # of the rows that are taken out of a group at once, on average …
 BATCH_ROWS = 2**10  # … and never more of them
+_BATCHES_BEFORE_RELEASE = 16
 _STREAM_BUFFER = 2**18  # bytes of a packed column that are read at once
 _TEXTS = {f"{size}{kind}" for kind in ("string", "binary") for size in ("", "large_")} | {"string_view", "binary_view"}
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -130,8 +131,8 @@ def column_rows(path: Path, encoding: str = UTF8) -> Iterator[tuple[int, dict[st
                         yield InputError(f"{path}:{number}: {fault!r}: {row[fault].reason}")
 
 
-def column_texts(batch: Any) -> list[bytes | None]:
-    """Return the texts of a batch with one column, which are not decoded yet; None where there is none."""
+def column_texts(batch: Any) -> Iterator[bytes | None]:
+    """Yield the texts of a batch with one column, which are not decoded yet; None where there is none."""
     column = batch.column(0)
     pa = need("pyarrow", "arrow", "a column file")
     if pa.types.is_dictionary(column.type):
@@ -139,7 +140,8 @@ def column_texts(batch: Any) -> list[bytes | None]:
         column = column.dictionary_decode()
     column = column.cast(pa.binary_view() if "view" in str(column.type) else pa.large_binary())
     column.validate(full=True)  # or a damaged file could lead out of its memory
-    return column.to_pylist()
+    for value in column:  # one at a time: a list of them would leave holes between texts that are kept
+        yield value.as_py()
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,7 @@ class Parquet(ColumnFile):
     """An open Parquet file; its groups are its row groups."""
 
     def __init__(self, path: Path):
-        need("pyarrow", "arrow", str(path))
+        self._memory = need("pyarrow", "arrow", str(path)).default_memory_pool()
         from pyarrow import parquet
 
         # A buffered stream reads a column page by page, `pre_buffer` all of it.
@@ -308,7 +310,10 @@ class Parquet(ColumnFile):
             size = batch_rows(sum(part.total_uncompressed_size for part in parts), group.num_rows)
 
             def batches(i: int = i, size: int = size) -> Iterator[Any]:
-                yield from self._file.iter_batches(size, [i], columns, use_threads=False)
+                for taken, batch in enumerate(self._file.iter_batches(size, [i], columns, use_threads=False)):
+                    if taken % _BATCHES_BEFORE_RELEASE == 0:
+                        self._memory.release_unused()  # pyarrow's allocator would keep up to as much again
+                    yield batch
 
             yield Group(first, group.num_rows, batches)
             first += group.num_rows
@@ -348,10 +353,12 @@ class Arrow(ColumnFile):
         return (ipc.open_file if self._has_index else ipc.open_stream)(file, options=options), file
 
     def _record_batches(self, columns: list[str] | None) -> Iterator[Any]:
-        reader, file = self._open([self.names.index(name) for name in columns or ()])
-        if self._has_index:
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        if self._has_index:  # `included_fields` would copy what it reads out of such a file
+            reader, _ = self._open([])
+            for batch in (reader.get_batch(i) for i in range(reader.num_record_batches)):
+                yield batch if columns is None else batch.select(columns)
             return
+        reader, file = self._open([self.names.index(name) for name in columns or ()])
         yield from reader
         end = file.tell()
         if self._map[max(0, end - 8) : end] != _END_OF_STREAM:
