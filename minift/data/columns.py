@@ -1,10 +1,10 @@
 """Column files → rows: Parquet, Arrow (streams and files of record batches), and folders that `datasets` has saved.
 
 A column file stores all values of a column one after the other, in groups of rows: Parquet's row groups, Arrow's record
-batches. A group may hold a million rows, so it is read in batches of some hundred kilobytes, and only the columns that are
-needed. Parquet is unpacked page by page. An Arrow file is mapped into memory, and what has been read is given back to
-the system, or all of it would count as memory of this process. (Record batches that are compressed are unpacked one at
-a time, as a whole.)
+batches. A group may hold a million rows, so it is read in batches of some hundred kilobytes, and only the columns that
+are needed. Parquet is unpacked page by page. An Arrow file is mapped into memory, and what has been read is given back
+to the system, or all of it would count as memory of this process. (Record batches that are compressed are unpacked one
+at a time, as a whole.)
 
 The place of a row in a message is its number, from 1: `pages.parquet:12`.
 
@@ -17,6 +17,7 @@ import datetime
 import decimal
 import json
 import mmap
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from minift.errors import InputError, need, one_line
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 BATCH_BYTES = 2**18  # of the rows that are taken out of a group at once, on average …
 BATCH_ROWS = 2**10  # … and never more of them
-_BATCHES_BEFORE_RELEASE = 16
+_BATCHES_BEFORE_RELEASE = 64
 _STREAM_BUFFER = 2**18  # bytes of a packed column that are read at once
 _TEXTS = {f"{size}{kind}" for kind in ("string", "binary") for size in ("", "large_")} | {"string_view", "binary_view"}
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -131,17 +132,16 @@ def column_rows(path: Path, encoding: str = UTF8) -> Iterator[tuple[int, dict[st
                         yield InputError(f"{path}:{number}: {fault!r}: {row[fault].reason}")
 
 
-def column_texts(batch: Any) -> Iterator[bytes | None]:
-    """Yield the texts of a batch with one column, which are not decoded yet; None where there is none."""
-    column = batch.column(0)
+def text_column(batch: Any) -> Any:
+    """Return the only column of a batch as an array of bytes of pyarrow, the texts before they are decoded."""
     pa = need("pyarrow", "arrow", "a column file")
+    column = batch.column(0)
     if pa.types.is_dictionary(column.type):
         column.validate(full=True)
         column = column.dictionary_decode()
     column = column.cast(pa.binary_view() if "view" in str(column.type) else pa.large_binary())
     column.validate(full=True)  # or a damaged file could lead out of its memory
-    for value in column:  # one at a time: a list of them would leave holes between texts that are kept
-        yield value.as_py()
+    return column
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,8 @@ class ColumnFile:
         layout: a checksum of its description, by which a resumed run knows it.
     """
 
-    def __init__(self, path: Path, schema: Any, rows: int | None, layout: str):
-        self.path, self.rows, self.layout = path, rows, zlib.crc32(layout.encode())
+    def __init__(self, path: Path, schema: Any, rows: int | None, layout: bytes):
+        self.path, self.rows, self.layout = path, rows, zlib.crc32(layout)
         self.names: list[str] = schema.names
         self._types = dict(zip(schema.names, schema.types, strict=True))
 
@@ -291,14 +291,11 @@ class Parquet(ColumnFile):
 
         # A buffered stream reads a column page by page, `pre_buffer` all of it.
         options = {"buffer_size": _STREAM_BUFFER, "pre_buffer": False, "page_checksum_verification": True}
-        with path.open("rb") as file:
-            if file.read(4) == b"PARE":
-                raise UnreadableError(f"{path}: cannot be read: it is encrypted; write it without encryption")
+        footer = _footer(path)
         self._file = parquet.ParquetFile(str(path), **options)
         metadata = self._file.metadata
         self._groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        sizes = [(group.num_rows, group.total_byte_size) for group in self._groups]
-        super().__init__(path, self._file.schema_arrow, metadata.num_rows, repr(sizes))
+        super().__init__(path, self._file.schema_arrow, metadata.num_rows, footer)
 
     def groups(self, columns: list[str] | None) -> Iterator[Group]:
         """Yield the row groups. As `ColumnFile.groups`."""
@@ -319,6 +316,22 @@ class Parquet(ColumnFile):
             first += group.num_rows
 
 
+def _footer(path: Path) -> bytes:
+    """Return the bytes with which a Parquet file ends: its columns, and the sizes, places and extremes of its groups.
+
+    Raises:
+        UnreadableError: for a file that is encrypted.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        length, magic = int.from_bytes(file.read(4), "little"), file.read()
+        if magic == b"PARE":
+            raise UnreadableError(f"{path}: cannot be read: it is encrypted; write it without encryption")
+        file.seek(max(0, size - 8 - length))
+        return file.read(length)
+
+
 class Arrow(ColumnFile):
     """An open Arrow file: record batches as a stream (so `datasets` saves them), or with an index at the end."""
 
@@ -328,7 +341,7 @@ class Arrow(ColumnFile):
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._has_index = self._map[:6] == b"ARROW1"
         schema = self._open([])[0].schema
-        super().__init__(path, schema, None, str(schema))
+        super().__init__(path, schema, None, str(schema).encode())
 
     def groups(self, columns: list[str] | None) -> Iterator[Group]:
         """Yield the record batches. As `ColumnFile.groups`."""

@@ -3,15 +3,17 @@
 Both give the same to `stream.py`: the next record, a position that can be saved, and the way back to it. What was read
 is not saved, it is read again, and checksums tell whether it is still the same. Of lines, all up to the position are
 read again: nothing else tells where line 1,000,000 begins. Of columns, the group of the position is found by the
-numbers of rows, and only its rows are read again.
+numbers of rows. Of its rows, only those of the batch in which the position lies, and the documents that are asked for,
+are compared; for the rest, the sizes and places in the file's own description must be the same.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from minift.data.columns import ColumnFile, Group, column_texts, is_column_file, named_errors, open_columns
+from minift.data.columns import ColumnFile, Group, is_column_file, named_errors, open_columns, text_column
 from minift.data.encodings import UTF8, not_text
 from minift.data.lines import Lines
 from minift.data.records import Record, parse
@@ -145,8 +147,8 @@ class LineShard:
 
 
 class ColumnShard:
-    """A file of columns. Its position: records found, rows read, their checksum, that at the beginning of the group
-    in which the last of them lies, and the file's layout.
+    """A file of columns. Its position: records found, rows read, their checksum; the rows before the batch in which
+    the last of them lies, and their checksum; the file's layout.
 
     Raises:
         InputError: when the file can be read, and has no column of texts under `text_field`.
@@ -156,7 +158,7 @@ class ColumnShard:
         self.index, self.path, self.records = index, path, 0
         self.checksum, self.failed = 0, False
         self._rows = 0  # read so far
-        self._group_checksum = 0  # at the beginning of the group
+        self._mark = 0, 0  # the rows before the batch that is being read, and their checksum
         self._text_field = text_field
         self._file: ColumnFile | None = None
         self._fault: InputError | None = None
@@ -166,7 +168,7 @@ class ColumnShard:
             self._fault = fault  # raised where the first record is asked for, as for a missing file of lines
         else:
             self._file.check_text(text_field)
-        self._contents = self._read_from(0)
+        self._items = self._items_of(self._columns(lambda group: True))
 
     @property
     def total(self) -> int | None:
@@ -177,84 +179,90 @@ class ColumnShard:
     def position(self) -> tuple[int, ...]:
         """Return it with the index of the file."""
         layout = self._file.layout if self._file is not None else 0
-        return self.index, self.records, self._rows, self.checksum, self._group_checksum, layout
+        return self.index, self.records, self._rows, self.checksum, *self._mark, layout
 
     def read(self) -> tuple[Record, int] | None:
         """Return the next record and the checksum of its bytes; None at the end. Raises InputError for a bad one."""
         try:
-            item = next(self._contents, None)
+            item = next(self._items, None)
         except InputError:
             self.failed = True
             raise
         if item is None:
             return None
         self.records += 1
-        return self._record(*item), zlib.crc32(item[1] or b"")
+        row, content, checksum = item
+        return self._record(row, content), checksum
 
     def restore(self, position: tuple[int, ...], documents: dict[int, int]) -> dict[tuple[int, int], str]:
-        """Read the group of a position again, up to it, and those of `documents`. As `Shard.restore`."""
-        self.records, rows, checksum, self.checksum, layout = position
+        """Read the batch of a position again, up to it, and those of `documents`. As `Shard.restore`."""
+        self.records, rows, checksum, start, self.checksum, layout = position
         if self.position[-1] != layout:
             raise InputError(f"{self.path}: {CHANGED}")
-        self._contents = self._read_from(rows)
+        self._rows, self._items = start, iter(())
+        earlier = {row: found for row, found in documents.items() if row <= start}
+        columns = self._columns(lambda group: group.first + group.rows > start or _holds(group, earlier))
         texts: dict[tuple[int, int], str] = {}
         try:
-            while self._rows < rows and (item := next(self._contents, None)) is not None:
-                texts |= self._text_of(item, documents)
+            for first, column in columns:
+                texts |= self._texts_of(first, column, earlier)
+                if first + len(column) > start:
+                    self._items = self._items_of(chain([(first, column)], columns), start)
+                    break
+            while self._rows < rows and (item := next(self._items, None)) is not None:
+                if documents.get(item[0]) == item[2]:
+                    texts[self.index, item[0]] = self._record(*item[:2]).text(self._text_field)
         except InputError as fault:
             raise InputError(f"{fault}; {CHANGED}") from None
-        if (self._rows, self.checksum) != (rows, checksum):
+        if (self._rows, self.checksum, len(texts)) != (rows, checksum, len(documents)):
             raise InputError(f"{self.path}: {CHANGED}")
-        earlier = {row: found for row, found in documents.items() if (self.index, row) not in texts}
-        return texts | (self.read_again(earlier) if earlier else {})
+        return texts
 
     def read_again(self, documents: dict[int, int]) -> dict[tuple[int, int], str]:
         """Read the groups of `documents`. As `Shard.read_again`."""
         texts: dict[tuple[int, int], str] = {}
         try:
-            for group in self._groups():
-                last = max((row for row in documents if group.first < row <= group.first + group.rows), default=0)
-                for item in self._items_of(group) if last else ():
-                    texts |= self._text_of(item, documents)
-                    if item[0] == last:
-                        break
+            for first, column in self._columns(lambda group: _holds(group, documents)):
+                texts |= self._texts_of(first, column, documents)
+                if len(texts) == len(documents):
+                    return texts
         except InputError as fault:
             raise InputError(f"{fault}; {CHANGED}") from None
-        if len(texts) < len(documents):
-            raise InputError(f"{self.path}: {CHANGED}")
-        return texts
+        raise InputError(f"{self.path}: {CHANGED}")
 
-    def _read_from(self, rows: int) -> Iterator[tuple[int, bytes | None]]:
-        """Yield (row, text) from the beginning of the group in which row number `rows` lies; 0 for the first."""
-        for group in self._groups():
-            if group.first + group.rows < rows:
-                continue
-            self._rows, self._group_checksum = group.first, self.checksum
-            for item in self._items_of(group):
-                self._rows = item[0]
-                self.checksum = zlib.crc32(zlib.crc32(item[1] or b"").to_bytes(4, "big"), self.checksum)
-                yield item
-
-    def _groups(self) -> Iterator[Group]:
+    def _columns(self, needed: Callable[[Group], bool]) -> Iterator[tuple[int, Any]]:
+        """Yield the texts of the groups that are `needed`, in batches, each with the number of rows before it."""
         if self._file is None:
             assert self._fault is not None
             raise self._fault
-        with named_errors(self.path, lambda: f":{self._rows + 1}"):
-            yield from self._file.groups([self._text_field])
+        rows = 0
+        with named_errors(self.path, lambda: f":{rows + 1}"):
+            for group in self._file.groups([self._text_field]):
+                rows = group.first
+                for batch in group.batches() if needed(group) else ():
+                    yield rows, text_column(batch)
+                    rows += len(batch)
 
-    def _items_of(self, group: Group) -> Iterator[tuple[int, bytes | None]]:
-        row = group.first
-        with named_errors(self.path, lambda: f":{row + 1}"):
-            for batch in group.batches():
-                for content in column_texts(batch):
-                    row += 1
-                    yield row, content
+    def _items_of(self, columns: Iterable[tuple[int, Any]], start: int = 0) -> Iterator[tuple[int, bytes | None, int]]:
+        """Yield (row, text, its checksum) of all rows after row number `start`, and keep the position up to date."""
+        for first, column in columns:
+            begin = max(first, start)
+            self._mark = begin, self.checksum
+            for value in column[begin - first :]:  # a list of all would leave holes between texts that are kept
+                content = value.as_py()
+                checksum = zlib.crc32(content or b"")
+                self._rows += 1
+                self.checksum = zlib.crc32(checksum.to_bytes(4, "big"), self.checksum)
+                yield self._rows, content, checksum
 
-    def _text_of(self, item: tuple[int, bytes | None], documents: dict[int, int]) -> dict[tuple[int, int], str]:
-        row, content = item
-        if documents.get(row) != zlib.crc32(content or b""):
-            return {}
-        return {(self.index, row): self._record(row, content).text(self._text_field)}
+    def _texts_of(self, first: int, column: Any, documents: dict[int, int]) -> dict[tuple[int, int], str]:
+        """Return the texts of those `documents` that are in a batch and have not changed."""
+        texts = {}
+        for row in documents.keys() & range(first + 1, first + len(column) + 1):
+            content = column[row - first - 1].as_py()
+            if documents[row] == zlib.crc32(content or b""):
+                texts[self.index, row] = self._record(row, content).text(self._text_field)
+        return texts
 
     def _record(self, row: int, content: bytes | None) -> Record:
         try:
@@ -262,3 +270,8 @@ class ColumnShard:
         except UnicodeDecodeError:
             raise InputError(f"{self.path}:{row}: {not_text(content or b'')}") from None
         return Record({self._text_field: text}, self.path, row)
+
+
+def _holds(group: Group, documents: Iterable[int]) -> bool:
+    """Return True if one of these rows is in a group."""
+    return any(group.first < row <= group.first + group.rows for row in documents)
