@@ -33,6 +33,7 @@ COLUMN_SUFFIXES = (".parquet", ".arrow")
 BATCH_BYTES = 2**18  # of the rows that are taken out of a group at once, on average …
 BATCH_ROWS = 2**10  # … and never more of them
 _BATCHES_BEFORE_RELEASE = 64
+_PROBE = 16  # rows that are read to know how large a row is
 _STREAM_BUFFER = 2**18  # bytes of a packed column that are read at once
 _TEXTS = {f"{size}{kind}" for kind in ("string", "binary") for size in ("", "large_")} | {"string_view", "binary_view"}
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -294,26 +295,32 @@ class Parquet(ColumnFile):
         footer = _footer(path)
         self._file = parquet.ParquetFile(str(path), **options)
         metadata = self._file.metadata
-        self._groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        # (The sizes of their columns are not asked for: in damaged metadata that ends the process.)
+        self._groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         super().__init__(path, self._file.schema_arrow, metadata.num_rows, footer)
 
     def groups(self, columns: list[str] | None) -> Iterator[Group]:
         """Yield the row groups. As `ColumnFile.groups`."""
         first = 0
-        for i, group in enumerate(self._groups):
-            parts = [group.column(j) for j in range(group.num_columns)]
-            if columns is not None:
-                parts = [part for part in parts if part.path_in_schema.split(".")[0] in columns]
-            size = batch_rows(sum(part.total_uncompressed_size for part in parts), group.num_rows)
+        for i, rows in enumerate(self._groups):
 
-            def batches(i: int = i, size: int = size) -> Iterator[Any]:
-                for taken, batch in enumerate(self._file.iter_batches(size, [i], columns, use_threads=False)):
+            def batches(i: int = i, rows: int = rows) -> Iterator[Any]:
+                found = 0
+                for taken, batch in enumerate(self._file.iter_batches(self._size(i, columns), [i], columns, False)):
                     if taken % _BATCHES_BEFORE_RELEASE == 0:
                         self._memory.release_unused()  # pyarrow's allocator would keep up to as much again
+                    found += batch.num_rows
                     yield batch
+                if found != rows:
+                    raise UnreadableError(f"{self.path}: {found:,} rows in a group of which it says {rows:,}")
 
-            yield Group(first, group.num_rows, batches)
-            first += group.num_rows
+            yield Group(first, rows, batches)
+            first += rows
+
+    def _size(self, i: int, columns: list[str] | None) -> int:
+        """Return how many rows of a row group to read at once."""
+        head = next(self._file.iter_batches(_PROBE, [i], columns, use_threads=False), None)
+        return BATCH_ROWS if head is None else batch_rows(head.nbytes, head.num_rows)
 
 
 def _footer(path: Path) -> bytes:

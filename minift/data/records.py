@@ -25,7 +25,7 @@ from tqdm import tqdm
 from minift.data.columns import COLUMN_SUFFIXES, column_rows, is_column_file, saved_shards
 from minift.data.encodings import UTF8, not_text
 from minift.data.lines import MAX_LINE, Lines, is_plain_text
-from minift.data.tables import array_items, csv_rows, find_array
+from minift.data.tables import array_items, csv_rows, find_array, find_table
 from minift.data.unpack import STDIN, UnreadableError, is_pipe, open_unpacked, pipe_in_words
 from minift.errors import InputError, need, one_line
 
@@ -36,6 +36,10 @@ MAX_SKIPPED_SHARE = 0.01  # a corpus is refused when a larger share of its recor
 SKIPPED_BEFORE_CHECK = 100  # … before its end only after more unusable ones than these: a bad start says little
 SHOWN = 5  # faults that are reported one by one; the others are counted
 NOT_UNICODE = "not Unicode text: holds half of a surrogate pair"
+
+_NAMELESS = (
+    "what has no name with a suffix is read as JSON Lines, an array, or a table whose first line names its columns"
+)
 
 # JSON can write half of a UTF-16 pair ("\\ud83d" alone); no text encoding can, and no tokenizer can read it.
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -187,27 +191,45 @@ def scan(path: str | Path, encoding: str = UTF8) -> Iterator[Record | InputError
                 yield item if isinstance(item, InputError) else Record(item[1], lines.path, item[0])
             return
         with open_unpacked(lines.path, lambda: f":{lines.number + 1}", encoding) as file:
-            if is_table(lines.path):
-                rows = csv_rows(file, str(path), SEPARATORS[_kind(lines.path)], encoding)
+            table, hint = is_table(lines.path), ""
+            if not lines.path.name.endswith(SUFFIXES):  # of a pipe, only what it holds tells what it is
+                table, hint, file = _look_at(file, lines.path)
+            if table:
+                rows = csv_rows(file, str(path), SEPARATORS.get(_kind(lines.path)), encoding)
                 yield from _scan_table(rows, lines)
                 return
             key = None
             if not is_plain_text(lines.path):
                 key, file = find_array(file, in_object=_kind(lines.path) == ".json")
             if key is None:
-                yield from _scan_lines(file, lines)
+                yield from _scan_lines(file, lines, hint)
             else:
                 yield from _scan_table(array_items(file, str(path), key, encoding), lines)
     except InputError as fault:
         yield fault
 
 
-def _scan_lines(file: BinaryIO, lines: Lines) -> Iterator[Record | InputError]:
+def _look_at(file: BinaryIO, path: Path) -> tuple[bool, str, BinaryIO]:
+    """Return True if a file without a suffix begins as a table, a hint for the error if it is none, and the file.
+
+    Raises:
+        UnreadableError: when it holds columns.
+    """
+    line, table, file = find_table(file)
+    if line.startswith((b"PAR1", b"ARROW1")):
+        raise UnreadableError(f"{path}: holds Parquet or Arrow, which is read from files: {', '.join(COLUMN_SUFFIXES)}")
+    hint = "" if line[:1] in (b"{", b"[") else f" ({_NAMELESS})"
+    return table, hint, file
+
+
+def _scan_lines(file: BinaryIO, lines: Lines, hint: str = "") -> Iterator[Record | InputError]:
+    """Yield the record of each line. The first fault has a `hint`."""
     for start, content in lines.items_of(file):
         try:
             record = parse(content, lines.path, start, lines.encoding)
         except InputError as fault:
-            yield fault
+            yield InputError(f"{fault}{hint}")
+            hint = ""
         else:
             yield record
 
