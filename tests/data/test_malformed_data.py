@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from minift.cli import main
-from minift.data.pairs import read_all_pairs
 from minift.data.lines import MAX_LINE, TEXT_PART
+from minift.data.pairs import read_all_pairs
 from minift.data.records import SHOWN, SKIPPED_BEFORE_CHECK, Skipped, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
