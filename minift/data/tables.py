@@ -34,7 +34,7 @@ _IN_DATA = re.compile(rb'\{\s*"data"\s*:\s*\[\s*[{\]]')
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile("[ \\t\\r\\n]*")
 _QUOTED = re.compile('"[^"]*"')  # a doubled mark within one only makes two of it
-_NAME = re.compile(r'\s*("?)\w[\w .-]{0,63}\1\s*')  # of a column, where nothing else tells that it is one
+_NAME = re.compile(r'\s*("?)\w[\w .:-]{0,63}\1\s*')  # of a column, where nothing else tells that it is one
 _UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, by `surrogateescape`
 
 
