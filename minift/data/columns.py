@@ -243,7 +243,7 @@ def named_errors(path: Path, place: Callable[[], str] = lambda: "") -> Iterator[
 
 def _first_line(error: BaseException) -> str:
     text = str(error)
-    if "encrypted" in text or "decryption" in text:
+    if "encrypt" in text or "decrypt" in text:
         return "it is encrypted; write it without encryption"
     return one_line(text.splitlines()[0] if text else type(error).__name__)
 
@@ -359,6 +359,8 @@ class Arrow(ColumnFile):
 
             def batches(batch: Any = batch, size: int = size) -> Iterator[Any]:
                 for start in range(0, batch.num_rows, size):
+                    if self._map.size() < len(self._map):  # reading what is gone would end the process
+                        raise UnreadableError(f"{self.path}: has become shorter while it was read")
                     yield batch.slice(start, size)
                     self._give_back()
 
