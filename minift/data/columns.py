@@ -14,7 +14,6 @@ Source: https://parquet.apache.org/docs/file-format, https://arrow.apache.org/do
 """
 
 import datetime
-import decimal
 import json
 import mmap
 import os
@@ -193,11 +192,9 @@ def _json_value(value: Any) -> Any:
             return value.decode()
         except UnicodeDecodeError:
             return Bytes(bytes=len(value))
-    if isinstance(value, decimal.Decimal):
-        return float(value)
     if isinstance(value, datetime.date | datetime.time | datetime.datetime):
         return value.isoformat()
-    return str(value)
+    return float(value) if hasattr(value, "__float__") else str(value)  # a decimal, a number of numpy; anything else
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -355,7 +352,7 @@ class Arrow(ColumnFile):
         first = 0
         for batch in self._record_batches(columns):
             batch.validate()
-            size = batch_rows(batch.nbytes, batch.num_rows)
+            size = batch_rows(batch.get_total_buffer_size(), batch.num_rows)
 
             def batches(batch: Any = batch, size: int = size) -> Iterator[Any]:
                 for start in range(0, batch.num_rows, size):
