@@ -31,7 +31,7 @@ from minift.errors import InputError, need, one_line
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 BATCH_BYTES = 2**18  # of the rows that are taken out of a group at once, on average …
 BATCH_ROWS = 2**10  # … and never more of them
-_BATCHES_BEFORE_RELEASE = 64
+_BATCHES_BEFORE_RELEASE = 16
 _PROBE = 16  # rows that are read to know how large a row is
 _STREAM_BUFFER = 2**18  # bytes of a packed column that are read at once
 _TEXTS = {f"{size}{kind}" for kind in ("string", "binary") for size in ("", "large_")} | {"string_view", "binary_view"}
