@@ -57,7 +57,7 @@ RECORDS = [
         "answer": "A" * i,
         "system": None if i % 3 else "S",
         "id": i,
-        "messages": [{"role": "user", "content": "é" * i}, {"role": "assistant", "content": None}][: i % 3],
+        "parts": [{"role": "user", "content": "é" * i}, {"role": "assistant", "content": None}][: i % 3],
     }
     for i in range(20)
 ]
@@ -117,7 +117,7 @@ def test_types_that_json_does_not_have_are_shown(tmp_path: Path, name: str, caps
             "when": pa.array([1_700_000_000_123_456_789], pa.timestamp("ns", "UTC")),
             "took": pa.array([5], pa.duration("ns")),
             "price": pa.array(["1.25"]).cast(pa.decimal128(5, 2)),
-            "image": [{"bytes": b"\x89PNG", "at": [1, None]}],
+            "scan": [{"bytes": b"\x89PNG", "at": [1, None]}],
             "map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
             "nothing": pa.nulls(1),
             "half": pa.array([np.float16(0.5)]),
@@ -128,7 +128,7 @@ def test_types_that_json_does_not_have_are_shown(tmp_path: Path, name: str, caps
     assert json.loads(json.dumps(record)) == record
     assert record["when"].startswith("2023-11-14 22:13:20.123456789")
     assert (record["price"], record["half"], record["nothing"]) == (1.25, 0.5, None)
-    assert record["image"] == {"bytes": {"bytes": 4}, "at": [1, None]}
+    assert record["scan"] == {"bytes": {"bytes": 4}, "at": [1, None]}
     with pytest.raises(InputError, match=rf"{name}:1: 'answer' is Bytes, not a text"):
         read_conversations(file)
     assert main(["data", "peek", str(file)]) == 0
@@ -501,7 +501,7 @@ def test_a_saved_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
 def test_what_datasets_saves_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    made = datasets.Dataset.from_list([{"messages": row["messages"], "text": f"t{row['id']}"} for row in RECORDS])
+    made = datasets.Dataset.from_list([{"parts": row["parts"], "text": f"t{row['id']}"} for row in RECORDS])
     made.select(range(18, 2, -1)).save_to_disk(tmp_path / "one", num_shards=3)
     files = find_files([tmp_path / "one"])
     assert len(files) == 3
