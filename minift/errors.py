@@ -10,12 +10,13 @@ import re
 from importlib import import_module
 from types import ModuleType
 
-_PACKAGES = {
+_PACKAGES = {  # as pyproject.toml
     "hf": ("safetensors", "tokenizers"),
     "plot": ("matplotlib",),
     "zstd": ("zstandard",),
     "chat": ("jinja2",),
-}  # as pyproject.toml
+    "arrow": ("pyarrow",),
+}
 LONGEST_LINE = 1_000  # characters of a message; a file may hold a megabyte where a number should be
 
 

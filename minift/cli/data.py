@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from minift.prompts import Conversation
     from minift.tokenizer.base import Tokenizer
 
-PAGES_HELP = "files, globs or folders of JSON Lines or text, compressed or not; - for standard input"
+PAGES_HELP = "files, globs or folders of JSON Lines, Parquet, Arrow or text, compressed or not; - for standard input"
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 encodings.py      bytes in another encoding → UTF-8
 unpack.py         a file, compressed or not → its bytes
-records.py        bytes → records, one at a time, and the count of those that cannot be used
+lines.py          bytes → lines, or parts of a plain text
 tables.py         tables (CSV, TSV) and JSON arrays → records
+columns.py        Parquet, Arrow and saved data sets → rows
+records.py        files → records, one at a time, and the count of those that cannot be used
 chats.py          messages → turns
 conversations.py  records → pairs and chats, under whatever keys they are
 templates.py      the templates by name, and the one that fits the data
 written.py        pairs and chats → records again
+shards.py         a file of pages that is being read, from any point on
 stream.py         records of pages → documents, shuffled, epoch after epoch, from any point on
 encode.py         documents → ids, by several processes, in one order
 batches.py        examples, or ids of pages → batches, without end

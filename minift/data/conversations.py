@@ -186,12 +186,14 @@ def find_form(record: Record, fields: Sequence[str] = ()) -> Form:
         question, answer = fields if len(fields) == 2 else ("", fields[0])
         return Form(question, answer, chat=isinstance(values[answer], list))
     keys = {key.strip().lower(): key for key in reversed(values)} | {key: key for key in values}
-    for name in CHAT_FIELDS:
-        if name in keys and isinstance(values[keys[name]], list):
-            return Form("", keys[name], chat=True)
+    chats = [keys[name] for name in CHAT_FIELDS if name in keys and isinstance(values[keys[name]], list)]
+    if chats and values[chats[0]]:
+        return Form("", chats[0], chat=True)
     for question, answer in FIELDS:
         if question in keys and answer in keys:
             return Form(keys[question], keys[answer], chat=isinstance(values[keys[answer]], list))
+    if chats:
+        return Form("", chats[0], chat=True)
     if all(name in keys for name in PREFERENCE):
         raise InputError(
             f"{record.where}: has chosen and rejected: such a file says which of two answers is better, for DPO and "

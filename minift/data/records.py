@@ -14,7 +14,6 @@ reason. Its callers decide what to do: `read_records` raises the first; `Skipped
 import json
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from glob import glob
@@ -23,20 +22,24 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from minift.data.columns import COLUMN_SUFFIXES, column_rows, is_column_file, saved_shards
 from minift.data.encodings import UTF8, not_text
-from minift.data.tables import array_items, csv_rows, find_array
+from minift.data.lines import MAX_LINE, Lines, is_plain_text
+from minift.data.tables import array_items, csv_rows, find_array, find_table
 from minift.data.unpack import STDIN, UnreadableError, is_pipe, open_unpacked, pipe_in_words
 from minift.errors import InputError, need, one_line
 
 SEPARATORS = {".csv": None, ".tsv": "\t"}  # of the kinds that are tables; None where its first row tells it
 KINDS = (".jsonl", ".json", *SEPARATORS, ".txt")
-SUFFIXES = tuple(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst"))
-MAX_LINE = 2**24  # bytes; a longer line is a fault, or one bad file could take all memory
-TEXT_PART = 2**20  # bytes of a .txt after which the next line begins another document
+SUFFIXES = (*(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst")), *COLUMN_SUFFIXES)
 MAX_SKIPPED_SHARE = 0.01  # a corpus is refused when a larger share of its records is unusable …
 SKIPPED_BEFORE_CHECK = 100  # … before its end only after more unusable ones than these: a bad start says little
 SHOWN = 5  # faults that are reported one by one; the others are counted
 NOT_UNICODE = "not Unicode text: holds half of a surrogate pair"
+
+_NAMELESS = (
+    "what has no name with a suffix is read as JSON Lines, an array, or a table whose first line names its columns"
+)
 
 # JSON can write half of a UTF-16 pair ("\\ud83d" alone); no text encoding can, and no tokenizer can read it.
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -84,7 +87,8 @@ def warn(text: str) -> None:
 
 
 def find_files(sources: Iterable[str | Path], say: Callable[[str], object] | None = warn) -> list[Path]:
-    """Return the data files that `sources` name: files, globs, and folders (all files in them with a known suffix).
+    """Return the data files that `sources` name: files, globs, and folders (all files in them with a known suffix; of
+    one that `datasets` saved, those that it names).
 
     The order is that of `sources`, and by name within a glob or a folder: it does not depend on the disk. `-` is
     standard input. A file that is reached twice (its name is given twice, or it has a link) is read once, where it is
@@ -94,8 +98,8 @@ def find_files(sources: Iterable[str | Path], say: Callable[[str], object] | Non
         say: gets a line about files that are reached twice; None for no such line.
 
     Raises:
-        InputError: for a source that names nothing, a file with an unknown suffix, one that needs the `zstd` extra,
-            or a pipe or standard input twice.
+        InputError: for a source that names nothing, a file with an unknown suffix, one that needs an extra, a saved
+            folder of several splits, or a pipe or standard input twice.
     """
     files: list[Path] = []
     for source in sources:
@@ -103,7 +107,7 @@ def find_files(sources: Iterable[str | Path], say: Callable[[str], object] | Non
         if path == STDIN:
             found = [path]
         elif path.is_dir():
-            found = sorted(entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES))
+            found = saved_shards(path) or sorted(entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES))
         else:
             names = [] if path.exists() else map(Path, glob(str(source), recursive=True))
             found = [path] if path.exists() else sorted(name for name in names if not name.is_dir())
@@ -115,6 +119,8 @@ def find_files(sources: Iterable[str | Path], say: Callable[[str], object] | Non
             raise InputError(f"{file}: unknown kind of data file; known: {', '.join(SUFFIXES)}")
         if file.suffix == ".zst":
             need("zstandard", "zstd", str(file))
+        if is_column_file(file):
+            need("pyarrow", "arrow", str(file))
     return _without_repeated(files, say)
 
 
@@ -145,11 +151,6 @@ def _identity(file: Path) -> object:
     except OSError:
         return file
     return (found.st_dev, found.st_ino) if file != STDIN and found.st_ino else file
-
-
-def is_plain_text(file: Path) -> bool:
-    """Return True for a file of text, False for one of records."""
-    return file.name.removesuffix(".gz").removesuffix(".zst").endswith(".txt")  # asked for each record: no Path is made
 
 
 def is_table(file: Path) -> bool:
@@ -185,34 +186,56 @@ def scan(path: str | Path, encoding: str = UTF8) -> Iterator[Record | InputError
     """
     lines = Lines(Path(path), encoding)
     try:
+        if is_column_file(lines.path):
+            for item in column_rows(lines.path, encoding):
+                yield item if isinstance(item, InputError) else Record(item[1], lines.path, item[0])
+            return
         with open_unpacked(lines.path, lambda: f":{lines.number + 1}", encoding) as file:
-            if is_table(lines.path):
-                rows = csv_rows(file, str(path), SEPARATORS[_kind(lines.path)], encoding)
+            table, hint = is_table(lines.path), ""
+            if not lines.path.name.endswith(SUFFIXES):  # of a pipe, only what it holds tells what it is
+                table, hint, file = _look_at(file, lines.path)
+            if table:
+                rows = csv_rows(file, str(path), SEPARATORS.get(_kind(lines.path)), encoding)
                 yield from _scan_table(rows, lines)
                 return
             key = None
             if not is_plain_text(lines.path):
                 key, file = find_array(file, in_object=_kind(lines.path) == ".json")
             if key is None:
-                yield from _scan_lines(file, lines)
+                yield from _scan_lines(file, lines, hint)
             else:
                 yield from _scan_table(array_items(file, str(path), key, encoding), lines)
     except InputError as fault:
         yield fault
 
 
-def _scan_lines(file: BinaryIO, lines: "Lines") -> Iterator[Record | InputError]:
+def _look_at(file: BinaryIO, path: Path) -> tuple[bool, str, BinaryIO]:
+    """Return True if a file without a suffix begins as a table, a hint for the error if it is none, and the file.
+
+    Raises:
+        UnreadableError: when it holds columns.
+    """
+    line, table, file = find_table(file)
+    if line.startswith((b"PAR1", b"ARROW1")):
+        raise UnreadableError(f"{path}: holds Parquet or Arrow, which is read from files: {', '.join(COLUMN_SUFFIXES)}")
+    hint = "" if line[:1] in (b"{", b"[") else f" ({_NAMELESS})"
+    return table, hint, file
+
+
+def _scan_lines(file: BinaryIO, lines: Lines, hint: str = "") -> Iterator[Record | InputError]:
+    """Yield the record of each line. The first fault has a `hint`."""
     for start, content in lines.items_of(file):
         try:
             record = parse(content, lines.path, start, lines.encoding)
         except InputError as fault:
-            yield fault
+            yield InputError(f"{fault}{hint}")
+            hint = ""
         else:
             yield record
 
 
 def _scan_table(
-    items: Iterable[tuple[int, dict[str, Any]] | InputError], lines: "Lines"
+    items: Iterable[tuple[int, dict[str, Any]] | InputError], lines: Lines
 ) -> Iterator[Record | InputError]:
     for item in items:
         if isinstance(item, InputError):
@@ -222,76 +245,6 @@ def _scan_table(
         lines.number = line - 1  # where the last record begins, for the message of a file that is damaged after it
         half = _HALF_PAIR.search(json.dumps(values, ensure_ascii=False))
         yield InputError(f"{lines.path}:{line}: {NOT_UNICODE}") if half else Record(values, lines.path, line)
-
-
-class Lines:
-    """One file, read line by line.
-
-    Attributes:
-        number: lines read so far.
-        checksum: CRC-32 of their bytes, by which a resumed run knows that it reads the same file.
-        failed: True when the file could not be read to its end.
-    """
-
-    def __init__(self, path: Path, encoding: str = UTF8):
-        self.path = path
-        self.encoding = encoding
-        self.number = 0
-        self.checksum = 0
-        self.failed = False
-
-    def items(self) -> Iterator[tuple[int, bytes | None]]:
-        """Yield what becomes a record: (the line where it begins, its bytes), None for a line longer than MAX_LINE.
-
-        Blank lines are left out.
-
-        Raises:
-            InputError: with `file:line`, when the file cannot be read any further.
-        """
-        try:
-            with open_unpacked(self.path, lambda: f":{self.number + 1}", self.encoding) as file:
-                yield from self.items_of(file)
-        except InputError:
-            self.failed = True
-            raise
-
-    def items_of(self, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-        """Yield what `items` does, of the file that is open already."""
-        return self._parts(file) if is_plain_text(self.path) else self._lines(file)
-
-    def _lines(self, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-        """Yield each line that is not blank."""
-        for line in self._read(file):
-            if line is None or not line.isspace():
-                yield self.number, line
-
-    def _parts(self, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-        """Yield a plain text in parts of TEXT_PART bytes and the rest of a line."""
-        start, size, part = 1, 0, list[bytes]()
-        for line in self._read(file):
-            if line is not None:
-                part.append(line)
-                size += len(line)
-            if line is None or size >= TEXT_PART:
-                if not all(map(bytes.isspace, part)):
-                    yield start, b"".join(part)
-                if line is None:
-                    yield self.number, None
-                start, size, part = self.number + 1, 0, []
-        if not all(map(bytes.isspace, part)):
-            yield start, b"".join(part)
-
-    def _read(self, file: BinaryIO) -> Iterator[bytes | None]:
-        """Yield each line, and None for one longer than MAX_LINE. Keep `number` and `checksum` up to date."""
-        while line := file.readline(MAX_LINE + 1):
-            self.number += 1
-            self.checksum = zlib.crc32(line, self.checksum)
-            if len(line) <= MAX_LINE or line.endswith(b"\n"):
-                yield line
-                continue
-            while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
-                self.checksum = zlib.crc32(line, self.checksum)
-            yield None
 
 
 def parse(content: bytes | None, file: Path, line: int, encoding: str = UTF8) -> Record:

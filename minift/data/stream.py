@@ -8,14 +8,13 @@ data, and on nothing else.
 
 The position in this order can be saved and found again (`state_dict`): how far each open shard was read, in which lines
 of the files the documents of the buffer begin, and the state of the random generator. Documents themselves are not
-saved. They are read again, and a checksum of all that was read before tells whether the files are still the same.
+saved. They are read again, and checksums tell whether the files are still the same (`shards.py`).
 
     minift pretrain --config stories15m --data 'c4/*.json.gz' --shuffle-buffer 10000 …
 """
 
 import hashlib
 import random
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from minift.data.encodings import UTF8
-from minift.data.records import Lines, Record, Skipped, find_files, is_table, parse
+from minift.data.records import Skipped, find_files, is_table
+from minift.data.shards import CHANGED, Shard, open_shard
 from minift.data.unpack import STDIN, is_pipe
 from minift.errors import InputError, one_line
 
@@ -31,7 +31,6 @@ OPEN_SHARDS = 8  # shards that are read at the same time when shuffling
 BUFFER_CHARACTERS = 2**26  # at which the shuffle buffer is full, even if it holds few documents
 _SAMPLE = 2**16  # bytes at each end of a file by which it is recognised
 
-_CHANGED = "the data has changed since the run was saved"
 _REPLACED = "the file has been changed during the run; its epochs would not be the same"
 
 
@@ -70,7 +69,7 @@ class DocumentStream:
     ):
         self.files = find_files(sources, say=None)
         if tables := [file for file in self.files if is_table(file)]:
-            raise InputError(f"{tables[0]}: a table, of pairs perhaps; pages are JSON Lines or text")
+            raise InputError(f"{tables[0]}: a table, of pairs perhaps; pages are JSON Lines, text, Parquet or Arrow")
         self.text_field = text_field
         self.encoding = encoding
         self.epochs = epochs
@@ -78,7 +77,7 @@ class DocumentStream:
         self.shuffle_buffer = shuffle_buffer
         self.skipped = skipped or Skipped(strict=True)
         self.epoch = 0
-        self._complete: dict[int, tuple[int, int]] = {}  # of each file read to its end: records, checksum of its lines
+        self._complete: dict[int, tuple[int, int]] = {}  # of each file read to its end: records, their checksum
         self._loaded_state: dict[str, Any] | None = None  # a state whose files have not been read yet
         self._start_epoch()
 
@@ -93,7 +92,7 @@ class DocumentStream:
         if self.shuffle_buffer:
             self._random.shuffle(self._order)
         self._opened = 0  # shards of the order that have been opened
-        self._shards: list[_Shard] = []  # those that are being read
+        self._shards: list[Shard] = []  # those that are being read
         self._texts: list[str] = []  # the buffer …
         self._places: list[tuple[int, int, int]] = []  # … and where its documents begin: file, line, checksum
         self._characters = 0  # in the buffer
@@ -160,29 +159,29 @@ class DocumentStream:
             self._shards.append(self._open(index))
             self._opened += 1
 
-    def _open(self, index: int) -> "_Shard":
-        return _Shard(index, self.files[index], self.encoding)
+    def _open(self, index: int) -> Shard:
+        return open_shard(index, self.files[index], self.text_field, self.encoding)
 
-    def _skip(self, fault: InputError, shard: "_Shard") -> None:
+    def _skip(self, fault: InputError, shard: Shard) -> None:
         """Count an unusable record. Raises InputError when `skipped` does not tolerate it."""
         self.skipped.records += 1
         lost = 0
-        if shard.lines.failed:  # the file cannot be read any further
+        if shard.failed:  # the file cannot be read any further
             self._shards.remove(shard)
-            # An earlier epoch may have counted its records: all that come after this one are lost.
-            in_file, _ = self._complete.get(shard.index, (0, 0))
+            # It may tell how many records it has, or an earlier epoch has counted them: all after this one are lost.
+            in_file = shard.total or self._complete.get(shard.index, (0, 0))[0]
             lost = max(0, in_file - shard.records - 1)
-            if shard.index not in self._complete:  # how many are lost is not known, and that is said
-                if (name := str(shard.lines.path)) not in self.skipped.unread:
+            if not in_file:  # how many are lost is not known, and that is said
+                if (name := str(shard.path)) not in self.skipped.unread:
                     self.skipped.unread.append(name)
                 fault = InputError(f"{one_line(fault)}; the rest of the file is not read, and how much it is not known")
         self.skipped.add(fault, lost)
 
-    def _close(self, shard: "_Shard") -> None:
+    def _close(self, shard: Shard) -> None:
         """Close a shard at its end. Raises InputError when it was not the same in an earlier epoch."""
         self._shards.remove(shard)
         self._check_same(shard.index)
-        found = shard.records, shard.lines.checksum
+        found = shard.records, shard.checksum
         if self._complete.setdefault(shard.index, found) != found:
             raise InputError(f"{self.files[shard.index]}: {_REPLACED}")
 
@@ -250,70 +249,18 @@ class DocumentStream:
         for file, line, checksum in self._places:
             buffered[file][line] = checksum
         texts: dict[tuple[int, int], str] = {}
-        for index, records, number, checksum in state["shards"]:
+        for index, *position in state["shards"]:
             shard = self._open(index)
-            texts |= shard.read_again(number, buffered.pop(index, {}), self.text_field)
-            if shard.lines.checksum != checksum:
-                raise InputError(f"{shard.lines.path}: {_CHANGED}")
-            shard.records = records
+            texts |= shard.restore(tuple(position), buffered.pop(index, {}))
             self._shards.append(shard)
         for index, documents in buffered.items():  # of shards that have been read to their end
-            texts |= self._open(index).read_again(max(documents), documents, self.text_field)
+            texts |= self._open(index).read_again(documents)
         self._texts = [texts[file, line] for file, line, _ in self._places]
         self._characters = sum(map(len, self._texts))
 
     @cached_property
     def _fingerprints(self) -> list[dict[str, Any]]:
         return [fingerprint(file) for file in self.files]
-
-
-class _Shard:
-    """A file that is being read. `records` counts what was found in it, usable or not."""
-
-    def __init__(self, index: int, path: Path, encoding: str):
-        self.index = index
-        self.records = 0
-        self.lines = Lines(path, encoding)
-        self._items = self.lines.items()
-
-    def read(self) -> tuple[Record, int] | None:
-        """Return the next record and the checksum of its bytes; None at the end. Raises InputError for a bad one."""
-        item = next(self._items, None)
-        if item is None:
-            return None
-        self.records += 1
-        return self._parse(item), zlib.crc32(item[1] or b"")
-
-    def _parse(self, item: tuple[int, bytes | None]) -> Record:
-        return parse(item[1], self.lines.path, item[0], self.lines.encoding)
-
-    @property
-    def position(self) -> tuple[int, int, int, int]:
-        """Return (index of the file, records found in it, lines read, their checksum)."""
-        return self.index, self.records, self.lines.number, self.lines.checksum
-
-    def read_again(self, number: int, documents: dict[int, int], text_field: str) -> dict[tuple[int, int], str]:
-        """Read the first `number` lines again. Return the texts of `documents`, by (index of the file, line).
-
-        Args:
-            documents: the lines where they begin, and the checksum of each.
-
-        Raises:
-            InputError: when a document is not there any more.
-        """
-        texts = {}
-        while self.lines.number < number:
-            try:
-                item = next(self._items, None)
-                if item is None:
-                    break
-                if documents.get(item[0]) == zlib.crc32(item[1] or b""):
-                    texts[self.index, item[0]] = self._parse(item).text(text_field)
-            except InputError as fault:
-                raise InputError(f"{fault}; {_CHANGED}") from None
-        if len(texts) < len(documents):
-            raise InputError(f"{self.lines.path}: {_CHANGED}")
-        return texts
 
 
 # How a file or a setting is recognised --------------------------------------------------------------------------------
@@ -356,4 +303,4 @@ def _difference(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
         )
         return f"the run was saved with {len(before)} data files, now there are {len(after)}, or others: {other}"
     changed = next(was["name"] for was, is_now in zip(saved, now, strict=True) if was != is_now)
-    return f"{changed}: {_CHANGED}"
+    return f"{changed}: {CHANGED}"

@@ -34,6 +34,7 @@ _IN_DATA = re.compile(rb'\{\s*"data"\s*:\s*\[\s*[{\]]')
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile("[ \\t\\r\\n]*")
 _QUOTED = re.compile('"[^"]*"')  # a doubled mark within one only makes two of it
+_NAME = re.compile(r'\s*("?)\w[\w .:-]{0,63}\1\s*')  # of a column, where nothing else tells that it is one
 _UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, by `surrogateescape`
 
 
@@ -92,6 +93,26 @@ def csv_rows(
             yield InputError(f"{where}: {len(row)} values in a table of {len(names)} columns")
         else:
             yield lines.start, dict(zip(names, row, strict=True))
+
+
+def find_table(file: BinaryIO) -> tuple[bytes, bool, BinaryIO]:
+    """Return the first line of a file without a name, True if it looks like that of a table, and the file.
+
+    That is a line of at least two names with one kind of separator between them. No more than it is read, and that of
+    JSON is not read to its end. The file is returned from its beginning.
+    """
+    head, start = b"", b""
+    while b"\n" not in start and len(head) < HEAD and (block := file.read1(HEAD)):  # type: ignore[attr-defined]
+        head += block
+        start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+        if start[:1] in (b"{", b"["):
+            break
+    line = start.split(b"\n", 1)[0].strip()
+    text = line.decode(errors="replace")
+    found = [separator for separator in SEPARATORS if separator in text]
+    names = text.split(found[0]) if len(found) == 1 else []
+    table = len(names) > 1 and all(_NAME.fullmatch(name) for name in names if name or name is not names[0])
+    return line, table, rejoined(head, file)
 
 
 class _Lines:

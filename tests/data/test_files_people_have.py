@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -320,3 +321,53 @@ def test_a_fifo_of_pages(tmp_path: Path) -> None:
     writer.join()
     with pytest.raises(InputError, match=rf"^{fifo}: a pipe can be read only once$"):
         find_files([fifo, fifo])
+
+
+# Standard input, which has no name ------------------------------------------------------------------------------------
+
+
+def stdin_of(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("packing", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n\n"], ids=["", "mark", "blank lines"])
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith(("data", "one line"))])
+def test_standard_input_is_read_as_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch, name: str, start: str, packing: Callable[[bytes], bytes]
+) -> None:
+    stdin_of(packing((start + FILES[name]).encode()), monkeypatch)
+    assert texts(read_records("-")) == PAIRS
+
+
+def test_a_pipe_without_a_suffix_is_read_as_standard_input_is(tmp_path: Path) -> None:
+    file = tmp_path / "63"  # as <(…) of a shell makes them
+    os.mkfifo(file)
+    writer = threading.Thread(target=lambda: file.write_text(FILES["semicolon.csv"], newline=""))
+    writer.start()
+    assert texts(read_records(file)) == PAIRS
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("Hello there\n", "not valid JSON: Expecting value at column 1 (what has no name with a suffix"),
+        ("question;a,b\nq;a,b\n", "not valid JSON: Expecting value at column 1 (what has no name with a suffix"),
+        ('{"question": \n', "not valid JSON: Expecting value at column 1"),
+        ("PAR1\0\0", "holds Parquet or Arrow, which is read from files: .parquet, .arrow"),
+    ],
+)
+def test_what_standard_input_may_hold_is_said(monkeypatch: pytest.MonkeyPatch, content: str, reason: str) -> None:
+    stdin_of(content.encode(), monkeypatch)
+    fault = next(iter(scan("-")))
+    assert reason in str(fault)
+    assert ("what has no name" in str(fault)) == ("what has no name" in reason)
+
+
+def test_pairs_of_a_table_on_standard_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stdin_of(FILES["comma.csv"].encode(), monkeypatch)
+    assert main(["data", "format", "-", "--template", "qa", "-n", "2"]) == 0
+    assert capsys.readouterr().out.count("### Answer:") == 2

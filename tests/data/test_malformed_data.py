@@ -23,7 +23,8 @@ import pytest
 
 from minift.cli import main
 from minift.data.conversations import read_all_conversations
-from minift.data.records import MAX_LINE, SHOWN, SKIPPED_BEFORE_CHECK, TEXT_PART, Skipped, read_records, scan
+from minift.data.lines import MAX_LINE, TEXT_PART
+from minift.data.records import SHOWN, SKIPPED_BEFORE_CHECK, Skipped, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.tokenizer.base import Tokenizer

@@ -32,7 +32,7 @@ import pytest
 import torch
 
 from minift.cli import main
-from minift.data import encode, records, stream
+from minift.data import encode, lines, stream
 from minift.data.batches import PageBatches, PairBatches
 from minift.data.records import Skipped
 from minift.data.stream import DocumentStream
@@ -328,7 +328,7 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files of every kind, with blank lines, no last line break, nothing in them, texts in parts, the same text twice,
     more than are open at a time."""
     monkeypatch.setattr(stream, "OPEN_SHARDS", 3)
-    monkeypatch.setattr(records, "TEXT_PART", 30)
+    monkeypatch.setattr(lines, "TEXT_PART", 30)
     folder = tmp_path / "mixed"
     folder.mkdir()
     a, *_ = write_shards(folder, sentences(8), 2)

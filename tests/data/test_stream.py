@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from minift.cli import main
-from minift.data.records import TEXT_PART, find_files, read_records
+from minift.data.lines import TEXT_PART
+from minift.data.records import find_files, read_records
 from minift.data.stream import DocumentStream
 from minift.errors import InputError
 from minift.tokenizer.base import Tokenizer
@@ -273,7 +274,7 @@ def test_globs_go_down_into_folders(tmp_path: Path) -> None:
 def test_a_folder_gives_what_has_a_known_suffix(tmp_path: Path) -> None:
     pytest.importorskip("zstandard")
     names = sorted(f"{i}{kind}{packing}" for i, kind in enumerate((".json", ".jsonl", ".txt")) for packing in PACKINGS)
-    for name in [*names, "README.md", "SHA256SUMS", "x.json.bz2", "x.gz", "x.parquet", "x.txt.partial"]:
+    for name in [*names, "README.md", "SHA256SUMS", "x.json.bz2", "x.gz", "x.parquet.gz", "x.txt.partial"]:
         (tmp_path / name).write_bytes(b"")
     assert [file.name for file in find_files([tmp_path])] == names
 

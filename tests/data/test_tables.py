@@ -128,7 +128,9 @@ def test_an_array_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pages_are_not_tables(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("text\nA page.\n")
-    with pytest.raises(InputError, match=r"x\.csv: a table, of pairs perhaps; pages are JSON Lines or text"):
+    with pytest.raises(
+        InputError, match=r"x\.csv: a table, of pairs perhaps; pages are JSON Lines, text, Parquet or Arrow"
+    ):
         DocumentStream([tmp_path / "x.csv"])
     (tmp_path / "x.json").write_text('[\n{"text": "A page."}]')
     with pytest.raises(InputError, match=r"only a file of pairs may be an array"):
