@@ -7,6 +7,7 @@ import sys
 from benchmarks import (
     arguments,
     attention,
+    audit,
     data,
     generate,
     ladder,
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "data": data,
     "stream": stream,
     "packing": packing,
+    "audit": audit,
     "ops": ops,
     "attention": attention,
     "loss": loss,

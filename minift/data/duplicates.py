@@ -151,27 +151,28 @@ def _texts(conversation: Conversation, role: str) -> list[str]:
     return [turn.text for turn in conversation.turns if turn.role == role]
 
 
-def _asked(conversation: Conversation) -> list[str]:
-    """Return the texts before the last answer."""
-    before = conversation.turns[:-1] if isinstance(conversation, Pair) else conversation.until_answer()
-    return [turn.text for turn in before]
+def _turns_before_answer(conversation: Conversation) -> int:
+    """Return how many turns come before the last answer."""
+    return len(conversation.turns) - 1 if isinstance(conversation, Pair) else len(conversation.until_answer())
 
 
 def question_hash(conversation: Conversation) -> int:
     """Return a hash of all that is asked, normalised; 0 where nothing is."""
-    asked = _asked(conversation)
+    asked = [turn.text for turn in conversation.turns[: _turns_before_answer(conversation)]]
     return text_hash(*map(normalised, asked)) if any(map(str.strip, asked)) else 0
 
 
 def _hashes(conversation: Conversation) -> tuple[int, ...]:
-    turns, answer = conversation.turns, conversation.answer
-    numbers = _NUMBER.findall(" ".join(turn.text for turn in turns))
+    turns, place = conversation.turns, _turns_before_answer(conversation)
+    texts = [normalised(turn.text) for turn in turns]
+    has_question = any(turn.text.strip() for turn in turns[:place])
+    has_answer = place < len(turns) and turns[place].text.strip()
     return (
         text_hash(*(part for turn in turns for part in (turn.role, turn.text))),
-        text_hash(*(part for turn in turns for part in (turn.role, normalised(turn.text)))),
-        question_hash(conversation),
-        text_hash(normalised(answer)) if answer.strip() else 0,
-        text_hash(*numbers),
+        text_hash(*(part for turn, text in zip(turns, texts, strict=True) for part in (turn.role, text))),
+        text_hash(*texts[:place]) if has_question else 0,
+        text_hash(texts[place]) if has_answer else 0,
+        text_hash(*_NUMBER.findall(" ".join(turn.text for turn in turns))),
     )
 
 
