@@ -16,9 +16,10 @@ from benchmarks import arguments, record
 from minift.config import FINETUNE, LlamaConfig
 from minift.data.batches import PairBatches
 from minift.data.conversations import read_all_conversations
+from minift.data.examples import encode_conversations
 from minift.data.templates import choose_template, template_named
 from minift.model import Llama
-from minift.pack import Batch, encode_conversations
+from minift.pack import Batch
 from minift.runs.machine import choose_device, choose_dtype
 from minift.runs.start import start_state
 from minift.storage.names import bundled, model_path

@@ -20,14 +20,13 @@ its own `document_ids`. The loss is the same as with one pair a row, with far le
 Read next: `model.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minift.errors import InputError
 from minift.prompts import Conversation, Span, Template
 from minift.tokenizer.base import Tokenizer
 
@@ -121,12 +120,14 @@ def encode_spans(spans: Sequence[Span], tokenizer: Tokenizer, max_length: int) -
 
 def encode_each(spans: Sequence[Span], tokenizer: Tokenizer) -> list[list[int]]:
     """Return the ids of each span, encoded apart. What a model is given in use is encoded as it was in training."""
-    return [
-        tokenizer.encode(span.parts, span.bos, span.eos)
-        if place == 0 or span.bos
-        else tokenizer.encode_continuation(span.parts, span.eos)
-        for place, span in enumerate(spans)
-    ]
+    ids, after = list[list[int]](), ""  # what the template wrote last
+    for place, span in enumerate(spans):
+        if place == 0 or span.bos:
+            ids.append(tokenizer.encode(span.parts, span.bos, span.eos))
+        else:
+            ids.append(tokenizer.encode_continuation(span.parts, span.eos, after=after))
+        after = span.parts[-1] if len(span.parts) % 2 else ""
+    return ids
 
 
 def encode_prompt(spans: Sequence[Span], tokenizer: Tokenizer) -> list[int]:
@@ -141,19 +142,6 @@ def encode_conversation(
     if not any(turn.learned and turn.text.strip() for turn in conversation.turns):
         return [None]
     return [encode_spans(spans, tokenizer, max_length) for spans in template.examples(conversation, learn)]
-
-
-def encode_conversations(
-    conversations: Iterable[Conversation], template: Template, tokenizer: Tokenizer, max_length: int, learn: str = "all"
-) -> tuple[list[Example], int]:
-    """Return all examples, and how many were dropped: they have no target. Raise InputError when no example is left."""
-    encoded = [
-        one for each in conversations for one in encode_conversation(each, template, tokenizer, max_length, learn)
-    ]
-    examples = [example for example in encoded if example is not None]
-    if not examples:
-        raise InputError(f"no record has a target within max_length {max_length}; raise it")
-    return examples, len(encoded) - len(examples)
 
 
 def collate(examples: Sequence[Example], pad_id: int, length: int | None = None, pack: bool = True) -> Batch:

@@ -182,14 +182,12 @@ class TextTemplate(Template):
         answer: what it learns, separator included.
         question_with_context: what it is given of a pair that has a context.
         system: the text that replaces `{system}` when the pair has a system prompt.
-        rendered: whether markers in the data's text count, too: the data are written in a template already.
     """
 
     question: str
     answer: str
     question_with_context: str
     system: str = "{system}\n\n"
-    rendered: bool = False
 
     def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
         """Return one text: each question, given, and its answer, learned."""
@@ -221,13 +219,13 @@ class TextTemplate(Template):
         for name in ("context", "system"):
             if getattr(pair, name) and f"{{{name}}}" not in text:
                 raise InputError(f"{pair.where or 'a pair'}: has a {name}, and the template no {{{name}}} for it")
-        text = text.replace("{system}", self.system if pair.system else "")
-        question, answer = self._fill(text, pair), self.answer_parts(pair)
+        question = self._fill(text.replace("{system}", self.system if pair.system else ""), pair)
+        answer = self.answer_parts(pair)
         if len(question) > 1 and not question[-1]:  # it ends in the data's text, which may end in white space
             stripped = question[-2].rstrip()
             answer[0] = answer[0] or question[-2][len(stripped) :]
             question[-2] = stripped
-        return (["".join(question), "", ""], ["".join(answer), "", ""]) if self.rendered else (question, answer)
+        return question, answer
 
     def _fill(self, text: str, pair: Conversation) -> list[str]:
         parts = re.split(r"\{(question|context|answer|system)\}", text)  # in one pass: braces inside a question stay

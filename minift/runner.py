@@ -26,16 +26,21 @@ from typing import Any, overload
 from minift import kernels
 from minift.checkpoint import load_model, save_model
 from minift.config import FINETUNE, TrainConfig
+from minift.data.chats import read_turns
+from minift.data.conversations import CHAT_FIELDS
+from minift.data.encodings import check_encoding
 from minift.data.records import Skipped, scan
 from minift.data.templates import carried_template, template_named
+from minift.data.written import record_of
 from minift.errors import InputError, RunError
 from minift.generate import Sampling, generate
 from minift.pack import encode_prompt
-from minift.prompts import Pair, Span, Template, TextTemplate
+from minift.prompts import Chat, Conversation, Pair, Span, Template, TextTemplate
 from minift.runs import finetune as jobs
 from minift.runs.folder import check_free
 from minift.runs.machine import choose_device
 from minift.storage.names import model_path
+from minift.tokenizer.chat import has_chat_template, stop_at_turns
 from minift.tokenizer.load import check_fit, load_tokenizer
 from minift.values import check_number
 
@@ -50,8 +55,8 @@ class BasicModelRunner:
             or a name on Hugging Face's hub, if the model is in the hub's cache on this machine.
         system_prompt: a text before every question, also in training.
         prompt_template: the text around a question: a name in `prompts.TEMPLATES`, a file of your own, or a text that
-            contains `{input}`; "chat" is the model's own. "auto": nothing around it; after training, the template of
-            the training.
+            contains `{input}`; "chat" is the model's own. "auto": the model's own, if it has one, else nothing around
+            it; after training, the template of the training.
         device: auto, cpu or cuda.
         plain: run the pages as they are read, without the faster code of `kernels/`.
 
@@ -76,8 +81,8 @@ class BasicModelRunner:
         self.tokenizer = load_tokenizer(self._path)
         self._template(prompt_template)  # refuse a wrong one before the model is loaded
         self._load(self._path)
-        self._pairs: list[Pair] = []
-        self._auto_template = "plain"  # what "auto" means: after training, the template of the training
+        self._pairs: list[Conversation] = []
+        self._auto_template = "chat" if has_chat_template(self.tokenizer) else "plain"  # what "auto" means
         self._result: dict[str, Any] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -121,6 +126,7 @@ class BasicModelRunner:
         prompts = [inputs] if isinstance(inputs, str) else inputs
         if not prompts:
             return []
+        stop_at_turns(self.model, self._template(self._name_of("")), self.tokenizer)
         prompt_ids = [encode_prompt(self._prompt(text), self.tokenizer) for text in prompts]
         answer_ids = generate(self.model, prompt_ids, max_tokens, sampling, self.plain)
         texts = [self.tokenizer.decode_continuation(ids).strip() for ids in answer_ids]
@@ -128,10 +134,13 @@ class BasicModelRunner:
 
     def _prompt(self, text: str) -> list[Span]:
         """Return the complete prompt: the text in the template, as in training."""
-        name = self._auto_template if self.prompt_template == "auto" else self.prompt_template
-        if carried_template(text):  # the text has its template in it already
-            name = "carried"
-        return self._template(name).prompt(Pair(text, answer="", system=self.system_prompt))
+        return self._template(self._name_of(text)).prompt(Pair(text, answer="", system=self.system_prompt))
+
+    def _name_of(self, text: str) -> str:
+        """Return the name of a text's template: it may have its template in it already."""
+        if carried_template(text):
+            return "carried"
+        return self._auto_template if self.prompt_template == "auto" else self.prompt_template
 
     def _template(self, name: str) -> Template:
         if "{input}" in name:
@@ -143,7 +152,9 @@ class BasicModelRunner:
     def load_data(
         self, data: Iterable[Mapping[str, Any]], input_key: str = "input", output_key: str = "output"
     ) -> None:
-        """Add pairs to train on, from dictionaries. A few records without a text are skipped and reported (`Skipped`).
+        """Add pairs to train on, from dictionaries, or chats: records that hold `messages` (`data/chats.py`).
+
+        A few records that cannot be used are skipped and reported (`Skipped`).
 
         Raises:
             InputError: when a record does not have both keys, or more than 1 % of them cannot be used. Then nothing is
@@ -153,14 +164,16 @@ class BasicModelRunner:
         self._add(named, input_key, output_key)
 
     def load_data_from_jsonlines(
-        self, file_path: str | Path, input_key: str = "input", output_key: str = "output"
+        self, file_path: str | Path, input_key: str = "input", output_key: str = "output", encoding: str = "utf-8"
     ) -> None:
-        """Add pairs to train on, from a file of JSON Lines (also compressed) or a JSON array. Raises as `load_data`."""
-        self._add(_named(file_path), input_key, output_key)
+        """Add pairs or chats, from JSON Lines (also compressed), a JSON array or Parquet. Raises as `load_data`."""
+        self._add(_named(file_path, encoding), input_key, output_key)
 
-    def load_data_from_csv(self, file_path: str | Path, input_key: str = "input", output_key: str = "output") -> None:
+    def load_data_from_csv(
+        self, file_path: str | Path, input_key: str = "input", output_key: str = "output", encoding: str = "utf-8"
+    ) -> None:
         """Add pairs to train on, from a CSV file whose first row names the columns. Raises as `load_data`."""
-        self._add(_named(file_path), input_key, output_key)
+        self._add(_named(file_path, encoding), input_key, output_key)
 
     def load_data_from_dataframe(self, df: Any, input_key: str = "input", output_key: str = "output") -> None:
         """Add pairs to train on, from a pandas DataFrame. Raises as `load_data`."""
@@ -173,10 +186,10 @@ class BasicModelRunner:
     def _add(
         self, records: Iterable[tuple[Mapping[str, Any], str] | InputError], input_key: str, output_key: str
     ) -> None:
-        skipped, pairs = Skipped(), list[Pair]()
+        skipped, pairs = Skipped(), list[Conversation]()
         for record in records:
             skipped.records += 1
-            pair = record if isinstance(record, InputError) else _pair(*record, input_key, output_key)
+            pair = record if isinstance(record, InputError) else _conversation(*record, input_key, output_key)
             if isinstance(pair, InputError):
                 skipped.add(pair)
             else:
@@ -209,8 +222,10 @@ class BasicModelRunner:
         if len(pairs) < 2:
             raise InputError(f"{len(pairs)} pairs to train on; load at least 2 (a tenth is held out)")
         config = FINETUNE.replace(**{"device": self.device, **options})
-        if "template" not in options and self.prompt_template != "auto":
-            config = config.replace(template=self.prompt_template)
+        carried = any(carried_template(pair.question) for pair in pairs)
+        if "template" not in options and (self.prompt_template != "auto" or not carried):
+            asked_in = self._auto_template if self.prompt_template == "auto" else self.prompt_template
+            config = config.replace(template="auto" if asked_in == "plain" else asked_in)
         if out is None:
             self._folder = tempfile.TemporaryDirectory(prefix="minift-")  # removed with the runner
         folder = Path(self._folder.name if out is None and self._folder else str(out))
@@ -226,12 +241,11 @@ class BasicModelRunner:
         if self._auto_template == "carried":  # the pairs have their template in them: a new question is given the same
             self._auto_template = carried_template(pairs[0].question) or "carried"
 
-    def _write_inputs(self, folder: Path, pairs: list[Pair], template: str) -> tuple[Path, str]:
+    def _write_inputs(self, folder: Path, pairs: list[Conversation], template: str) -> tuple[Path, str]:
         """Write what a run reads to a new folder; return the file of pairs and the template's name or file."""
         check_free(folder)
         data, template_file = folder / "pairs.jsonl", folder / TEMPLATE_FILE
-        system = {"system": self.system_prompt} if self.system_prompt else {}
-        records = [{"question": pair.question, "answer": pair.answer, **system} for pair in pairs]
+        records = [record_of(pair, self.system_prompt) for pair in pairs]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -288,14 +302,20 @@ def _own_template(text: str) -> TextTemplate:
     return TextTemplate(question, "\n{answer}", question, system="{system}")
 
 
-def _named(file: str | Path) -> Iterator[tuple[Mapping[str, Any], str] | InputError]:
+def _named(file: str | Path, encoding: str) -> Iterator[tuple[Mapping[str, Any], str] | InputError]:
     """Yield each record of a file with the words that name its place."""
-    for item in scan(file):
+    for item in scan(file, check_encoding(encoding)):
         yield item if isinstance(item, InputError) else (item.values, item.where)
 
 
-def _pair(values: Mapping[str, Any], where: str, input_key: str, output_key: str) -> Pair | InputError:
-    """Return the pair of a record, or what is wrong with it. Raises InputError for a key that is missing."""
+def _conversation(values: Mapping[str, Any], where: str, input_key: str, output_key: str) -> Conversation | InputError:
+    """Return the pair or chat of a record, or what is wrong with it. Raises InputError for a key that is missing."""
+    chat = next((key for key in CHAT_FIELDS if isinstance(values.get(key), list)), "")
+    if chat and not {input_key, output_key} & values.keys():
+        try:
+            return Chat(read_turns(values[chat], f"{where}: {chat!r}"), where=where)
+        except InputError as fault:
+            return fault
     texts = []
     for key in (input_key, output_key):
         if key not in values:

@@ -28,10 +28,11 @@ from benchmarks.lessons import estimate
 from benchmarks.lessons.chart import Chart
 from minift.checkpoint import load_model
 from minift.data.conversations import read_all_conversations
+from minift.data.examples import encode_conversations
 from minift.data.templates import template_named
 from minift.errors import InputError
 from minift.model import Llama
-from minift.pack import Example, collate, encode_conversations
+from minift.pack import Example, collate
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.load import load_tokenizer
 from minift.train import Objective

@@ -30,9 +30,10 @@ from minift.checkpoint import load_model
 from minift.config import FINETUNE, LlamaConfig, TrainConfig
 from minift.data.batches import PairBatches
 from minift.data.conversations import read_all_conversations
+from minift.data.examples import encode_conversations
 from minift.data.templates import template_named
 from minift.model import DecoderLayer, Llama, rope_tables
-from minift.pack import Batch, encode_conversations
+from minift.pack import Batch
 from minift.runs.start import start_state
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer

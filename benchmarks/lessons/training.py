@@ -6,11 +6,12 @@ from typing import Any
 
 from minift.config import TrainConfig
 from minift.data.batches import PageBatches, PairBatches
+from minift.data.examples import encode_conversations
 from minift.data.templates import template_named
 from minift.evaluation.evaluate import answer_questions, make_questions
 from minift.model import Llama
 from minift.optim import learning_rate
-from minift.pack import Batch, encode_conversations
+from minift.pack import Batch
 from minift.prompts import Conversation
 from minift.runs.machine import choose_device, choose_dtype
 from minift.runs.start import start_state

@@ -1,5 +1,6 @@
 """Run `minift chat`: a conversation in the terminal, in the model's own template."""
 
+import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from minift.errors import InputError, one_line
 
 CHAT_MORE = """\
 Each line is a question, and the model sees all that was said before it. /clear begins anew, /exit or
-the end of the input leaves. Ctrl-C ends an answer.
+the end of the input leaves. Ctrl-C ends an answer and, where none is being given, leaves.
 
 examples:
   minift chat --model runs/chats/final
@@ -43,30 +44,39 @@ def add_chat(commands: Any) -> None:
 def _chat(options: dict[str, Any]) -> int:
     from minift.data.templates import template_named
     from minift.prompts import Chat, Turn
-    from minift.tokenizer.chat import has_chat_template
+    from minift.tokenizer.chat import has_chat_template, stop_at_turns
 
     sampling = sampling_of(options)
     model, tokenizer = load(options["model"], options["device"], options["plain"])
     name = options["template"]
     if name == "auto":
         name = "chat" if has_chat_template(tokenizer) else "plain"
+        if name == "plain":
+            print("note: the model has no chat template; it is asked in plain (--template)", file=sys.stderr)
     template = template_named(name, tokenizer)
+    stop_at_turns(model, template, tokenizer)
     begin = (Turn("system", options["system"]),) if options["system"] else ()
     chat, spoken = Chat(begin), sys.stdin.isatty()
     if spoken:
         print(f"{one_line(options['model'])}, template {one_line(name)}; {' and '.join(COMMANDS)} are commands")
     while (question := _question(spoken)) is not None:
-        if question in COMMANDS:
-            if question == "/exit":
-                break
+        command = question.strip().lower()
+        if command == "/exit":
+            break
+        if command == "/clear":
             chat = Chat(begin)
-            continue
-        if not question.strip():
-            continue
-        chat = replace(chat, turns=(*chat.turns, Turn("user", question)))
-        chat, prompt = _fitting(chat, len(begin), template, tokenizer, model.config.max_position_embeddings)
-        answer = print_answer(model, tokenizer, prompt, options["max_new_tokens"], sampling, options["plain"])
-        chat = replace(chat, turns=(*chat.turns, Turn("assistant", answer)))
+        elif re.fullmatch(r"/[a-z]+", command):
+            print(f"note: unknown command {command}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        elif command:
+            asked = replace(chat, turns=(*chat.turns, Turn("user", question)))
+            try:
+                asked, prompt = _fitting(asked, len(begin), template, tokenizer, model.config.max_position_embeddings)
+            except InputError as error:  # the conversation goes on without this question
+                print(f"note: {one_line(error)}", file=sys.stderr)
+                continue
+            limit = options["max_new_tokens"]
+            answer = print_answer(model, tokenizer, prompt, limit, sampling, options["plain"], talks=True)
+            chat = replace(asked, turns=(*asked.turns, Turn("assistant", answer)))
     return 0
 
 
@@ -74,7 +84,7 @@ def _question(spoken: bool) -> str | None:
     """Return the next line of standard input, or None at its end."""
     try:
         return input("> " if spoken else "")
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         if spoken:
             print()
         return None

@@ -161,7 +161,7 @@ def add_data(commands: Any) -> None:
     stats = add_command(verbs, "stats", _stats, text, STATS_MORE)
     stats.add_argument("data", nargs="+", metavar="GLOB", help=PAGES_HELP)
     text = "count the tokens of this tokenizer: a model, or a tokenizer's file (default: bundled)"
-    stats.add_argument("--tokenizer", default="bundled", metavar="DIR|FILE", help=text)
+    stats.add_argument("--tokenizer", "--model", default="bundled", metavar="DIR|FILE", help=text)
     stats.add_argument("--text-field", metavar="NAME", help=TEXT_FIELD_HELP)
     add_reading(stats)
     add_template(stats)
@@ -176,7 +176,8 @@ def add_data(commands: Any) -> None:
     text = f"use only this template: {TEMPLATES} (default: all that fit; with --out, none)"
     formats.add_argument("--template", metavar="NAME", help=text)
     text = "take the template chat from this model or tokenizer"
-    formats.add_argument("--tokenizer", metavar="DIR|FILE", help=text)
+    formats.add_argument("--tokenizer", "--model", metavar="DIR|FILE", help=text)
+    add_rendered(formats)
     formats.add_argument("--out", metavar="FILE", help="write all records to FILE")
     formats.add_argument("--as-text", action="store_true", help="write each record as one text, as a page is")
 
@@ -246,15 +247,15 @@ def _format(options: dict[str, Any]) -> int:
     found = read_all_conversations(options["data"], Skipped(), reading_of(options))
     if out is None:
         for conversation in found[: options["n"]]:
-            _print_conversation(conversation, template, tokenizer)
+            _print_conversation(conversation, template, tokenizer, options["rendered"])
         return 0
     if template is None:
         if options["as_text"]:
             raise InputError(f"--as-text needs a --template: {TEMPLATES}")
         lines, state = [record_of(conversation) for conversation in found], "as they were read"
     else:
-        name = choose_template(template, found, tokenizer)
-        lines, reading = written(found, template_named(name, tokenizer), options["as_text"])
+        name = choose_template(template, found, tokenizer, options["rendered"])
+        lines, reading = written(found, template_named(name, tokenizer, options["rendered"]), options["as_text"])
         state = f"in the template {name}{reading}"
     text = "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in lines)
     try:
@@ -296,15 +297,17 @@ def _audit(options: dict[str, Any]) -> int:
     return 0
 
 
-def _print_conversation(conversation: "Conversation", template: str | None, tokenizer: "Tokenizer | None") -> None:
+def _print_conversation(
+    conversation: "Conversation", template: str | None, tokenizer: "Tokenizer | None", rendered: bool
+) -> None:
     """Print a pair or chat in one template, or in all that fit it."""
     from minift.data.templates import TEMPLATES as TEXT_TEMPLATES
     from minift.data.templates import choose_template, template_named
 
-    names = [choose_template(template or "auto", [conversation], tokenizer)]
+    names = [choose_template(template or "auto", [conversation], tokenizer, rendered)]
     if template is None and names == ["plain"]:  # it has a question, and the question carries no template
         names = [name for name in TEXT_TEMPLATES if name not in ("carried", "joined")]
     for name in names:
-        for spans in template_named(name, tokenizer).examples(conversation):
+        for spans in template_named(name, tokenizer, rendered).examples(conversation):
             text = "".join(f"[{span.text}]" if span.learned else span.text for span in spans)
             print(f"--- {one_line(conversation.where)}, {name}: the text; what is learned is in [ ]\n{text}")

@@ -95,15 +95,17 @@ def _template(models: "list[str]", conversations: "list[Conversation]", config: 
 
     tokenizers = [load_tokenizer(model) for model in reversed(models)]
     owner = next(filter(has_chat_template, tokenizers), tokenizers[0])
-    return template_named(choose_template(config.template, conversations, owner), owner, config.rendered)
+    return template_named(
+        choose_template(config.template, conversations, owner, config.rendered), owner, config.rendered
+    )
 
 
 def _xray(
     path: str, conversations: "list[Conversation]", template: "Template", config: TrainConfig, options: dict[str, Any]
 ) -> "XRay":
     """Load a model and return its X-ray of the conversations. Say on standard error what is left out or cut."""
+    from minift.data.examples import encode_conversations
     from minift.look.explain import explain
-    from minift.pack import encode_conversations
 
     model, tokenizer = load(path, config.device, plain=True)  # `explain` installs the kernels of training
     positions = model.config.max_position_embeddings

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minift.cli.parts import (
     MODEL_HELP,
@@ -31,6 +31,10 @@ from minift.errors import InputError, one_line
 from minift.look.report import mistake_lines, samples, score_lines, table
 from minift.values import check_number, size
 
+if TYPE_CHECKING:
+    from minift.prompts import Conversation, Pair
+    from minift.tokenizer.base import Tokenizer
+
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -47,8 +51,9 @@ def add_generate(commands: Any) -> None:
     )
     command.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
     command.add_argument("--prompt", required=True, metavar="TEXT", help="continue this text")
-    add_template(command, default="plain")
+    add_template(command)
     add_rendered(command)
+    command.add_argument("--system", default="", metavar="TEXT", help="tell the model this before the prompt")
     add_sampling(command, max_new_tokens=64)
     add_device(command)
     add_plain(command)
@@ -58,17 +63,38 @@ def _generate(options: dict[str, Any]) -> int:
     from minift.data.templates import choose_template, template_named
     from minift.pack import encode_prompt
     from minift.prompts import Pair
+    from minift.tokenizer.chat import stop_at_turns
 
     sampling = sampling_of(options)
     model, tokenizer = load(options["model"], options["device"], options["plain"])
-    pair, name = Pair(options["prompt"], answer=""), options["template"]
-    if pair.question.strip() or name == "auto":  # no question, no conflict: a text from its beginning
-        name = choose_template(name, [pair], tokenizer)
-    # With auto the prompt is the user's own, complete: its markers are those of a template.
-    template = template_named(name, tokenizer, options["rendered"] or options["template"] == "auto")
+    pair, rendered = Pair(options["prompt"], answer="", system=options["system"]), options["rendered"]
+    name = options["template"]
+    if name == "auto":
+        name, rendered = _template_of_prompt(pair, tokenizer, rendered)
+    elif pair.question.strip():  # no question, no conflict: a text from its beginning
+        name = choose_template(name, [pair], tokenizer, rendered)
+    template = template_named(name, tokenizer, rendered)
+    stop_at_turns(model, template, tokenizer)
     prompt = encode_prompt(template.prompt(pair), tokenizer)
     print_answer(model, tokenizer, prompt, options["max_new_tokens"], sampling, options["plain"])
     return 0
+
+
+def _template_of_prompt(pair: "Pair", tokenizer: "Tokenizer", rendered: bool) -> tuple[str, bool]:
+    """Return the template for a prompt, and whether it is rendered already: then its markers count.
+
+    That is the model's own, if it has one, unless the prompt carries a template or holds a marker.
+    """
+    from minift.data.templates import carried_template, choose_template
+    from minift.tokenizer.chat import has_chat_template
+
+    written = (
+        rendered or carried_template(pair.question) or any(name in pair.question for name in tokenizer.marker_names)
+    )
+    if has_chat_template(tokenizer) and pair.question.strip() and not written:
+        return "chat", False
+    name = choose_template("auto", [pair], tokenizer) if not pair.system else "plain"
+    return ("plain" if name == "text" else name), True
 
 
 COMPARE_MORE = """\
@@ -99,15 +125,22 @@ def _compare(options: dict[str, Any]) -> int:
     from minift.data.templates import choose_template, template_named
     from minift.evaluation.evaluate import compare
     from minift.look.pages.run import comparison_page
-    from minift.tokenizer.chat import has_chat_template
+    from minift.tokenizer.chat import has_chat_template, stop_at_turns
 
     check_number("show", options["show"], least=0)
     pairs = read_all_conversations(options["data"], None, reading_of(options))
     before, after = (load(options[name], options["device"], options["plain"]) for name in ("before", "after"))
     # Both get the same text: in a chat template, that of the model after training, or of the one before.
     owner = next((tokenizer for _, tokenizer in (after, before) if has_chat_template(tokenizer)), after[1])
-    template = choose_template(options["template"], pairs, owner)
-    scores = compare(before, after, pairs, template_named(template, owner, options["rendered"]), options["plain"])
+    template = choose_template(options["template"], pairs, owner, options["rendered"])
+    chosen = template_named(template, owner, options["rendered"])
+    for (model, tokenizer), name in ((before, options["before"]), (after, options["after"])):
+        stop_at_turns(model, chosen, tokenizer)
+        missing = sorted(set(owner.marker_names) - set(tokenizer.marker_names)) if template == "chat" else []
+        if missing:
+            print(f"note: {one_line(name)} has no tokens for the template's markers ({', '.join(missing[:3])})")
+    scores = compare(before, after, pairs, chosen, options["plain"])
+    print(_template_line(template, pairs, owner))
     result = {"template": template, **scores}
     print(f"{table(result)}\n\n{samples(result, options['show'])}")
     texts = {}
@@ -123,6 +156,16 @@ def _compare(options: dict[str, Any]) -> int:
         texts[options["json"]] = json_text(result)
     write_texts(texts)
     return 0
+
+
+def _template_line(name: str, conversations: "Sequence[Conversation]", tokenizer: "Tokenizer") -> str:
+    """Return a line about what is asked, and in which template."""
+    from minift.prompts import Chat
+    from minift.tokenizer.chat import has_chat_template
+
+    asked = "; of a chat, its last answer is asked" * any(isinstance(one, Chat) for one in conversations)
+    own = has_chat_template(tokenizer) and name not in ("chat", "text") and Path(name).suffix != ".jinja"
+    return f"template {one_line(name)}{' (the model has one of its own: --template chat)' * own}{asked}"
 
 
 EVALUATE_MORE = """\
@@ -178,13 +221,16 @@ def _evaluate_pairs(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
     from minift.data.templates import choose_template, template_named
     from minift.evaluation.evaluate import evaluate, make_questions
     from minift.evaluation.mistakes import mistakes
+    from minift.tokenizer.chat import stop_at_turns
 
     pairs = read_all_conversations(options["data"], None, reading_of(options), say=None)
-    name = choose_template(options["template"], pairs, tokenizer)
+    name = choose_template(options["template"], pairs, tokenizer, options["rendered"])
     template = template_named(name, tokenizer, options["rendered"])
+    stop_at_turns(model, template, tokenizer)
     questions, skipped = make_questions(pairs, template, tokenizer, model.config.max_position_embeddings - 1)
     found = evaluate(model, tokenizer, questions, options["plain"])
     scores = {**found.to_dict(), "skipped": skipped}
+    print(_template_line(name, pairs, tokenizer))
     print(score_lines(scores))
     if options["mistakes"]:
         scores["mistakes"] = mistakes(questions, found, options["mistakes"])

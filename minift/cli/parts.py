@@ -138,9 +138,10 @@ def _encoding(name: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_plain(command: argparse.ArgumentParser) -> None:
+def add_plain(command: argparse.ArgumentParser, trains: bool = False) -> None:
     """Add --plain."""
-    text = "run the code as it is read: install no faster kernels (minift/kernels/). --resume wants it again"
+    text = "run the code as it is read: install no faster kernels (minift/kernels/)"
+    text += ". --resume wants it again" * trains
     command.add_argument("--plain", action="store_true", help=text)
 
 
@@ -189,11 +190,17 @@ def sampling_of(options: dict[str, Any]) -> "Sampling":
 
 
 def print_answer(
-    model: Any, tokenizer: Any, prompt: Sequence[int], limit: int, sampling: "Sampling", plain: bool
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    limit: int,
+    sampling: "Sampling",
+    plain: bool,
+    talks: bool = False,
 ) -> str:
     """Print what a model adds to a prompt, as it comes, without white space around it. Return all of its text.
 
-    Ctrl-C ends it, if something was printed already.
+    In a conversation (`talks`), Ctrl-C ends the answer alone.
     """
     from minift.generate import stream
     from minift.tokenizer.stream import TextStream
@@ -210,7 +217,7 @@ def print_answer(
                 print(printable(part) if sys.stdout.isatty() else part, end="", flush=True)
                 shown, waiting = True, waiting[len(ready) :]
     except KeyboardInterrupt:
-        if not shown:
+        if not talks:
             raise
     print()
     return answer

@@ -80,7 +80,7 @@ def _add_run_flags(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--out", default=out, metavar="DIR", help=f"make the run's folder here (default: {out})")
     text = "continue the run in --out from its last checkpoint, with the settings that it has"
     command.add_argument("--resume", action="store_true", help=text)
-    add_plain(command)
+    add_plain(command, trains=True)
 
 
 def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, without: tuple[str, ...]) -> None:
@@ -137,10 +137,13 @@ def _show_result(result: dict[str, Any], config: TrainConfig, out: Path) -> None
     template = result["template"]
     if template == "carried":  # the pairs brought their template with them; a new question is written in it
         template = "alpaca" if result["samples"][0]["question"].endswith("### Response:") else "qa"
-    if template == "chat":
-        print(f"talk to it: minift chat --model {out / 'final'}")
-    elif template != "plain":
-        print(f'ask it as it was trained: minift generate --model {out / "final"} --template {template} --prompt "…"')
+    own = template == "chat" or Path(template).suffix == ".jinja"  # which is saved with the model
+    flags = "" if own or template == "plain" else f" --template {template}"
+    if any("earlier" in sample for sample in result["samples"]) or own:
+        print(f"talk to it: minift chat --model {out / 'final'}{flags}")
+    flags += " --rendered" * (config.rendered and not own)
+    if (flags and template != "text") or own:
+        print(f'ask it as it was trained: minift generate --model {out / "final"}{flags} --prompt "…"')
 
 
 def _pretrain(options: dict[str, Any]) -> int:

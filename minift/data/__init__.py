@@ -9,6 +9,7 @@ records.py        files → records, one at a time, and the count of those that 
 chats.py          messages → turns
 conversations.py  records → pairs and chats, under whatever keys they are
 templates.py      the templates by name, and the one that fits the data
+examples.py       pairs and chats → ids, all of a data set
 written.py        pairs and chats → records again
 shards.py         a file of pages that is being read, from any point on
 stream.py         records of pages → documents, shuffled, epoch after epoch, from any point on

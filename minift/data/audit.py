@@ -129,10 +129,10 @@ class _Auditor:
         if not head:
             reasons = list(self.reasons.values())
             raise InputError(f"{reasons[0].where}: {reasons[0].detail}" if reasons else f"{self.files[0]}: no records")
-        name = choose_template(self.config.template, [*head, *test_seen], self.tokenizer)
+        name = self._choose([*head, *test_seen])
         examiner = Examiner(name, self.tokenizer, self.config)
         self._look_at_all(chain(head, conversations), examiner, large=len(head) == HEAD)
-        final = choose_template(self.config.template, [*self.seen, *test_seen], self.tokenizer)
+        final = self._choose([*self.seen, *test_seen])
         if final != name:
             return self._again(final)
         prints = Fingerprints.join(self.prints)
@@ -153,6 +153,9 @@ class _Auditor:
             findings=self._findings(),
             samples=self._samples(examiner),
         )
+
+    def _choose(self, conversations: Sequence[Conversation]) -> str:
+        return choose_template(self.config.template, conversations, self.tokenizer, self.config.rendered)
 
     def _again(self, template: str) -> Audit:
         """Look at the files once more, in the template that all of them need, not only the first records."""

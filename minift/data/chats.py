@@ -3,12 +3,13 @@
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…", "weight": 0}]}
     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
 
-A content may also be a list of text parts. The assistant's turns are learned, except those of weight 0. Tools and
-pictures cannot be learned from text alone: a message that has them is refused by name.
+A content may also be a list of text parts. The assistant's turns are learned, except blank ones and those of weight 0.
+Tools and pictures cannot be learned from text alone: a message that has them is refused by name.
 
     minift data format chats.jsonl
 """
 
+import json
 import re
 from collections import Counter
 from typing import Any
@@ -46,6 +47,11 @@ def read_turns(messages: Any, where: str, unread: Counter[str] | None = None) ->
     Raises:
         InputError: for what is no list of messages, an unknown role, or a message with tools or pictures.
     """
+    if isinstance(messages, str):  # the cell of a table
+        try:
+            messages = json.loads(messages)
+        except ValueError as error:
+            raise InputError(f"{where} is a text, and no list of messages in JSON: {error}") from None
     if not isinstance(messages, list) or not messages:
         state = "is empty" if messages == [] else f"is {type(messages).__name__}, not a list of messages"
         raise InputError(f"{where} {state}")
@@ -56,7 +62,9 @@ def read_turns(messages: Any, where: str, unread: Counter[str] | None = None) ->
 def _turn(message: Any, where: str, unread: Counter[str] | None) -> Turn:
     if not isinstance(message, dict):
         raise InputError(f"{where} is {type(message).__name__}, not a message: an object with role and content")
-    speaker, said = next((keys for keys in _KEYS if keys[0] in message and keys[1] in message), ("", ""))
+    known_as = {key.strip().lower(): key for key in reversed(message)} | {key: key for key in message}
+    names = next((keys for keys in _KEYS if keys[0] in known_as and keys[1] in known_as), None)
+    speaker, said = (known_as[name] for name in names) if names else ("", "")
     check_refused(message, where)
     if not speaker:
         known = " or ".join(map(" and ".join, _KEYS))
@@ -73,7 +81,8 @@ def _turn(message: Any, where: str, unread: Counter[str] | None) -> Turn:
     weight = message.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise InputError(f"{where}: its weight is {weight!r}; known: 0 and 1")
-    return Turn(role, _text(message[said], f"{where}: its {said}"), learned=role == "assistant" and weight != 0)
+    text = _text(message[said], f"{where}: its {said}")
+    return Turn(role, text, learned=role == "assistant" and weight != 0 and text.strip() != "")
 
 
 def _text(content: Any, where: str) -> str:
@@ -107,14 +116,18 @@ HARMLESS = re.compile(
 )
 
 
+_LEARNED = re.compile(r"(is_)?(train(able|ed|ing)?|learn(ed|able)?|mask(ed)?|loss|weight|ignore)")
+
+
 def unread_keys(values: dict[str, Any], read: set[str]) -> list[str]:
-    """Return the keys under which a record or a message holds a text, a list or an object that is not read."""
+    """Return the keys under which a record or a message holds something that is not read, and could change the task.
+
+    A number or a truth value is only named where its key says that it is about what is learned.
+    """
     return [
         key
         for key, value in values.items()
-        if key not in read
-        and isinstance(value, str | list | dict)
-        and value
-        and not HARMLESS.fullmatch(key.strip().lower())
-        if not isinstance(value, str) or not value.isspace()
+        if key not in read and not HARMLESS.fullmatch(key.strip().lower())
+        if (isinstance(value, str | list | dict) and value and not str(value).isspace())
+        or (isinstance(value, bool | int | float) and _LEARNED.fullmatch(key.strip().lower()))
     ]

@@ -139,13 +139,15 @@ def scan_conversations(
 ) -> Iterator[Conversation | InputError]:
     """Yield the conversations of scanned records and, in the place of each unusable one, what is wrong with it.
 
-    All records must have the form of the first that is usable.
+    All records of a file must have the form of the first that is usable.
     """
-    reading, form = reading or Reading(), None
+    reading, form, file = reading or Reading(), None, None
     for item in items:
         if isinstance(item, InputError):
             yield item
             continue
+        if item.file != file:
+            form, file = None, item.file
         try:
             conversation, form = read_conversation(item, form, reading)
         except InputError as fault:
@@ -184,9 +186,17 @@ def find_form(record: Record, fields: Sequence[str] = ()) -> Form:
     if fields:
         _check_keys(record, fields)
         question, answer = fields if len(fields) == 2 else ("", fields[0])
-        return Form(question, answer, chat=isinstance(values[answer], list))
+        return Form(
+            question, answer, chat=isinstance(values[answer], list) or (not question and _is_list(values[answer]))
+        )
     keys = {key.strip().lower(): key for key in reversed(values)} | {key: key for key in values}
-    chats = [keys[name] for name in CHAT_FIELDS if name in keys and isinstance(values[keys[name]], list)]
+    if all(name in keys for name in PREFERENCE):
+        question = "prompt" if "prompt" in keys else "QUESTION"
+        raise InputError(
+            f"{record.where}: has chosen and rejected: such a file says which of two answers is better, for DPO and "
+            f"its like; minift learns right answers: name their keys (--fields {question} chosen)"
+        )
+    chats = [keys[name] for name in CHAT_FIELDS if name in keys and _is_list(values[keys[name]])]
     if chats and values[chats[0]]:
         return Form("", chats[0], chat=True)
     for question, answer in FIELDS:
@@ -194,17 +204,17 @@ def find_form(record: Record, fields: Sequence[str] = ()) -> Form:
             return Form(keys[question], keys[answer], chat=isinstance(values[keys[answer]], list))
     if chats:
         return Form("", chats[0], chat=True)
-    if all(name in keys for name in PREFERENCE):
-        raise InputError(
-            f"{record.where}: has chosen and rejected: such a file says which of two answers is better, for DPO and "
-            "its like; minift learns right answers: name the keys of a question and its answer (--fields prompt chosen)"
-        )
     if TEXT_FIELD in keys:
         return Form("", keys[TEXT_FIELD])
     known = ", ".join([*(f"{question}/{answer}" for question, answer in FIELDS), *CHAT_FIELDS[:2], TEXT_FIELD])
     raise InputError(
         f"{record.where}: no usable fields in {sorted(values)}; known: {known}; or name them: --fields QUESTION ANSWER"
     )
+
+
+def _is_list(value: object) -> bool:
+    """Return whether a value is a list, or the text of one in JSON, as the cell of a table holds it."""
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
 
 
 def _check_keys(record: Record, keys: Iterable[str]) -> None:

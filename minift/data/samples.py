@@ -62,10 +62,10 @@ class _Once:
             self._ids[key] = self._tokenizer.encode(parts, bos, eos)
         return self._ids[key]
 
-    def encode_continuation(self, parts: list[str], eos: bool = False) -> list[int]:
-        key = (*parts, eos)
+    def encode_continuation(self, parts: list[str], eos: bool = False, after: str = "") -> list[int]:
+        key = (*parts, eos, after)
         if key not in self._ids:
-            self._ids[key] = self._tokenizer.encode_continuation(parts, eos)
+            self._ids[key] = self._tokenizer.encode_continuation(parts, eos, after=after)
         return self._ids[key]
 
 

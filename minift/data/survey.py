@@ -9,7 +9,6 @@ percentiles read from it are exact.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -57,18 +56,20 @@ def survey(
     reading = reading or Reading()
     items = chain.from_iterable(scan(file, reading.encoding) for file in files)
     head: list[Record | InputError] = []
-    pairs = False
+    pairs, reason = False, ""
     for item in islice(items, LOOKED_AT):
         head.append(item)
-        with suppress(InputError):
-            if isinstance(item, Record):
+        if isinstance(item, Record):
+            try:
                 pairs = is_conversation(item, text_field, reading.fields)
                 break
+            except InputError as fault:
+                reason = reason or str(fault)
     if not head:
         raise InputError(f"{files[0]}: holds no records")
     if pairs:
         return _survey_conversations(chain(head, items), tokenizer, template, reading, rendered)
-    return _survey_pages(chain(head, items), tokenizer, text_field or TEXT_FIELD)
+    return _survey_pages(chain(head, items), tokenizer, text_field or TEXT_FIELD, reason if text_field is None else "")
 
 
 class Lengths:
@@ -110,8 +111,10 @@ class Lengths:
         return max(self.counts)
 
 
-def _survey_pages(items: Iterable[Record | InputError], tokenizer: Tokenizer, text_field: str) -> dict[str, Any]:
-    characters, tokens, faults = Lengths(), Lengths(), _Faults()
+def _survey_pages(
+    items: Iterable[Record | InputError], tokenizer: Tokenizer, text_field: str, reason: str
+) -> dict[str, Any]:
+    characters, tokens, faults = Lengths(), Lengths(), _Faults(reason)
     for item in items:
         try:
             if isinstance(item, InputError):
@@ -136,11 +139,14 @@ def _survey_conversations(
             faults.add(item)
         else:
             conversations.append(item)
-    name = choose_template(template, conversations, tokenizer)
+    name = choose_template(template, conversations, tokenizer, rendered)
     chosen = template_named(name, tokenizer, rendered)
     columns = {key: Lengths() for key in ("characters", "tokens", "prompt_tokens", "answer_tokens")}
     for conversation in conversations:
-        _add_conversation(columns, conversation, chosen, tokenizer)
+        try:
+            _add_conversation(columns, conversation, chosen, tokenizer)
+        except InputError as fault:  # the template has no place for it
+            faults.add(fault)
     kind = "chats" if any(isinstance(one, Chat) for one in conversations) else "pairs"
     return {"template": name, "unread": reading.unread_lines(), **_result(kind, faults, columns)}
 
@@ -160,9 +166,10 @@ def _add_conversation(
 
 
 class _Faults:
-    def __init__(self) -> None:
+    def __init__(self, reason: str = ""):
         self.count = 0
         self.first: list[str] = []
+        self.reason = reason  # why the first record is neither pair nor page
 
     def add(self, fault: InputError) -> None:
         if isinstance(fault, UnreadableError):  # the counts would be those of a part
@@ -174,7 +181,7 @@ class _Faults:
 
 def _result(kind: str, faults: _Faults, columns: dict[str, Lengths]) -> dict[str, Any]:
     if not columns["characters"].counts:
-        raise InputError(faults.first[0])
+        raise InputError(faults.reason or faults.first[0])
     return {
         "kind": kind,
         kind: columns["characters"].counts.total(),

@@ -8,11 +8,11 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minift.errors import InputError
-from minift.prompts import Chat, Conversation, Pair, Template, TextTemplate
+from minift.prompts import Conversation, Pair, Span, Template, TextTemplate
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat import chat_template, has_chat_template
 
@@ -58,16 +58,44 @@ TEMPLATES = {
         system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
     ),
     # The question is the whole prompt already, markers and all.
-    "carried": TextTemplate(
-        question="{system}{question}", question_with_context="{system}{question}\n{context}", answer="\n{answer}"
-    ),
+    "carried": TextTemplate(question="{system}{question}", question_with_context="{question}", answer="\n{answer}"),
     # The answer brings its separator with it, and its end.
     "joined": TextTemplate(
         question="{system}{question}", question_with_context="{system}{question}\n{context}", answer="{answer}"
     ),
 }
 TEXT = TextTemplate(question="", question_with_context="", answer="{answer}")  # nothing is asked: a text to learn
+_PLACES = ("question", "context", "system", "answer")
 MARKERS = {"### Answer:": "qa", "### Response:": "alpaca"}  # the end of a prompt, and the template that writes it
+
+
+@dataclass(frozen=True)
+class RenderedTemplate(TextTemplate):
+    """A template for data that are written in a template already: markers in them count, and white space stays.
+
+    BOS and EOS are added, as to any text, but not next to a marker of the data's own.
+    """
+
+    markers: tuple[str, ...] = ()
+
+    def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
+        """Return the text as `TextTemplate` does."""
+        (spans,) = super().examples(conversation, learn)
+        return [[self._rendered(span) for span in spans]]
+
+    def prompt(self, conversation: Conversation) -> list[Span]:
+        """Return what a model is given."""
+        return [self._rendered(span) for span in super().prompt(conversation)]
+
+    def parts(self, pair: Pair) -> tuple[list[str], list[str]]:
+        """Return the question and the answer, each with the white space that it has."""
+        question, answer = super().parts(pair)
+        tail = pair.question[len(pair.question.rstrip()) :] if len(question) > 1 and not question[-1] else ""
+        return [*question[:-1], question[-1] + tail], ["", *answer[1:]] if answer[0] == tail else answer
+
+    def _rendered(self, span: Span) -> Span:
+        bos = span.bos and not span.text.lstrip().startswith(self.markers)
+        return replace(span, parts=[span.text], bos=bos, eos=span.eos and not span.text.rstrip().endswith(self.markers))
 
 
 def read_template(path: str | Path) -> TextTemplate:
@@ -85,6 +113,10 @@ def read_template(path: str | Path) -> TextTemplate:
         if not least <= count <= 1:
             allowed = "once" if least else "at most once"
             raise InputError(f"{path}: a template must hold {{{name}}} {allowed}; found {count}")
+    if other := next((word for word in re.findall(r"\{(\w+)\}", text) if word.lower() not in _PLACES), ""):
+        raise InputError(
+            f"{path}: {{{other}}} is unknown; a template may hold {', '.join(f'{{{p}}}' for p in _PLACES)}"
+        )
     before, answer = text.split("{answer}")
     if any(f"{{{name}}}" in answer for name in ("question", "context", "system")):
         raise InputError(f"{path}: {{answer}} must come last: everything after it would be learned as well")
@@ -97,7 +129,7 @@ def template_named(name: str, tokenizer: Tokenizer | None = None, rendered: bool
 
     Args:
         tokenizer: the model's, which brings its own template.
-        rendered: whether markers in the data's text count (`TextTemplate.rendered`).
+        rendered: whether markers in the data's text count (`RenderedTemplate`).
 
     Raises:
         InputError: for any other name; for "chat" and a `.jinja` file as `chat_template` does.
@@ -106,10 +138,10 @@ def template_named(name: str, tokenizer: Tokenizer | None = None, rendered: bool
         if tokenizer is None:
             raise InputError(f"the template {name} is that of a model: none is given")
         return chat_template(tokenizer, None if name == "chat" else name, rendered)
-    if name in TEMPLATES or name == "text":
-        return replace(TEMPLATES.get(name, TEXT), rendered=rendered)
-    if Path(name).suffix == ".txt":
-        return replace(read_template(name), rendered=rendered)
+    if name in TEMPLATES or name == "text" or Path(name).suffix == ".txt":
+        template = read_template(name) if Path(name).suffix == ".txt" else TEMPLATES.get(name, TEXT)
+        markers = tokenizer.marker_names if tokenizer else ()
+        return RenderedTemplate(**vars(template), markers=markers) if rendered else template
     known = f"auto, chat, {', '.join(TEMPLATES)}, or a file of your own (.txt, .jinja)"
     raise InputError(f"unknown template {name!r}; known: {known}")
 
@@ -127,10 +159,12 @@ def _natural_template(conversation: Conversation) -> str:
     return "carried" if carried_template(conversation.question) else "plain"
 
 
-def choose_template(name: str, conversations: Sequence[Conversation], tokenizer: Tokenizer | None = None) -> str:
+def choose_template(
+    name: str, conversations: Sequence[Conversation], tokenizer: Tokenizer | None = None, rendered: bool = False
+) -> str:
     """Return the name of the template for all conversations: `name` itself, or for "auto" the one that fits best.
 
-    That is the model's own for chats, if it has one; else the one that adds least.
+    That is the model's own for chats, if it has one; else the one that adds least, nothing if the data are `rendered`.
 
     Raises:
         InputError: for an unknown name; when only some of the records have a question, or only some of the questions
@@ -146,18 +180,16 @@ def choose_template(name: str, conversations: Sequence[Conversation], tokenizer:
             raise InputError(f"{where['text']}: asks nothing that could be put into the template {name} (use auto)")
         return "text"
     if name == "text" and conversations:
-        raise InputError(
-            f"{conversations[0].where}: has a question, which the template text would leave out (use auto)"
-        )
+        first = conversations[0].where or "the record"
+        raise InputError(f"{first}: has a question, which the template text would leave out (use auto)")
+    pairs = all(isinstance(one, Pair) for one in conversations)
+    if rendered and conversations and pairs and (name == "chat" or Path(name).suffix == ".jinja"):
+        raise InputError(f"--rendered says that the data are written in a template, and --template {name} writes one")
     if name == "auto":
-        if (
-            tokenizer is not None
-            and has_chat_template(tokenizer)
-            and any(isinstance(one, Chat) for one in conversations)
-        ):
+        if not pairs and tokenizer is not None and has_chat_template(tokenizer):
             return "chat"
         answers = [one.answer for one in conversations if one.answer.strip()]
-        if answers and all(isinstance(one, Pair) for one in conversations) and all(a[0].isspace() for a in answers):
+        if pairs and answers and (rendered or all(answer[0].isspace() for answer in answers)):
             return "joined"
         if len(where) > 1:
             raise InputError(
@@ -192,7 +224,7 @@ class Representatives:
         return iter(self._first.values())
 
 
-_MARKER = re.compile(r"<\|[^|>\s]+\|>|</?s>|</?(?:start|end)_of_turn>|</?\|?[a-z]+_of_[a-z]+\|?>")
+MARKER = re.compile(r"<\|[^|>\s]+\|>|</?s>|</?(?:start|end)_of_turn>|</?\|?[a-z]+_of_[a-z]+\|?>")
 
 
 def unknown_markers(template: Template, tokenizer: Tokenizer) -> list[str]:
@@ -204,5 +236,5 @@ def unknown_markers(template: Template, tokenizer: Tokenizer) -> list[str]:
     if not isinstance(template, TextTemplate):  # a chat template belongs to its tokenizer
         return []
     text = "".join((template.question, template.question_with_context, template.answer, template.system))
-    found = dict.fromkeys(_MARKER.findall(text))
+    found = dict.fromkeys(MARKER.findall(text))
     return [marker for marker in found if len(tokenizer.encode(marker, bos=False)) > 1]

@@ -6,15 +6,22 @@ What is written is read back as the same turns, and trains the same way.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from minift.data.templates import MARKER as _MARKER
 from minift.data.templates import TEMPLATES, carried_template
 from minift.errors import InputError
-from minift.prompts import Chat, Conversation, Pair, Span, Template
+from minift.prompts import Chat, Conversation, Pair, Span, Template, Turn
 
 
-def record_of(conversation: Conversation) -> dict[str, Any]:
-    """Return the record that is read as this conversation."""
+def record_of(conversation: Conversation, system: str = "") -> dict[str, Any]:
+    """Return the record that is read as this conversation, with a system text if it has none."""
+    if system and not conversation.system:
+        if isinstance(conversation, Chat):
+            conversation = replace(conversation, turns=(Turn("system", system), *conversation.turns))
+        elif conversation.question:
+            conversation = replace(conversation, system=system)
     more = {"metric": conversation.metric} if conversation.metric else {}
     if isinstance(conversation, Pair):
         if not conversation.question:
@@ -42,9 +49,11 @@ def written(
     Raises:
         InputError: as `Template.examples`; for a chat of several answers in a template that needs ids between them.
     """
+    if not any(turn.learned and turn.text.strip() for one in conversations for turn in one.turns):
+        raise InputError("nothing is learned of these records, so that nothing would be written")
     if as_text:
         examples = [spans for conversation in conversations for spans in template.examples(conversation)]
-        return [{"text": _text(spans)} for spans in examples], ""
+        return [{"text": _text(spans)} for spans in examples], _rendered([span for spans in examples for span in spans])
     halves = [(given, learned, one) for one in conversations for given, learned in _halves(one, template)]
     metrics = [{"metric": one.metric} if one.metric else {} for _, _, one in halves]
     if all(_is_natural(*half) for half in halves):
@@ -52,8 +61,15 @@ def written(
         reading = ""
     else:
         records = [{"prompt": given, "completion": learned} for given, learned, _ in halves]
-        reading = "; train on it with --template joined --rendered"
+        spans = [span for one in conversations for example in template.examples(one) for span in example]
+        reading = f"; train on it with --template joined{_rendered(spans).removeprefix('; train on it with')}"
     return [{**record, **metric} for record, metric in zip(records, metrics, strict=True)], reading
+
+
+def _rendered(spans: Sequence[Span]) -> str:
+    """Return how texts are to be read in which a template has written markers, in words; "" where it has not."""
+    markers = any(_MARKER.search(part) for span in spans for part in span.parts[::2])
+    return "; train on it with --rendered" if markers else ""
 
 
 def _halves(conversation: Conversation, template: Template) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ from minift.evaluation.likelihood import Likelihood, example_likelihoods, in_gro
 from minift.generate import generate
 from minift.model import Llama
 from minift.pack import Example, encode_conversation
-from minift.prompts import Conversation, Template
+from minift.prompts import Chat, Conversation, Template
 from minift.tokenizer.base import Tokenizer
 
 EXTRA_TOKENS = 16  # an answer may be this much longer than the right one before it is cut
@@ -46,7 +46,7 @@ class Question:
 def make_questions(
     pairs: Sequence[Conversation], template: Template, tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[Question], int]:
-    """Return the pairs as prompts and answers in ids, and the number of pairs that do not fit `max_length`.
+    """Return the pairs as prompts and answers in ids, and how many of them do not fit `max_length` or the template.
 
     Raises:
         InputError: when none fits.
@@ -54,12 +54,27 @@ def make_questions(
     encoded = [_question(pair, template, tokenizer, max_length) for pair in pairs]
     questions = [question for question in encoded if question is not None]
     if not questions:
-        raise InputError(f"no question and answer fits into {max_length} tokens")
+        raise InputError(_why_none(pairs, template, max_length))
     return questions, len(pairs) - len(questions)
 
 
+def _why_none(pairs: Sequence[Conversation], template: Template, max_length: int) -> str:
+    """Return why none of the pairs can be asked: the first one's reason."""
+    for pair in pairs:
+        try:
+            template.examples(pair, "last")
+        except InputError as fault:
+            return str(fault)
+    if not any(turn.learned and turn.text.strip() for pair in pairs for turn in pair.turns):
+        return f"{pairs[0].where}: no record has an answer to be scored"
+    return f"no question and answer fits into {max_length} tokens"
+
+
 def _question(pair: Conversation, template: Template, tokenizer: Tokenizer, max_length: int) -> Question | None:
-    example = encode_conversation(pair, template, tokenizer, max_length, learn="last")[-1]
+    try:
+        example = encode_conversation(pair, template, tokenizer, max_length, learn="last")[-1]
+    except InputError:  # the template has no place for it
+        return None
     if example is None:
         return None
     pieces = zip(example.answer, tokenizer.pieces(example.answer), strict=True)
@@ -202,7 +217,8 @@ def compare(
     Returns:
         `before` and `after`: each as `Evaluation.to_dict` returns it. `difference`: for each score its `value`, after
         minus before, and the ends of its interval, `low` and `high`. `samples`: for each question, the `question`, the
-        right `answer` and both models' words (`before`, `after`). `skipped`: the number of questions that do not fit.
+        right `answer` and both models' words (`before`, `after`), of a chat also the `earlier` turns. `skipped`: the
+        number of questions that do not fit.
 
     Raises:
         InputError: when no question fits both.
@@ -213,7 +229,8 @@ def compare(
     ]
     fits = [i for i in range(len(pairs)) if encoded[0][i] and encoded[1][i]]
     if not fits:
-        raise InputError("no question and answer fits into the positions of both models")
+        positions = min(model.config.max_position_embeddings for model, _ in (before, after))
+        raise InputError(_why_none(pairs, template, positions - 1))
     old, new = (
         evaluate(model, tokenizer, [question for i in fits if (question := questions[i])], plain)
         for (model, tokenizer), questions in zip((before, after), encoded, strict=True)
@@ -232,15 +249,21 @@ def compare(
     }
 
 
-def _samples(pairs: Sequence[Conversation], before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, str]]:
-    """Return each question with its right answer and both models' words."""
+def _samples(pairs: Sequence[Conversation], before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Return each question with its right answer and both models' words, and what was said before it in a chat."""
     return [
         {
             "question": pair.question,
             "answer": pair.answer,
             "before": old.text.strip(),
             "after": new.text.strip(),
+            **_earlier(pair),
         }
         for pair, old, new in zip(pairs, before, after, strict=True)
         if pair.question
     ]
+
+
+def _earlier(pair: Conversation) -> dict[str, Any]:
+    turns = pair.until_answer()[:-1] if isinstance(pair, Chat) else ()
+    return {"earlier": [{"role": turn.role, "text": turn.text} for turn in turns]} if turns else {}

@@ -40,9 +40,10 @@ def table(result: dict[str, Any]) -> str:
         change = result["difference"][name]
         ends = f"[{number(change['low'])}, {number(change['high'])}]"
         shown = f"{'+' * (change['value'] >= 0)}{number(change['value'])} {ends}"
-        lines.append(f"{text:<46}{number(before[name]):>10}{number(after[name]):>10}   {shown}")
+        lines.append(f"{text:<45} {number(before[name]):>9} {number(after[name]):>9}   {shown}")
     if result["skipped"]:
-        lines.append(f"{result['skipped']} held-out pairs were left out: they have no answer, or are too long")
+        why = "they have no answer, are too long, or have no place in the template"
+        lines.append(f"{result['skipped']} held-out records were left out: {why}")
     return "\n".join(lines)
 
 
@@ -75,7 +76,8 @@ def samples(result: dict[str, Any], count: int) -> str:
     """Return the first `count` questions of a comparison, each with both models' words and the right answer."""
     blocks = []
     for sample in result["samples"][: max(0, count)]:
-        lines = [shorten(sample["question"], 200)]
+        earlier = [f"  {turn['role']:<10}{shorten(turn['text'], 160)}" for turn in sample.get("earlier", ())]
+        lines = [*(["after"] * bool(earlier)), *earlier, shorten(sample["question"], 200)]
         for name in ("before", "after", "answer"):
             lines.append(f"  {'right' if name == 'answer' else name:<8}{shorten(sample[name], 200) or '(nothing)'}")
         blocks.append("\n".join(lines))

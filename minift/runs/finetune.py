@@ -11,9 +11,8 @@ compare       evaluation/evaluate.py           both models on the pairs held out
 minift finetune --steps 100 --plain
 """
 
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from minift.data.batches import PairBatches
 from minift.data.conversations import Reading, read_all_conversations
 from minift.data.encodings import check_encoding
 from minift.data.examine import finding_lines
+from minift.data.examples import encode_conversations
 from minift.data.records import Skipped, find_files
 from minift.data.split import held_out_places
 from minift.data.templates import choose_template, template_named
@@ -36,7 +36,7 @@ from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluation.evaluate import compare
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
-from minift.pack import Batch, Example, collate, encode_conversations
+from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
 from minift.runs.folder import FinetuneJob, write_report
@@ -44,7 +44,7 @@ from minift.runs.start import start_state
 from minift.storage.checksums import check_model
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer
-from minift.tokenizer.chat import ChatTemplate
+from minift.tokenizer.chat import ChatTemplate, has_chat_template, stop_at_turns
 from minift.tokenizer.load import check_fit, load_tokenizer
 from minift.train import Plan
 
@@ -101,7 +101,7 @@ def _train(
     tokenizer, model = open_model(job.model, config, world)
     encoded = encode(split, tokenizer, config)
     fit_to_template(model, split, tokenizer)
-    announce(job, model, split, encoded, config, world)
+    announce(job, model, split, encoded, tokenizer, config, world)
     if world.is_main:
         print_findings(split, encoded, tokenizer, config)
     ranks = (world.rank, world.size)
@@ -131,6 +131,12 @@ class Split:
     held_out: list[Conversation]
     template: str
     skipped: Skipped
+    tested: bool = False  # whether those held out are from files of their own
+
+    @property
+    def refuse_held_out(self) -> Callable[[InputError], object] | None:
+        """What is told that the template refuses a held-out record: none of a file of their own may be."""
+        return None if self.tested else self.skipped.add
 
     @property
     def kind(self) -> str:
@@ -170,8 +176,12 @@ def read_data(job: FinetuneJob, config: TrainConfig) -> Split:
         for files, faults in ((job.data, skipped), (job.test, None))
     )
     training, held_out = (found, test) if job.test else _hold_out(found, config.seed)
-    template = choose_template(config.template, [*training, *held_out], load_tokenizer(job.model))
-    return Split(training, held_out, template, skipped)
+    tokenizer = load_tokenizer(job.model)
+    template = choose_template(config.template, training, tokenizer, config.rendered)  # chats held out change nothing
+    if template != "chat":
+        name = template if any(isinstance(one, Chat) for one in held_out) else config.template
+        template = choose_template(name, [*training, *held_out], tokenizer, config.rendered)
+    return Split(training, held_out, template, skipped, tested=bool(job.test))
 
 
 def _hold_out(pairs: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
@@ -191,9 +201,10 @@ def encode(split: Split, tokenizer: Tokenizer, config: TrainConfig) -> Encoded:
     """
     template = template_named(split.template, tokenizer, config.rendered)
     training, held_out = (
-        encode_conversations(part, template, tokenizer, config.max_length, config.learn)
-        for part in (split.training, split.held_out)
+        encode_conversations(part, template, tokenizer, config.max_length, config.learn, refuse)
+        for part, refuse in ((split.training, split.skipped.add), (split.held_out, split.refuse_held_out))
     )
+    split.skipped.check()
     cut = sum(example.cut for example in training[0])
     return Encoded(training[0], held_out[0], cut, training[1], held_out[1])
 
@@ -244,16 +255,35 @@ def _fill_shards(name: str, model: Llama, config: TrainConfig, world: World) -> 
 
 
 def fit_to_template(model: Llama, split: Split, tokenizer: Tokenizer) -> None:
-    """Let the model stop at the tokens that end a turn in a chat template, and save the template with it."""
+    """Let the model stop where a chat template ends a turn, and save a template of the user's own with it."""
     template = template_named(split.template, tokenizer)
-    if isinstance(template, ChatTemplate):
-        if split.template != "chat":  # the user's own: a program that asks the model needs it
-            tokenizer.files = {**tokenizer.files, "chat_template.jinja": Path(split.template).read_bytes()}
-        stops = dict.fromkeys([*model.config.eos_token_ids, *template.stop_ids(tokenizer)])
-        model.config = dataclasses.replace(model.config, eos_token_id=tuple(stops))
+    stop_at_turns(model, template, tokenizer)
+    if isinstance(template, ChatTemplate) and split.template != "chat":  # a program that asks the model needs it
+        tokenizer.files = {**tokenizer.files, "chat_template.jinja": Path(split.template).read_bytes()}
 
 
-def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, config: TrainConfig, world: World) -> None:
+def template_note(split: Split, tokenizer: Tokenizer) -> str:
+    """Return what to know about the choice of a template, or "": which one the model has, or that it has none."""
+    if split.kind == "chats" and not has_chat_template(tokenizer):
+        return " (the model has none of its own; choose one with --template: qa, llama2 …, or a FILE.jinja)"
+    if (
+        split.template in ("chat", "text")
+        or Path(split.template).suffix == ".jinja"
+        or not has_chat_template(tokenizer)
+    ):
+        return ""
+    return " (the model has one of its own, which --template chat takes)"
+
+
+def announce(
+    job: FinetuneJob,
+    model: Llama,
+    split: Split,
+    encoded: Encoded,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    world: World,
+) -> None:
     """Print what the run is going to do: with which model, on which pairs, and what is left out."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else "all of them trained"
@@ -261,7 +291,7 @@ def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, con
     held_out = f"{len(split.held_out):,} {split.kind} held out ({encoded.held_out_dropped} without a target)"
     print(describe(model, job.model, share, config, world))
     print(f"{len(encoded.examples):,} {split.kind} to train on ({left_out})")
-    print(f"{held_out}; template {split.template}")
+    print(f"{held_out}; template {split.template}{template_note(split, tokenizer)}")
     if split.skipped.skipped:
         print(split.skipped)
 
@@ -284,8 +314,9 @@ def _compare_with_base(
     template = template_named(split.template, tokenizer, config.rendered)
     try:
         before, after = load_model(job.model, device=device), load_model(out / "final", device=device)
-        if not plain:
-            for model in (before, after):
+        for model in (before, after):
+            stop_at_turns(model, template, tokenizer)
+            if not plain:
                 kernels.install(model, kernels.choose_for_reading(device))
         scores = compare((before, tokenizer), (after, tokenizer), split.held_out, template, plain)
     except (MemoryError, RuntimeError) as error:  # one model that was sharded had room here, two may have none

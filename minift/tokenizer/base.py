@@ -53,16 +53,20 @@ class Tokenizer(ABC):
             ids = [self.bos_id, *ids]
         return self._ended(ids, parts) if eos else ids
 
-    def encode_continuation(self, text: str | list[str], eos: bool = False, special: bool = True) -> list[int]:
+    def encode_continuation(
+        self, text: str | list[str], eos: bool = False, special: bool = True, after: str = ""
+    ) -> list[int]:
         """Return the ids of a text that continues another one: no BOS, no added space. Raises InputError as `encode`.
 
         Where the vocabulary adds a space, the text is encoded after a line break, and the ids of that are removed: in
-        Llama's vocabulary a line break is a byte, which never merges with what follows.
+        Llama's vocabulary a line break is a byte, which never merges with what follows. Where the template wrote a
+        marker last (`after`), it is encoded after that, as some vocabularies do add a space there.
         """
         parts = _parts(text, special)
-        start = len(self._anchor)
-        ids = self._part_ids(["\n" + parts[0], *parts[1:]] if start else parts)
-        if ids[:start] != self._anchor:
+        lead, lead_ids = self._lead(after)
+        start = len(lead_ids)
+        ids = self._part_ids([lead + parts[0], *parts[1:]] if start else parts)
+        if ids[:start] != lead_ids:
             raise InputError("this tokenizer joins a line break with what follows it; minift cannot mask its prompts")
         return self._ended(ids[start:], parts) if eos else ids[start:]
 
@@ -109,6 +113,10 @@ class Tokenizer(ABC):
 
     def _part_ids(self, parts: list[str]) -> list[int]:
         return self._ids("".join(parts), special=any(parts[::2]))
+
+    def _lead(self, after: str) -> tuple[str, list[int]]:
+        """Return a text that ends as `after` does, for what follows it, and its ids."""
+        return "\n", self._anchor
 
     def _ended(self, ids: list[int], parts: list[str]) -> list[int]:
         own = "" if len(parts) < 3 else parts[-1] if any(parts[1:]) else parts[0]  # the template's own text at the end

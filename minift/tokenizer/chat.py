@@ -21,10 +21,11 @@ See what is done with a template: minift tokenizer templates FILE.jinja
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from minift.errors import InputError, one_line
+from minift.model import Llama
 from minift.prompts import Conversation, Pair, Span, Template, Turn
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat_files import chat_source, chat_variables, has_chat_template
@@ -228,6 +229,14 @@ class ChatTemplate(Template):
                     spans.append(Span(parts, span.learned, bos, eos=name == self.eos))
                 parts, bos = [text], name == self.bos
         return [*spans, Span(parts, span.learned, bos)] if bos or any(parts) else spans
+
+
+def stop_at_turns(model: Llama, template: Template, tokenizer: Tokenizer) -> None:
+    """Let a model that is asked in a chat template stop at the tokens that end a turn, besides its own stop tokens."""
+    if isinstance(template, ChatTemplate):
+        stops = dict.fromkeys([*model.config.eos_token_ids, *template.stop_ids(tokenizer)])
+        if max(stops) < model.config.vocab_size:
+            model.config = replace(model.config, eos_token_id=tuple(stops))
 
 
 def _cut(places: Sequence[Place], at: int) -> list[Place]:

@@ -81,6 +81,10 @@ class JsonTokenizer(Tokenizer):
             ids += self._ids(marker, special=True) + (self._after_marker(marker, text) if text else [])
         return ids
 
+    def _lead(self, after: str) -> tuple[str, list[int]]:
+        marker = next((name for name in self.marker_names if after.endswith(name)), "")
+        return (marker, self._ids(marker, special=True)) if marker else super()._lead(after)
+
     def _after_marker(self, marker: str, text: str) -> list[int]:
         """Return the ids of a text after a marker, where some vocabularies add a space and others do not."""
         if self._ids(marker + "a", special=True) == self._ids(marker, special=True) + self._ids("a", special=False):

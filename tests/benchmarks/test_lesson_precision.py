@@ -53,8 +53,9 @@ def test_a_lost_update_is_one_below_half_a_unit_in_the_last_place() -> None:
     """AdamW's first update is the rate, up or down; bfloat16's neighbours of w are 2^(exponent - 7) apart."""
     from minift.checkpoint import load_model
     from minift.data.conversations import read_all_conversations
+    from minift.data.examples import encode_conversations
     from minift.data.templates import template_named
-    from minift.pack import collate, encode_conversations
+    from minift.pack import collate
     from minift.storage.names import bundled, model_path
     from minift.tokenizer.load import load_tokenizer
 

@@ -17,11 +17,11 @@ import sentencepiece
 
 from minift.cli import main
 from minift.data.conversations import read_all_conversations
+from minift.data.examples import encode_conversations
 from minift.data.records import find_files
 from minift.data.stream import DocumentStream
 from minift.data.survey import Lengths, survey
 from minift.data.templates import TEMPLATES, choose_template
-from minift.pack import encode_conversations
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import texts_of, write_jsonl

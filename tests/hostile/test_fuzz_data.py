@@ -32,12 +32,13 @@ import zstandard
 from hypothesis import strategies as st
 
 from minift.data.conversations import FIELDS, read_all_conversations
+from minift.data.examples import encode_conversations
 from minift.data.records import Skipped, read_records, scan
 from minift.data.stream import DocumentStream
 from minift.data.templates import TEMPLATES, choose_template, template_named
 from minift.errors import InputError
 from minift.evaluation.choices import read_choices
-from minift.pack import IGNORE, PADDING, Example, collate, encode_conversations
+from minift.pack import IGNORE, PADDING, Example, collate
 from minift.prompts import Pair, Template
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import encode_pair, texts_of

@@ -10,10 +10,11 @@ from itertools import accumulate
 import pytest
 import torch
 
+from minift.data.examples import encode_conversations
 from minift.data.templates import TEMPLATES, choose_template
 from minift.errors import InputError
 from minift.model import Llama
-from minift.pack import IGNORE, Example, collate, encode_conversation, encode_conversations, encode_prompt, encode_spans
+from minift.pack import IGNORE, Example, collate, encode_conversation, encode_prompt, encode_spans
 from minift.prompts import Chat, Pair, Span, Turn
 from minift.tokenizer.base import Tokenizer
 from minift.train import Objective

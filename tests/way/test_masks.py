@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from minift.data.batches import PageBatches, PairBatches
+from minift.data.examples import encode_conversations
 from minift.data.stream import DocumentStream
 from minift.data.templates import TEMPLATES
 from minift.errors import InputError
 from minift.loss import next_token_loss
 from minift.model import Llama
-from minift.pack import IGNORE, PADDING, Batch, Example, collate, encode_conversations
+from minift.pack import IGNORE, PADDING, Batch, Example, collate
 from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import encode_pair, small_model, texts_of, write_jsonl

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from minift.data.conversations import FIELDS, Form, find_form, read_all_conversations, read_conversations
+from minift.data.examples import encode_conversations
 from minift.data.records import read_records
 from minift.data.templates import TEMPLATES, carried_template, choose_template, template_named
 from minift.errors import InputError
-from minift.pack import encode_conversations
 from minift.prompts import Pair
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import texts_of, write_jsonl

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from minift.checkpoint import load_model, save_model
 from minift.config import TrainConfig
 from minift.data.batches import PageBatches, PairBatches
+from minift.data.examples import encode_conversations
 from minift.data.stream import DocumentStream
 from minift.data.templates import TEMPLATES, template_named
 from minift.errors import InputError
 from minift.formats.convert import convert
-from minift.pack import IGNORE, Batch, Example, encode_conversations
+from minift.pack import IGNORE, Batch, Example
 from minift.prompts import Pair
 from minift.runs.start import start_state
 from minift.runs.steps import load_step, save_step
