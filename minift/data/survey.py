@@ -64,7 +64,7 @@ def survey(
                 pairs = is_conversation(item, text_field, reading.fields)
                 break
             except InputError as fault:
-                reason = reason or str(fault)
+                reason = str(fault) if len(head) == 1 else reason
     if not head:
         raise InputError(f"{files[0]}: holds no records")
     if pairs:

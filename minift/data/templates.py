@@ -58,14 +58,16 @@ TEMPLATES = {
         system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
     ),
     # The question is the whole prompt already, markers and all.
-    "carried": TextTemplate(question="{system}{question}", question_with_context="{question}", answer="\n{answer}"),
+    "carried": TextTemplate(
+        question="{system}{question}", question_with_context="{system}{question}\n{context}", answer="\n{answer}"
+    ),
     # The answer brings its separator with it, and its end.
     "joined": TextTemplate(
         question="{system}{question}", question_with_context="{system}{question}\n{context}", answer="{answer}"
     ),
 }
 TEXT = TextTemplate(question="", question_with_context="", answer="{answer}")  # nothing is asked: a text to learn
-_PLACES = ("question", "context", "system", "answer")
+_MISTAKEN = ("instruction", "input", "prompt", "response", "output", "completion", "content", "user", "assistant")
 MARKERS = {"### Answer:": "qa", "### Response:": "alpaca"}  # the end of a prompt, and the template that writes it
 
 
@@ -113,10 +115,9 @@ def read_template(path: str | Path) -> TextTemplate:
         if not least <= count <= 1:
             allowed = "once" if least else "at most once"
             raise InputError(f"{path}: a template must hold {{{name}}} {allowed}; found {count}")
-    if other := next((word for word in re.findall(r"\{(\w+)\}", text) if word.lower() not in _PLACES), ""):
-        raise InputError(
-            f"{path}: {{{other}}} is unknown; a template may hold {', '.join(f'{{{p}}}' for p in _PLACES)}"
-        )
+    if other := next((word for word in re.findall(r"\{(\w+)\}", text) if word.lower() in _MISTAKEN), ""):
+        known = ", ".join(f"{{{place}}}" for place in ("question", "context", "system", "answer"))
+        raise InputError(f"{path}: {{{other}}} is unknown; a template may hold {known}")
     before, answer = text.split("{answer}")
     if any(f"{{{name}}}" in answer for name in ("question", "context", "system")):
         raise InputError(f"{path}: {{answer}} must come last: everything after it would be learned as well")
@@ -196,13 +197,25 @@ def choose_template(
                 f"{where['plain']}: does not end in {' or '.join(MARKERS)} as other questions of the file do; "
                 "mend it, or choose a --template"
             )
+        _check_carried(conversations if "carried" in where else [])
         return next(iter(where), "plain")
     if "carried" in where and name not in ("plain", "carried"):
         raise InputError(
             f"{where['carried']}: the question already carries a template; "
             f"--template {name} would put a second one around it (use auto)"
         )
+    _check_carried(conversations if "carried" in where else [])
     return name
+
+
+def _check_carried(conversations: Sequence[Conversation]) -> None:
+    """Raise InputError for a question that carries a template and has a context, which would come after its end."""
+    for one in conversations:
+        if one.context:
+            raise InputError(
+                f"{one.where or 'a pair'}: the question carries a template already, and has no place for the context "
+                "of the record; write it into the question, or leave it out"
+            )
 
 
 # The template and what it is used with --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from minift.cli import main
 from minift.data.chats import read_turns
 from minift.data.conversations import Reading, read_all_conversations, scan_conversations
 from minift.data.records import Record, scan
+from minift.data.templates import choose_template, read_template
 from minift.data.written import record_of
 from minift.errors import InputError
 from minift.prompts import Chat, Conversation, Pair, Turn
@@ -152,7 +153,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a half weight": ({"messages": [message(TELL, weight=0.5)]}, r"weight is 0.5; known: 0 and 1"),
     "a history of words": ({"instruction": "Q", "output": "A", "history": [["x"]]}, "'history' must hold lists of two"),
     "neither": ({"ask": "Q", "reply": "A"}, r"no usable fields in \['ask', 'reply'\].*--fields QUESTION ANSWER"),
-    "messages that are a text": ({"messages": "[]"}, "no usable fields"),
+    "messages that are a text": ({"messages": "none"}, "no usable fields"),
+    "no messages in a cell": ({"messages": "[]"}, "'messages' is empty"),
 }  # fmt: skip
 
 
@@ -240,3 +242,100 @@ def test_places_are_named_within_a_chat() -> None:
     record = Record({"messages": messages}, Path("x.jsonl"), 7)
     (fault,) = scan_conversations([record])
     assert str(fault).startswith("x.jsonl:7: 'messages'[1]: ")
+
+
+# Brothers of what was found by others ---------------------------------------------------------------------------------
+
+
+def test_a_blank_answer_is_not_learned(tmp_path: Path) -> None:
+    """It would teach to say nothing. Alone, such a record has no target; within a chat the others are learned."""
+    blank = Turn("assistant", " \n", learned=False)
+    found = read(tmp_path, {"messages": [message(turn) for turn in (ASK, TELL, AGAIN, blank)]})
+    assert found.turns == (ASK, TELL, AGAIN, blank)
+
+
+@pytest.mark.parametrize("key", ["train", "mask", "loss", "weight", "trainable"])
+def test_a_flag_about_what_is_learned_is_not_passed_over(tmp_path: Path, key: str) -> None:
+    reading = Reading()
+    flag = {} if key == "weight" else {key: False}  # a message's weight is read
+    record = {"messages": [message(ASK), message(TELL, **flag)], key: 0}
+    read_all_conversations([write_jsonl(tmp_path / "x.jsonl", [record])], None, reading, say=None)
+    assert reading.unread == Counter({key: 1, **{f"messages: {name}": 1 for name in flag}})
+
+
+def test_a_chat_in_the_cell_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.csv"
+    cell = json.dumps([message(ASK), message(TELL)]).replace('"', '""')
+    file.write_text(f'id,messages\n1,"{cell}"\n', encoding="utf-8")
+    (found,) = read_all_conversations([file], say=None)
+    assert found.turns == (ASK, TELL)
+    file.write_text("messages\n\"[{'role': 'user', 'content': 'as Python prints it'}]\"\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"x.csv:2: 'messages' is a text, and no list of messages in JSON"):
+        read_all_conversations([file])
+
+
+def test_preferences_are_refused_whatever_else_is_there(tmp_path: Path) -> None:
+    record = {"messages": [message(ASK), message(TELL)], "chosen": "A", "rejected": "B"}
+    with pytest.raises(InputError, match="which of two answers is better"):
+        read(tmp_path, record)
+    assert read(tmp_path, record, fields=("messages",)).turns == (ASK, TELL)
+
+
+def test_each_file_has_a_form_of_its_own_for_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], small_checkpoint: Path
+) -> None:
+    """`data stats` counts what `finetune` trains on."""
+    records = {
+        "a.jsonl": [{"messages": [message(ASK), message(TELL)]}] * 5,
+        "b.jsonl": [{"conversations": [sharegpt(ASK), sharegpt(TELL)]}] * 5,
+        "c.jsonl": [{"question": "Q", "answer": "A"}] * 5,
+    }
+    files = [str(write_jsonl(tmp_path / name, found)) for name, found in records.items()]
+    assert main(["data", "stats", *files, "--json", str(tmp_path / "stats.json")]) == 0
+    stats = json.loads((tmp_path / "stats.json").read_text(encoding="utf-8"))
+    assert (stats["kind"], stats["chats"], stats["malformed"]) == ("chats", 15, 0)
+    words = ["finetune", "--model", str(small_checkpoint), "--data", *files, "--steps", "1", "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "13 chats to train on" in capsys.readouterr().out  # a tenth is held out, rounded
+
+
+def test_stats_gives_the_reason_that_finetune_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "B"}] * 3)
+    reasons = set()
+    for words in (["data", "stats"], ["data", "format"], ["data", "audit"]):
+        assert main([*words, str(file)]) == 2
+        (*_, line) = capsys.readouterr().err.splitlines()
+        assert "which of two answers is better" in line
+        reasons.add(line.split(" (")[0])
+    assert len(reasons) == 1
+
+
+def test_a_file_in_which_nothing_is_learned_says_so(
+    tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not advise to raise a length that is not the reason."""
+    records = [{"messages": [message(ASK), message(TELL, weight=0)]}] * 4
+    file = str(write_jsonl(tmp_path / "x.jsonl", records))
+    for words in (["finetune", "--out", str(tmp_path / "run")], ["evaluate"], ["explain"]):
+        model = ["--model", str(small_checkpoint), "--device", "cpu"]
+        assert main([*words, *model, "--data", file]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "raise it" not in line
+        assert "answer" in line
+    assert main(["data", "format", file, "--template", "qa", "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_context_after_a_carried_template_is_refused(tmp_path: Path) -> None:
+    """It would come after "### Answer:", as if it began the answer."""
+    pair = Pair("### Question:\nq\n\n### Answer:", "a", context="C")
+    for name in ("auto", "carried", "plain"):
+        with pytest.raises(InputError, match="carries a template already, and has no place for the context"):
+            choose_template(name, [pair])
+
+
+def test_a_place_that_a_template_does_not_know_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("{instruction} {question}: {answer}")
+    with pytest.raises(InputError, match=r"mine.txt: {instruction} is unknown; a template may hold {question}"):
+        read_template(tmp_path / "mine.txt")

@@ -734,7 +734,7 @@ def test_statistics_of_nothing_but_faults(run: Run, tmp_path: Path) -> None:
     assert err.startswith(f"minift: error: {tmp_path / 'x.jsonl'}:1: not valid JSON")
     code, _, err = run("data", "stats", write_jsonl(tmp_path / "x.jsonl", [{"url": "a"}, {"text": " "}]))
     assert code == 2
-    assert err.startswith(f"minift: error: {tmp_path / 'x.jsonl'}:1: no text under 'text'")
+    assert err.startswith(f"minift: error: {tmp_path / 'x.jsonl'}:1: no usable fields in ['url']")
 
 
 def test_statistics_print_a_fault_on_one_line(run: Run, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from minift.checkpoint import load_model
 from minift.cli import main
 from minift.data.conversations import read_all_conversations
-from minift.data.templates import template_named
+from minift.data.templates import choose_template, template_named
+from minift.errors import InputError
 from minift.evaluation.evaluate import answer_questions, make_questions
 from minift.generate import generate
 from minift.pack import encode_conversation, encode_prompt
@@ -25,7 +26,7 @@ from minift.prompts import Chat, Pair, Turn
 from minift.runner import BasicModelRunner
 from minift.storage.names import bundled
 from minift.tokenizer.load import load_tokenizer
-from tests.helpers import bits, instruct_model, write_jsonl
+from tests.helpers import CHATML, bits, instruct_model, write_jsonl
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
@@ -188,9 +189,9 @@ def test_a_conversation_that_no_longer_fits_forgets_its_beginning(
     assert main(["chat", "--model", str(folder / "model"), "--max-new-tokens", "4", "--device", "cpu"]) == 0
     assert "no longer fit and are forgotten" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 600))
-    assert main(["chat", "--model", str(folder / "model"), "--device", "cpu"]) == 2
+    assert main(["chat", "--model", str(folder / "model"), "--device", "cpu"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the model has 512 positions" in line
+    assert "the model has 512 positions" in line  # and the conversation goes on
 
 
 def test_a_template_of_the_users_own_travels_with_the_model(folder: Path, tmp_path: Path) -> None:
@@ -217,10 +218,90 @@ def test_a_text_that_is_rendered_already_has_the_ids_of_the_chat(folder: Path, t
         ids = example.prompt + example.answer
         stop = tokenizer.encode("<|im_end|>", bos=False)[0]
         assert ids.count(stop) == (whole.count(stop) if rendered else 0)
-        assert ids[0] == tokenizer.bos_id
-        assert ids[-1] == tokenizer.eos_id  # it is not this tokenizer's name for the end of a turn
-        assert (ids[1:-1] == whole) == rendered
+        assert (ids == whole) == rendered
+        assert ((ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)) != rendered
     ended = Pair("", "A text.</s>\n")
     (example,) = encode_conversation(ended, template_named("text", tokenizer, rendered=True), tokenizer, 500)
     assert example is not None
     assert (example.prompt + example.answer).count(tokenizer.eos_id) == 1
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_what_format_writes_in_the_chat_template_trains_the_same_ids(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], as_text: bool
+) -> None:
+    """With the words that the command prints, nothing is added to the ids of the chat."""
+    tokenizer, model = load_tokenizer(folder / "model"), str(folder / "model")
+    source, out = (
+        write_jsonl(tmp_path / "x.jsonl", [{"messages": conversations()[1]["messages"][:2]}]),
+        tmp_path / "out.jsonl",
+    )
+    words = ["data", "format", str(source), "--tokenizer", model, "--template", "chat", "--out", str(out)]
+    assert main([*words, *["--as-text"] * as_text]) == 0
+    hint = capsys.readouterr().out.strip().removesuffix(")").split("train on it with ")[1]
+    assert hint == ("--rendered" if as_text else "--template joined --rendered")
+    (chat,), (text,) = read_all_conversations([source]), read_all_conversations([out])
+    (expected,) = encode_conversation(chat, template_named("chat", tokenizer), tokenizer, 500)
+    for name in ("auto", *["joined"] * (not as_text)):
+        chosen = choose_template(name, [text], tokenizer, rendered=True)
+        (found,) = encode_conversation(text, template_named(chosen, tokenizer, rendered=True), tokenizer, 500)
+        assert expected is not None
+        assert found is not None
+        assert found.prompt + found.answer == expected.prompt + expected.answer
+        assert as_text or found.prompt == expected.prompt
+    with pytest.raises(InputError, match=r"(--rendered says that the data are written in a template|asks nothing)"):
+        choose_template("chat", [text], tokenizer, rendered=True)
+
+
+def test_a_conversation_that_the_template_refuses_costs_one_record(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+    template = tmp_path / "strict.jinja"
+    template.write_text(strict + "{% endfor %}" + CHATML, encoding="utf-8")
+    plain = [{"messages": chat["messages"][-2:]} for chat in conversations() if len(chat["messages"]) == 4]
+    file = write_jsonl(tmp_path / "x.jsonl", [*plain, conversations()[0]])
+    assert len(plain) > 100
+    words = ["--model", str(folder / "model"), "--data", str(file), "--template", str(template), "--device", "cpu"]
+    assert main(["finetune", *words, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert f"1 of {len(plain) + 1} records skipped" in printed
+    assert "the chat template refuses this conversation: no system text" in printed
+    write_jsonl(file, [plain[0], conversations()[0]] * 3)
+    assert main(["finetune", *words, "--steps", "1", "--out", str(tmp_path / "other")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no system text" in line
+
+
+def test_adapters_alone_stop_where_a_turn_ends(folder: Path, tmp_path: Path) -> None:
+    """The adapter's folder has no list of stop tokens; the template says where a turn ends."""
+    words = ["finetune", "--model", str(folder / "model"), "--data", str(folder / "chats.jsonl"), "--device", "cpu"]
+    test = ["--test", str(folder / "test.jsonl"), "--lora-rank", "8", "--lr", "5e-3", "--steps", "30"]
+    assert main([*words, *test, "--dtype", "float32", "--out", str(tmp_path / "run")]) == 0
+    scores = {}
+    for name in ("final", "adapter"):
+        file = tmp_path / f"{name}.json"
+        model = ["--model", str(tmp_path / "run" / name), "--device", "cpu"]
+        assert main(["evaluate", *model, "--data", str(folder / "test.jsonl"), "--json", str(file)]) == 0
+        scores[name] = json.loads(file.read_text(encoding="utf-8"))
+    assert scores["final"]["token_f1"] == pytest.approx(scores["adapter"]["token_f1"])
+
+
+def test_a_command_of_the_terminal_is_not_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/help\n /CLEAR\n/exit\r\nnever asked\n"))
+    assert main(["chat", "--model", str(folder / "model"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "note: unknown command /help; known: /clear, /exit\n"
+
+
+def test_the_runner_takes_chats_and_asks_in_the_models_template(folder: Path) -> None:
+    runner = BasicModelRunner(folder / "model", device="cpu", system_prompt="Be brief.")
+    runner.load_data_from_jsonlines(folder / "test.jsonl")
+    runner.train(steps=1, dtype="float32")
+    result = runner.evaluate()
+    assert len(result["eval_results"]) == 2
+    prompt = "".join(span.text for span in runner._prompt("What is the capital of Malta?"))
+    assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is")

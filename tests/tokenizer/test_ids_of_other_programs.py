@@ -20,8 +20,8 @@ from minift.data.templates import TEXT, read_template, template_named
 from minift.evaluation.choices import ChoiceQuestion, choose
 from minift.formats.convert import convert
 from minift.generate import generate
-from minift.pack import IGNORE, Example, collate
-from minift.prompts import Pair, Template
+from minift.pack import IGNORE, Example, collate, encode_each, encode_prompt
+from minift.prompts import Chat, Pair, Template, Turn
 from minift.runner import BasicModelRunner
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
@@ -308,3 +308,30 @@ def test_a_tokenizer_can_be_sent_to_a_worker(ours: Tokenizer) -> None:
     assert isinstance(ours, JsonTokenizer)
     again = pickle.loads(pickle.dumps(ours))
     assert again.encode("a") == ours.encode("a")
+
+
+ENDED_BY_A_MARKER = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_text_right_after_the_end_of_a_turn_has_the_ids_that_it_is_asked_with(
+    name: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """Some vocabularies add a space after a marker: in training as in use, and as `transformers` does."""
+    pytest.importorskip("jinja2")
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(ENDED_BY_A_MARKER, encoding="utf-8")
+    ours, other = load_tokenizer(tmp_path), read_by_transformers(tmp_path)
+    template = template_named("chat", ours)
+    said = ["Hi there", "hello", "bye", "see you", "again", "yes"]
+    turns = [Turn(("user", "assistant")[i % 2], text, learned=i % 2 == 1) for i, text in enumerate(said)]
+    (spans,) = template.examples(Chat(tuple(turns)))
+    trained = [id for ids in encode_each(spans, ours) for id in ids]
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    assert trained == other.apply_chat_template(messages, return_dict=True)["input_ids"]
+    for count in (2, 4, 6):
+        prompt = encode_prompt(template.prompt(Chat(tuple(turns[:count]))), ours)
+        assert trained[: len(prompt)] == prompt

@@ -233,8 +233,8 @@ def test_once_trained_it_is_asked_as_in_training(
     trained: list[list[int]] = []
     encode = jobs.encode_conversations
 
-    def spy(pairs: Any, template: Any, tokenizer: Tokenizer, max_length: int, learn: str) -> Any:
-        examples, dropped = encode(pairs, template, tokenizer, max_length, learn)
+    def spy(*arguments: Any) -> Any:
+        examples, dropped = encode(*arguments)
         trained.extend(example.prompt for example in examples)
         return examples, dropped
 
