@@ -141,7 +141,7 @@ class _Auditor:
         if self.unread:
             of = ", ".join(f"{key!r} of {count:,}" for key, count in self.reading.unread.most_common(SHOWN_UNREAD))
             where = next(iter(self.unread.values()))
-            self.found["keys not read"] = Found(len(self.unread), where, f"{of} records")
+            self.found["keys not read"] = Found(len(self.unread), where, f"records: {of}")
         for marker in unknown_markers(examiner.template, self.tokenizer):
             self._add("unknown markers", "", marker)
         return Audit(

@@ -77,7 +77,7 @@ def samples(result: dict[str, Any], count: int) -> str:
     blocks = []
     for sample in result["samples"][: max(0, count)]:
         earlier = [f"  {turn['role']:<10}{shorten(turn['text'], 160)}" for turn in sample.get("earlier", ())]
-        lines = [*(["after"] * bool(earlier)), *earlier, shorten(sample["question"], 200)]
+        lines = [*(["earlier"] * bool(earlier)), *earlier, shorten(sample["question"], 200)]
         for name in ("before", "after", "answer"):
             lines.append(f"  {'right' if name == 'answer' else name:<8}{shorten(sample[name], 200) or '(nothing)'}")
         blocks.append("\n".join(lines))

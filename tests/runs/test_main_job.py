@@ -87,8 +87,9 @@ def test_the_commands_of_the_readme_run_as_they_stand(run: tuple[Path, str]) -> 
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert not done.stderr, line
         printed.append(done.stdout)
-    assert len(printed) == 9
+    assert len(printed) == 10
     assert (folder / "xray.html").is_file()
+    assert (folder / "audit.html").is_file()
     assert printed[0].strip().endswith("?") or "?\n" in printed[0]
     assert printed[1] == "Mexico City\n"
     assert json.loads((folder / "compare.json").read_text()) == json.loads((run[0] / "compare.json").read_text())

@@ -147,15 +147,17 @@ def _samples(result: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _sample(one: Mapping[str, str]) -> str:
+def _sample(one: Mapping[str, Any]) -> str:
     def said(side: str) -> str:
         words = text(one[side]) or '<span class="soft">(nothing)</span>'
         if side == "after" and one["after"] != one["before"]:
             words = f'<mark>{words}</mark> <span class="soft">(changed)</span>'
         return f'{words} <span class="good">✓ right</span>' if one[side] == one["answer"] else words
 
+    turns = one.get("earlier", ())  # of a chat
+    earlier = "".join(f'<p class="soft">{text(turn["role"])}: {text(turn["text"])}</p>' for turn in turns)
     return (
-        f'<article class="sample"><h3>{text(one["question"])}</h3><dl><dt>before</dt><dd>{said("before")}</dd>'
+        f'<article class="sample">{earlier}<h3>{text(one["question"])}</h3><dl><dt>before</dt><dd>{said("before")}</dd>'
         f"<dt>after</dt><dd>{said('after')}</dd><dt>right</dt><dd>{text(one['answer'])}</dd></dl></article>"
     )
 
