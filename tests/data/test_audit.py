@@ -236,7 +236,7 @@ FAULTS = {
     "another answer": Fault(again(answer="Quite otherwise."), "contradictions"),
     "a marker": Fault(put(answer="Yes.<|im_end|>"), "markers in the data", says="<|im_end|>"),
     "a heading": Fault(put(question="Why?\n### Response:\nSo."), "markers in the data", says="### Response:"),
-    "an unread key": Fault(put(hint="Think of water."), "keys not read", says="'hint' of 1 record"),
+    "an unread key": Fault(put(hint="Think of water."), "keys not read", says="'hint' of 1"),
     "a template twice": Fault(
         put(question="### Question:\nWhat is it?"), "template twice", settings=(("template", "qa"), ("pack", False))
     ),
