@@ -13,7 +13,7 @@ from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain, a
 from minift.cli.streams import outlive_reader
 from minift.config import FINETUNE, PRETRAIN, TrainConfig
 from minift.errors import InputError
-from minift.look.report import samples, table
+from minift.look.report import samples, table, worse_line
 from minift.storage.names import model_path
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
@@ -131,6 +131,8 @@ def _finetune(options: dict[str, Any]) -> int:
 def _show_result(result: dict[str, Any], config: TrainConfig, out: Path) -> None:
     """Print the scores and some answers before and after, what was saved, and how to ask the new model."""
     print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
+    if (worse := worse_line(result)) is not None:
+        print(f"{worse}\n")
     adapter = f"{out / 'adapter'} (the adapters alone), " if config.lora_rank else ""
     print(f"saved: {out / 'final'} (the model), {adapter}{out / 'compare.json'}, {out / 'metrics.jsonl'}")
     print(f"look at it: {out / 'report.html'}")

@@ -47,6 +47,17 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def worse_line(result: dict[str, Any]) -> str | None:
+    """Return a line about a model that training has made worse on what was held out; None where it has not."""
+    before, after = result["before"]["perplexity"], result["after"]["perplexity"]
+    if before is None or after is None or after <= before:
+        return None
+    return (
+        f"note: after training the right answers are less likely than before (perplexity {number(before)}, then "
+        f"{number(after)}): train for fewer steps, lower --lr, or give more records"
+    )
+
+
 def score_lines(scores: dict[str, Any]) -> str:
     """Return the scores of one model (`Evaluation.to_dict`), each on its line, with its interval."""
     lines = []

@@ -14,7 +14,7 @@ from minift.formats.peft import write_peft
 from minift.lora import LoRAConfig, adapter_weights, merge
 from minift.model import Llama
 from minift.pack import Batch
-from minift.runs.folder import FinetuneJob, Job, check_free, cut_metrics, newest_whole_step, own_folder, start_folder
+from minift.runs.folder import FinetuneJob, Job, check_free, cut_metrics, newest_whole_step, start_folder
 from minift.runs.loop import run_steps
 from minift.runs.machine import check_compiler, choose_device, choose_dtype
 from minift.runs.progress import Best
@@ -22,6 +22,8 @@ from minift.runs.steps import load_step
 from minift.storage.atomic import remove_leftovers, write_folder
 from minift.tokenizer.base import Tokenizer
 from minift.train import Plan, TrainState
+
+PATIENCE = 3  # evaluations, where one is advised
 
 
 @dataclass(frozen=True)
@@ -97,29 +99,28 @@ def describe(model: Llama, source: str, trained: str, config: TrainConfig, world
 def complete(run: Run, state: TrainState, resume: bool) -> bool:
     """Start a run in its folder, or resume it, and take its steps. Return True when `final/` is there at the end.
 
-    Call it on all ranks.
+    Call it on all ranks, inside `own_folder`: all that a run writes, its report included, is written under one lock.
 
     Raises:
-        InputError: when the folder is in use, all its step folders are damaged, or --patience has nothing to evaluate.
+        InputError: when all its step folders are damaged, or --patience has nothing to evaluate.
         RunError: when training cannot go on.
     """
     if run.config.patience and not (run.validation and run.config.eval_every):
         raise InputError("--patience needs held-out data to be evaluated on, and --eval-every above 0")
-    with own_folder(run.out, resume, state.world):
-        if resume and (run.out / "final").is_dir():
-            return True
-        if resume:
-            _resume(run, state)
-        elif state.world.is_main:
-            start_folder(run.job, run.config, run.out)
-        state.world.wait()  # until the main rank has prepared the folder
-        steps, warmup = run.plan.steps, run.config.warmup
-        if state.step == 0 and warmup >= steps:
-            print(f"note: the run of {steps} steps ends within its warm-up of {warmup}, below --lr")
-        if not run_steps(state, run.plan, run.config, run.tokenizer, run.validation, run.out):
-            return False
-        _save_final(run, state)
+    if resume and (run.out / "final").is_dir():
         return True
+    if resume:
+        _resume(run, state)
+    elif state.world.is_main:
+        start_folder(run.job, run.config, run.out)
+    state.world.wait()  # until the main rank has prepared the folder
+    steps, warmup = run.plan.steps, run.config.warmup
+    if state.step == 0 and warmup >= steps:
+        print(f"note: the run of {steps} steps ends within its warm-up of {warmup}, below --lr")
+    if not run_steps(state, run.plan, run.config, run.tokenizer, run.validation, run.out):
+        return False
+    _save_final(run, state)
+    return True
 
 
 def _resume(run: Run, state: TrainState) -> None:
@@ -137,6 +138,8 @@ def _resume(run: Run, state: TrainState) -> None:
 def _save_final(run: Run, state: TrainState) -> None:
     """Write the model of the last step or, with --patience, of the best one; of a LoRA run, the adapters, too."""
     best = Best.of(run.out / "metrics.jsonl")
+    if not run.config.patience and best.rose:
+        print(f"note: {best.in_words()}: train for fewer steps, lower --lr, or let --patience {PATIENCE} keep the best")
     if run.config.patience and best.step:
         if state.step < run.plan.steps:
             waited = f"{run.config.patience} evaluations without a lower loss"

@@ -39,14 +39,15 @@ from minift.model import Llama
 from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
-from minift.runs.folder import FinetuneJob, write_report
+from minift.runs.folder import FinetuneJob, own_folder, write_report
 from minift.runs.start import start_state
+from minift.storage.atomic import write_file
 from minift.storage.checksums import check_model
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat import ChatTemplate, has_chat_template, stop_at_turns
 from minift.tokenizer.load import check_fit, load_tokenizer
-from minift.train import Plan
+from minift.train import Plan, TrainState
 
 
 def finetune_job(
@@ -86,18 +87,18 @@ def finetune(
         split = read_data(job, config)
         # By default not compiled: no two batches have the same shape, and each new one would be compiled again.
         config = config.replace(template=split.template, compile=bool(config.compile))
-        if not _train(job, split, config, out, resume, plain, world):
-            return None
-        return _compare_with_base(job, split, config, out, plain, world.device) if world.is_main else {}
+        prepared = [_prepare(job, split, config, out, plain, world)]
+        with own_folder(out, resume, world):
+            # Taken out of the list: what the steps need of memory makes room for the two models of the comparison.
+            if not complete(*prepared.pop(), resume):
+                return None
+            return _compare_with_base(job, split, config, out, plain, world.device) if world.is_main else {}
 
 
-def _train(
-    job: FinetuneJob, split: "Split", config: TrainConfig, out: Path, resume: bool, plain: bool, world: World
-) -> bool:
-    """Take all steps of a run. Return True when `final/` is there.
-
-    What they need of memory is free again when this returns, and makes room for the two models of the comparison.
-    """
+def _prepare(
+    job: FinetuneJob, split: "Split", config: TrainConfig, out: Path, plain: bool, world: World
+) -> tuple[Run, TrainState]:
+    """Return a run and its state before the first step. Nothing is written."""
     tokenizer, model = open_model(job.model, config, world)
     encoded = encode(split, tokenizer, config)
     fit_to_template(model, split, tokenizer)
@@ -111,7 +112,7 @@ def _train(
     if world.parallel == "fsdp":  # each rank has room for its part now
         _fill_shards(job.model, model, config, world)
     validation = _validation_batches(encoded.held_out, tokenizer, config)
-    return complete(Run(job, config, plan, tokenizer, validation, out), state, resume)
+    return Run(job, config, plan, tokenizer, validation, out), state
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -325,13 +326,7 @@ def _compare_with_base(
         remedy = f"minift compare {job.model} {out / 'final'} --data FILE --device cpu"
         raise RunError(f"{out / 'final'} is saved, but {device.type} cannot hold both models: {remedy}") from None
     result = {"template": split.template, **scores}
-    _write_json(out / "compare.json", result)
+    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    write_file(out / "compare.json", lambda partial: partial.write_bytes(text.encode(errors="backslashreplace")))
     write_report(out)
     return result
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    try:
-        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
-    except OSError as error:
-        raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None

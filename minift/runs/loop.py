@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from minift.config import TrainConfig
 from minift.distributed.sharding import first_not_finite
 from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
@@ -49,6 +51,8 @@ def run_steps(
                 metrics.flush()
                 if best.add(record) and config.patience:
                     save_best(out / "best", state, tokenizer)
+                if best.rose and best.evaluations_since == 1 and state.world.is_main:
+                    tqdm.write(f"step {state.step}: {best.in_words()}")
                 if config.patience and best.evaluations_since >= config.patience:
                     return True
                 if _due(state.step, config.save_every, None):

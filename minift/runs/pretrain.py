@@ -31,7 +31,7 @@ from minift.formats.shapes import model_without_weights
 from minift.model import Llama
 from minift.pack import Batch
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
-from minift.runs.folder import PretrainJob, write_report
+from minift.runs.folder import PretrainJob, own_folder, write_report
 from minift.runs.machine import choose_compile
 from minift.runs.start import start_state
 from minift.tokenizer.base import Tokenizer
@@ -83,10 +83,11 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         state = start_state(model, batches, config, world, plain)
         if world.parallel == "fsdp":  # each rank has room for its part now
             fill(model, world, model.random_weights(torch.Generator().manual_seed(config.seed)))
-        done = complete(Run(job, config, plan, tokenizer, validation, out), state, resume)
-        _report_skipped(batches)
-        if done and world.is_main:
-            write_report(out)
+        with own_folder(out, resume, world):
+            done = complete(Run(job, config, plan, tokenizer, validation, out), state, resume)
+            _report_skipped(batches)
+            if done and world.is_main:
+                write_report(out)
         return done
 
 

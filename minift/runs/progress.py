@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from minift.distributed.world import World
 from minift.pack import PADDING
 from minift.train import Step, TrainState
 
+RISE = 0.01  # of the lowest validation loss: a higher one is said
+
 
 @dataclass
 class Best:
@@ -24,6 +26,16 @@ class Best:
     loss: float = math.inf
     step: int = 0
     evaluations_since: int = 0
+    last: float = math.inf  # the loss of the newest evaluation
+
+    @property
+    def rose(self) -> bool:
+        """Whether the newest loss is higher than the lowest by more than RISE of it."""
+        return self.evaluations_since > 0 and self.last > self.loss * (1 + RISE)
+
+    def in_words(self) -> str:
+        """Return where the loss was lowest, and what it is now."""
+        return f"the validation loss was lowest after step {self.step} ({self.loss:.4f}) and is {self.last:.4f} now"
 
     @classmethod
     def of(cls, metrics: Path) -> "Best":
@@ -34,10 +46,11 @@ class Best:
                 best.add(json.loads(line))
         return best
 
-    def add(self, record: dict[str, Any]) -> bool:
+    def add(self, record: Mapping[str, Any]) -> bool:
         """Take in what a step reports; return True when it was evaluated and is the best so far."""
         if "validation_loss" not in record:
             return False
+        self.last = record["validation_loss"]
         if record["validation_loss"] < self.loss:
             self.loss, self.step, self.evaluations_since = record["validation_loss"], record["step"], 0
             return True

@@ -26,6 +26,7 @@ from minift.look.pages.curves import curves_of, svg
 from minift.look.pages.document import document, table, text
 from minift.look.report import LABELS, number
 from minift.lora import LoRAConfig
+from minift.runs.progress import Best
 from minift.values import read_json, size
 
 SHOWN = 100  # samples on a page; the rest are in the JSON
@@ -109,6 +110,11 @@ def _summary(config: TrainConfig, metrics: Sequence[Mapping[str, Any]], shape: L
     share = "all of them trained" if trained is None else f"with {trained:,} numbers of adapters trained in their place"
     tokens = sum(step["tokens"] for step in metrics)
     words = f"A Llama of {total:,} weights, {share}: {len(metrics):,} steps over {tokens:,} tokens, in {config.dtype}."
+    best = Best()
+    for record in metrics:
+        best.add(record)
+    if best.rose:
+        words += f" Note that {best.in_words().replace(' now', ' at the end')}."
     return f"<p>{text(words)}</p>"
 
 
