@@ -135,6 +135,18 @@ def test_dropout_leaves_out_its_share_and_scales_up_the_rest(rate: float) -> Non
     assert bool((adapted.eval()(torch.ones(rows, n)) == 3).all())
 
 
+@torch.no_grad()
+def test_dropout_is_of_each_input_by_itself() -> None:
+    """Before A, as peft has it: what is left of a sum is not all or nothing."""
+    n, rows = 64, 500
+    adapted = LoRALinear(torch.nn.Linear(n, n, bias=False), LoRAConfig(1, 1.0, ("q_proj",), dropout=0.5))
+    adapted.weight.zero_(), adapted.lora_A.fill_(1.0), adapted.lora_B.fill_(1.0)
+    torch.manual_seed(0)
+    sums = adapted.train()(torch.ones(rows, n))[:, 0] / 2  # of each row, how many inputs are left
+    assert float(sums.mean()) == pytest.approx(32, abs=5 * 4 / math.sqrt(rows))
+    assert float(sums.std()) == pytest.approx(4, rel=0.2)  # of 64 coins
+
+
 def test_the_flags_of_a_run_are_those_of_its_adapters() -> None:
     config = FINETUNE.replace(lora_rank=5, lora_alpha=7.0, lora_dropout=0.3, lora_targets="q_proj, up_proj")
     assert LoRAConfig.of(config) == LoRAConfig(5, 7.0, ("q_proj", "up_proj"), 0.3)
@@ -162,6 +174,7 @@ def test_first_adapters_are_drawn_as_the_weights_of_a_linear_layer() -> None:
     assert len(firsts) == 2 * len(LORA_TARGETS)
 
 
+@torch.no_grad()
 def test_a_held_out_loss_is_without_dropout_and_training_goes_on_with_it() -> None:
     model = adapted_model(LoRAConfig(3, 6.0, LORA_TARGETS, dropout=0.5), torch.float32)
     dense = small_model()
@@ -173,8 +186,7 @@ def test_a_held_out_loss_is_without_dropout_and_training_goes_on_with_it() -> No
     batches = [collate(examples[:1], 2), collate(examples[1:], 2)]  # of unequal size: no mean of means
     assert validation_loss(state, batches) == pytest.approx(nll / 18, rel=1e-5)
     assert all(module.training for module in model.modules())
-    with torch.no_grad():
-        assert not torch.equal(model(TOKENS), model(TOKENS))
+    assert not torch.equal(model(TOKENS), model(TOKENS))
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
