@@ -4,7 +4,10 @@ import argparse
 import gzip
 import json
 import random
-from collections.abc import Iterable, Sequence
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -261,3 +264,54 @@ def instruct_model(folder: Path) -> Path:
             weights[name] = torch.cat([weight, more])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+# Bounds of time -------------------------------------------------------------------------------------------------------
+
+WAITING = 10  # how many times longer than it may compute something may take by the clock, on a busy machine
+
+
+class HangError(BaseException):
+    """A call did not come back in time. No `except Exception` of the code under test takes it for something else."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt what computes for more than `seconds`, or takes more than WAITING times that by the clock.
+
+    The seconds are those that this process itself computes: a busy machine makes the clock's longer, and not these.
+
+    Raises:
+        HangError: out of the call, wherever it is then.
+        AssertionError: when the call went on after that, and came back.
+    """
+    rang = []
+
+    def ring(*_: Any) -> None:
+        rang.append(True)
+        raise HangError(f"not done in {seconds} s")
+
+    timers = {
+        signal.ITIMER_PROF: (signal.SIGPROF, seconds),
+        signal.ITIMER_REAL: (signal.SIGALRM, WAITING * seconds),
+    }
+    before = {number: signal.signal(number, ring) for number, _ in timers.values()}
+    try:
+        for timer, (_, limit) in timers.items():
+            signal.setitimer(timer, limit)
+        yield
+    finally:
+        for timer in timers:
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not rang, f"not done in {seconds} s, and the call went on"
+
+
+@contextmanager
+def soon_done(seconds: float) -> Iterator[None]:
+    """Fail after a call that has computed for `seconds`, or has taken WAITING times that by the clock."""
+    computed, clock = time.process_time(), time.monotonic()
+    yield
+    assert time.process_time() - computed < seconds
+    assert time.monotonic() - clock < WAITING * seconds

@@ -21,6 +21,7 @@ from minift.costs.flops import (
     peak_flops,
     training_flops_per_token,
 )
+from minift.distributed.world import World
 from minift.formats.shapes import model_without_weights
 from minift.loss import next_token_loss
 from minift.model import Llama
@@ -144,5 +145,25 @@ def test_mfu_is_recorded_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch
     assert "mfu" not in record_of(state, step)
     monkeypatch.setattr(Llama, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    alone = record_of(state, step)
+    assert alone["mfu"] == pytest.approx(training_flops_per_token(model.config, 8) * 16 / 0.5 / 989e12)
+    state.world = OneOfFour(size=4)
     record = record_of(state, step)
-    assert record["mfu"] == pytest.approx(training_flops_per_token(model.config, 8) * 16 / 0.5 / 989e12)
+    assert (record["tokens"], record["tokens_per_second"]) == (4 * 16, 4 * 16 / 0.5)
+    assert record["mfu"] == pytest.approx(alone["mfu"])  # each of four GPUs does what one alone has done
+
+
+class OneOfFour(World):
+    """A rank whose three others do the same."""
+
+    def total(self, *values: float) -> list[float]:
+        return [4 * value for value in values]
+
+
+def test_tokens_are_those_that_were_read_and_no_padding() -> None:
+    ids = torch.tensor([[0, 0, 0, 1, 1, -1, -1, -1], [0, 0, -1, -1, -1, -1, -1, -1]])
+    rows = torch.zeros(2, 8, dtype=torch.int64)
+    batch = Batch(rows, rows, rows, ids, isolated=True, n_targets=3)
+    state = start_state(small_model(), None, PRETRAIN.replace(dtype="float32", device="cpu"))  # type: ignore[arg-type]
+    record = record_of(state, Step([batch, batch], 0.1, StepResult(1.0, 1.0, True), 0.5))
+    assert (record["tokens"], record["tokens_per_second"]) == (14, 28)

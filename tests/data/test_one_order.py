@@ -35,7 +35,7 @@ from minift.cli import main
 from minift.data import encode, lines, stream
 from minift.data.batches import PageBatches, PairBatches
 from minift.data.records import Skipped
-from minift.data.stream import DocumentStream
+from minift.data.stream import DocumentStream, fingerprint
 from minift.errors import InputError, RunError
 from minift.pack import Batch, Example
 from minift.tokenizer.base import Tokenizer
@@ -558,6 +558,40 @@ def test_a_file_changed_at_its_ends_is_refused_by_name(large: list[Path], change
     assert message == "b.jsonl: the data has changed since the run was saved"
 
 
+REPLACED = "the file has been changed during the run; its epochs would not be the same"
+
+
+@pytest.mark.parametrize("taken", [5, 395, 405])
+@pytest.mark.parametrize("change", [flip(0), flip(-500), add], ids=["start", "end", "longer"])
+def test_a_file_changed_while_it_is_read_is_refused_by_name(
+    large: list[Path], change: Callable[[bytearray], None], taken: int
+) -> None:
+    """At its own end at the latest, and not in the next epoch; and before a shard begins that has been changed."""
+    documents = iter(DocumentStream(large, shuffle_buffer=0, epochs=1))
+    list(islice(documents, taken))
+    changed = large[0] if taken < 400 else large[2]
+    rewrite(changed, change)
+    assert refusal(lambda: list(documents)) == f"{changed}: {REPLACED}"
+
+
+@pytest.mark.parametrize("size", [1, 2**16, 2**17 - 1, 300_000])
+def test_a_file_is_recognised_by_each_byte_of_its_ends(tmp_path: Path, size: int) -> None:
+    """64 KiB at its start and at its end, to the very last byte, and by its size."""
+    file, content = tmp_path / "pages.txt", bytearray(b"x" * size)
+    file.write_bytes(content)
+    known = fingerprint(file)
+    for place in {0, min(2**16, size) - 1, max(0, size - 2**16), size - 1}:
+        changed = content.copy()
+        changed[place] = ord("y")
+        file.write_bytes(changed)
+        assert fingerprint(file) != known, place
+    for other in (content + b"x", content[:-1]):
+        file.write_bytes(other)
+        assert fingerprint(file) != known
+    file.write_bytes(content)
+    assert fingerprint(file) == known == {**known, "name": "pages.txt", "bytes": size}
+
+
 @pytest.mark.parametrize("buffer", [0, 10])
 def test_a_file_changed_where_it_was_read_is_refused_by_name(large: list[Path], buffer: int) -> None:
     """In the middle, in a document that was yielded long ago; and the size is the same."""
@@ -652,9 +686,12 @@ def test_other_pairs_are_refused_by_name() -> None:
     changed[6] = Example(examples[6].prompt, [106, 3])
     moved = examples.copy()
     moved[6] = Example([*examples[6].prompt, 106], [2])  # the same ids, but the prompt is longer
+    given = examples.copy()
+    given[6] = Example(examples[6].prompt, examples[6].answer, given=((1, 2),))  # the same ids, but fewer are learned
     for other, named in [
         (PairBatches(changed, 4, 2, 0), "data 10 pairs"),
         (PairBatches(moved, 4, 2, 0), "data 10 pairs"),
+        (PairBatches(given, 4, 2, 0), "data 10 pairs"),
         (PairBatches(examples[:9], 4, 2, 0), "data 10 pairs"),
         (PairBatches(examples[::-1], 4, 2, 0), "data 10 pairs"),
         (PairBatches(examples, 4, 2, 1), "seed 0, and now it is 1"),
@@ -1014,7 +1051,7 @@ def running(words: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen
 
 
 def check_that_workers_end(workers: Sequence[int]) -> None:
-    deadline = time.monotonic() + 12  # for machines that are busy: the end of a pipe is noticed at once
+    deadline = time.monotonic() + 60  # for machines that are busy: the end of a pipe is noticed at once
     while any(map(alive, workers)):
         assert time.monotonic() < deadline, "a worker has outlived its run"
         time.sleep(0.02)

@@ -5,6 +5,7 @@ they are rounded once; chains of adapters; what is not read; one line for an ada
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from minift.formats.convert import convert
 from minift.formats.files import TensorFile
 from minift.formats.open import open_model
 from minift.formats.opened import open_tensors
-from minift.formats.peft import write_peft
+from minift.formats.peft import read_adapter, write_adapter, write_peft
 from minift.lora import LoRAConfig, adapter_weights, has_adapter
 from minift.model import Llama
 from tests.helpers import LORA, adapted_model, bits, same, small_model, to_transformers
@@ -314,6 +315,21 @@ def test_tensors_that_are_no_adapters(tmp_path: Path, change: Any, message: str)
     said = refusal(adapter)
     assert message in said
     assert str(adapter / "adapter_model.safetensors") in said
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj.lora_A", "layers.1.mlp.down_proj.lora_B"])
+def test_an_adapter_of_a_run_that_holds_no_numbers_is_refused(tmp_path: Path, name: str, value: float) -> None:
+    """The file from which a run goes on, or whose adapters are its best ones: one bad number is enough."""
+    model = adapted_model(dtype=torch.float32)
+    weights = {key: tensor.clone() for key, tensor in adapter_weights(model).items()}
+    write_adapter(tmp_path, weights)
+    read_adapter(tmp_path, model)
+    weights[name][-1, -1] = value
+    (tmp_path / "adapter.pt").unlink()
+    write_adapter(tmp_path, weights)
+    with pytest.raises(InputError, match=rf"adapter\.pt: tensor {name} holds NaN or infinite values"):
+        read_adapter(tmp_path, model)
 
 
 def test_a_base_with_nan_is_named(tmp_path: Path) -> None:

@@ -5,14 +5,15 @@ test: another exception, a warning or a word on stderr, a call that does not com
 """
 
 import copy
+import ctypes
 import functools
+import gc
 import io
 import json
 import math
 import os
 import random
 import resource
-import signal
 import sys
 import warnings
 from collections import Counter
@@ -36,13 +37,13 @@ from minift.formats.peft import write_peft
 from minift.lora import LoRAConfig, adapter_weights, add_lora
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.sentencepiece import train_tokenizer
-from tests.helpers import small_model
+from tests.helpers import small_model, time_limit
 
 EXAMPLES = int(os.environ.get("MINIFT_FUZZ_EXAMPLES", "0"))  # inputs of a target; 0: those of the suite
 ROUND = min(EXAMPLES, 5_000)  # inputs of one test; hypothesis remembers all that it draws
 VARIATIONS = 10 if EXAMPLES else 1  # inputs that are made of one that hypothesis has drawn, which takes it long
 MEMORY = 2 * 2**30  # bytes that a target may take
-LIMIT = 20.0  # seconds that an input may take on a busy machine; most take a thousandth of one
+LIMIT = 20.0  # seconds that an input may compute; most take a thousandth of one
 LONGEST = 1_000  # characters that are still one clear line
 
 tally: Counter[str] = Counter()
@@ -94,36 +95,22 @@ def varied(strategy: st.SearchStrategy[Any], make: Callable[[random.Random], Any
 # The judge ------------------------------------------------------------------------------------------------------------
 
 
-class Hang(BaseException):
-    """A call did not come back in time. No `except Exception` of the code under test takes it for something else."""
-
-
 @contextmanager
 def judged(limit: float = LIMIT) -> Iterator[list[str]]:
     """Run a call that must come back in time. Gives the lines that Python, or a library below it, wrote to stderr."""
-    rang, said = [], list[str]()
-
-    def ring(*_: Any) -> None:
-        rang.append(True)
-        raise Hang(f"not done in {limit} s")
-
-    before, saved = signal.signal(signal.SIGALRM, ring), os.dup(2)
+    said, saved = list[str](), os.dup(2)
     spoken = os.memfd_create("stderr")
     os.dup2(spoken, 2)
     python = io.TextIOWrapper(os.fdopen(spoken, "wb", buffering=0), "utf-8", write_through=True)
-    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
-        with redirect_stderr(python):
+        with redirect_stderr(python), time_limit(limit):
             yield said
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         os.dup2(saved, 2)
         os.close(saved)
         if size := os.lseek(spoken, 0, os.SEEK_END):
             said += os.pread(spoken, size, 0).decode(errors="replace").splitlines()
         python.close()
-    assert not rang, f"not done in {limit} s, and the call went on"
 
 
 def outcome(use: Callable[[], Any], *culprits: str | Path, limit: float = LIMIT) -> Any:
@@ -199,23 +186,47 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """Let this process take MEMORY bytes more than it has in use.
+
+    A run sets the C library to keep what is freed (`kernels/malloc.py`). After it, a test could take gigabytes without
+    one byte more of address space. So all that is free is taken first, in large blocks, which are not written to.
+    """
+    gc.collect()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    library, blocks = ctypes.CDLL(None), list[int]()
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (address_space() + 2**23, hard))  # so that no more is free than was
+        for size in (2**power for power in range(30, 23, -1)):
+            while block := library.malloc(size):
+                blocks.append(block)
+        resource.setrlimit(resource.RLIMIT_AS, (address_space() + MEMORY, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        for block in blocks:
+            library.free(block)
+
+
+def address_space() -> int:
+    """Return the bytes of this process's address space."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
 @pytest.fixture(autouse=True)
 def judged_test(request: pytest.FixtureRequest) -> Iterator[None]:
     """Limit a test's memory, make warnings errors, and say how many inputs were used and refused.
 
     A target that refuses all inputs, or none, is one whose inputs are not what they were meant to be.
     """
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
     tally.clear()
-    try:
-        with warnings.catch_warnings():
-            for kind in (UserWarning, FutureWarning, RuntimeWarning):
-                warnings.simplefilter("error", kind)
-            yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with warnings.catch_warnings(), limited_memory():
+        for kind in (UserWarning, FutureWarning, RuntimeWarning):
+            warnings.simplefilter("error", kind)
+        yield
     if tally["inputs"]:
         print(f"{request.node.name}: {tally['inputs']} inputs; calls: {tally['used']} used, {tally['refused']} refused")
         assert min(tally["used"], tally["refused"]) > 0

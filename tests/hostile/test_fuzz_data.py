@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 import warnings
@@ -41,7 +42,7 @@ from minift.evaluation.choices import read_choices
 from minift.pack import IGNORE, PADDING, Example, collate
 from minift.prompts import Pair, Template
 from minift.tokenizer.base import Tokenizer
-from tests.helpers import encode_pair, texts_of
+from tests.helpers import ROOT, HangError, encode_pair, texts_of
 from tests.hostile.fuzzing import (
     ALIKE,
     EDITS,
@@ -52,7 +53,6 @@ from tests.hostile.fuzzing import (
     TEXT,
     VALUES,
     Edits,
-    Hang,
     check_line,
     damaged,
     fuzz,
@@ -282,11 +282,18 @@ def go_on() -> None:
         time.sleep(9)
 
 
+def compute() -> None:
+    end = time.monotonic() + 9
+    while time.monotonic() < end:
+        pass
+
+
 @pytest.mark.parametrize(
     ("use", "error", "found"),
     [
         (lambda: {}["x"], KeyError, "x"),
-        (lambda: time.sleep(9), Hang, "not done in 0.2 s"),
+        (lambda: time.sleep(9), HangError, "not done in 0.1 s"),
+        (compute, HangError, "not done in 0.1 s"),
         (go_on, AssertionError, "the call went on"),
         (lambda: refuse("something is wrong"), AssertionError, "names none"),
         (lambda: refuse(""), AssertionError, "names none"),
@@ -300,7 +307,41 @@ def go_on() -> None:
 )
 def test_the_judge_sees_what_is_wrong(use: Callable[[], Any], error: type[BaseException], found: str | None) -> None:
     with pytest.raises(error, match=found):
-        outcome(use, "x.jsonl", limit=0.2 if error is Hang or use is go_on else 20)
+        outcome(use, "x.jsonl", limit=0.1 if error is HangError or use is go_on else 20)
+
+
+KEEPS_WHAT_IT_FREES = """
+import resource, sys, torch
+from minift.kernels.malloc import keep_freed_memory
+from tests.hostile.fuzzing import limited_memory
+
+resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2)
+if not keep_freed_memory():
+    sys.exit(77)
+large = torch.empty(5 * 2**30, dtype=torch.uint8)  # not written to, so it takes no memory
+above = bytearray(99_999)
+del large
+with limited_memory():
+    for size in (3 * 2**30, 2**30):
+        try:
+            torch.empty(size, dtype=torch.uint8)
+            print("taken")
+        except RuntimeError:
+            print("refused")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory a process has in /proc")
+def test_the_limit_holds_after_a_test_that_has_freed_memory() -> None:
+    """What a run in this process has freed stays with it, and must not be more that may be taken.
+
+    In a process of its own, which is told to keep what it frees as a run tells it (`kernels/malloc.py`).
+    """
+    command, env = [sys.executable, "-c", KEEPS_WHAT_IT_FREES], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    if done.returncode == 77:
+        pytest.skip("the C library is not GNU's")
+    assert done.stdout.split() == ["refused", "taken"], done.stderr
 
 
 def test_the_judge_sees_nothing_else() -> None:

@@ -4,6 +4,7 @@ Files are read with plain `torch.load` and JSON. Damaged and hostile ones are ma
 each of its steps, and the older checkpoint must still be there.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from minift.errors import InputError, RunError
 from minift.formats import files, native
 from minift.runs.steps import load_step, save_step, step_folders
 from minift.storage import atomic
-from minift.storage.checksums import CHECKSUMS, check_model
+from minift.storage.checksums import CHECKSUMS, check_model, write_checksums
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
 from tests.helpers import bits, new_state, same, small_model, take_steps
@@ -347,6 +348,21 @@ def test_a_flipped_byte_of_a_model_is_found_by_name(saved: Path) -> None:
             check_model(saved)
         file.write_bytes(content)
     check_model(saved)
+
+
+@pytest.mark.parametrize("place", [0, 2**20, 2**24 - 1, 2**24, -1])
+def test_a_checksum_is_that_of_all_bytes_of_a_large_file(tmp_path: Path, place: int) -> None:
+    """To the last one, however large the parts are in which it is read."""
+    size = 2**24 + 3
+    content = bytearray(size)
+    (tmp_path / "model.pt").write_bytes(content)
+    write_checksums(tmp_path)
+    assert (tmp_path / CHECKSUMS).read_text() == f"{hashlib.sha256(content).hexdigest()}  model.pt\n"
+    check_model(tmp_path)
+    content[place] ^= 1
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.pt: damaged"):
+        check_model(tmp_path)
 
 
 def test_a_damaged_model_is_refused_before_it_is_finetuned(

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,41 @@ def test_the_usual_faults_would_have_been_seen(fault: Callable[[World], dict[str
     expected, _ = trained_alone(True, False)
     weights, _ = run_ranks(2, "ddp", fault)
     assert apart(weights, expected) > 1e-3  # a thousand times the tolerance
+
+
+def left_out(world: World) -> tuple[Tensor, Tensor]:
+    """Return what dropout leaves of ones in an adapter of this rank, before and after it has gone on from a file."""
+    model = small_model()
+    add_lora(model, replace(LORA, dropout=0.5), torch.Generator().manual_seed(5))
+    batches = PairBatches(examples(), 8, 2, seed=0, rank=world.rank, world=world.size)
+    state = start_state(model, batches, CONFIG.replace(seed=3), world)
+    with torch.no_grad():
+        adapter: Any = model.layers[0].self_attn.q_proj
+        adapter.lora_A.fill_(0)[0, :].copy_(torch.ones(24))
+        adapter.lora_B.fill_(1.0)
+        adapter.weight.fill_(0)
+        ones = torch.eye(24).repeat(4, 1)  # one number of each row, so that each can be seen
+        folder = save_step(Path(os.environ["MINIFT_TEST_OUT"]), state, None)
+        first = adapter(ones).ne(0).any(-1)
+        load_step(folder, state)
+        return first, adapter(ones).ne(0).any(-1)
+
+
+@pytest.mark.parametrize("parallel", ["ddp"])
+def test_every_rank_has_random_numbers_of_its_own(
+    parallel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or all ranks would leave out the same places. A run that goes on gives each rank its own again."""
+    monkeypatch.setenv("MINIFT_TEST_OUT", str(tmp_path))
+    found = run_ranks(3, parallel, left_out)
+    for rank, (first, again) in enumerate(found):
+        assert 20 < int(first.sum()) < 76  # of 96, half
+        assert torch.equal(first, again)
+        for other, _ in found[:rank]:
+            assert not torch.equal(first, other)
+            assert 20 < int((first != other).sum()) < 76
+    torch.manual_seed(3 + 2)  # the seed of the run, and the rank
+    assert torch.equal(found[2][0], torch.nn.functional.dropout(torch.eye(24).repeat(4, 1), 0.5).ne(0).any(-1))
 
 
 def gradients_sent(world: World) -> list[int]:

@@ -46,7 +46,7 @@ from tests.helpers import IMPORTED_BY_RUNS, ROOT, SMALL, write_jsonl
 
 pytestmark = pytest.mark.slow
 TIMES = ("seconds", "tokens_per_second")  # the only numbers in which a resumed run may differ
-PATIENCE = 12  # seconds until the workers of a killed run must have noticed
+PATIENCE = 60  # seconds until the workers of a killed run must have noticed
 KILLS = 5  # of each run that is cut at random
 
 

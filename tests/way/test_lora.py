@@ -5,6 +5,7 @@ what is trained and what is saved; runs that are resumed. Adapters on disk are i
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,12 +16,16 @@ from minift import load_model, load_tokenizer, save_model
 from minift.cache import KVCache
 from minift.cli import main
 from minift.config import FINETUNE, LORA_TARGETS
+from minift.data.batches import PairBatches
 from minift.generate import generate
 from minift.kernels.decode import Decoder
 from minift.lora import LoRAConfig, LoRALinear, adapter_weights, has_adapter, merge, merged_weights
 from minift.loss import next_token_loss
 from minift.optim import make_optimizer
-from tests.helpers import adapted_model, small_model, write_jsonl
+from minift.pack import collate
+from minift.runs.start import start_state
+from minift.train import validation_loss
+from tests.helpers import adapted_model, make_examples, plain_nll, small_model, write_jsonl
 
 TOKENS = torch.randint(3, 97, (2, 17), generator=torch.Generator().manual_seed(4))
 
@@ -110,6 +115,78 @@ def test_dropout_is_for_training() -> None:
         assert torch.equal(model(TOKENS), model(TOKENS))
         model.train()
         assert not torch.equal(model(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+@torch.no_grad()
+def test_dropout_leaves_out_its_share_and_scales_up_the_rest(rate: float) -> None:
+    """Of what the adapter reads, and not of what W does. With W, A and B the identity, each number can be seen."""
+    n, rows = 64, 500
+    linear = torch.nn.Linear(n, n, bias=False)
+    adapted = LoRALinear(linear, LoRAConfig(rank=n, alpha=2.0 * n, targets=("q_proj",), dropout=rate))
+    for matrix in (adapted.weight, adapted.lora_A, adapted.lora_B):
+        torch.nn.init.eye_(matrix)
+    torch.manual_seed(0)
+    added = adapted.train()(torch.ones(rows, n)) - 1
+    left_out = added == 0
+    torch.testing.assert_close(added[~left_out], torch.full_like(added[~left_out], 2 / (1 - rate)))
+    share, deviation = float(left_out.double().mean()), math.sqrt(rate * (1 - rate) / (rows * n))
+    assert abs(share - rate) <= 5 * deviation  # as of so many coins
+    assert bool((adapted.eval()(torch.ones(rows, n)) == 3).all())
+
+
+@torch.no_grad()
+def test_dropout_is_of_each_input_by_itself() -> None:
+    """Before A, as peft has it: what is left of a sum is not all or nothing."""
+    n, rows = 64, 500
+    adapted = LoRALinear(torch.nn.Linear(n, n, bias=False), LoRAConfig(1, 1.0, ("q_proj",), dropout=0.5))
+    adapted.weight.zero_(), adapted.lora_A.fill_(1.0), adapted.lora_B.fill_(1.0)
+    torch.manual_seed(0)
+    sums = adapted.train()(torch.ones(rows, n))[:, 0] / 2  # of each row, how many inputs are left
+    assert float(sums.mean()) == pytest.approx(32, abs=5 * 4 / math.sqrt(rows))
+    assert float(sums.std()) == pytest.approx(4, rel=0.2)  # of 64 coins
+
+
+def test_the_flags_of_a_run_are_those_of_its_adapters() -> None:
+    config = FINETUNE.replace(lora_rank=5, lora_alpha=7.0, lora_dropout=0.3, lora_targets="q_proj, up_proj")
+    assert LoRAConfig.of(config) == LoRAConfig(5, 7.0, ("q_proj", "up_proj"), 0.3)
+    assert LoRAConfig.of(config.replace(lora_targets="all")).targets == LORA_TARGETS
+
+
+@torch.no_grad()
+def test_first_adapters_are_drawn_as_the_weights_of_a_linear_layer() -> None:
+    """A is uniform up to 1 / sqrt(inputs), whatever its rank, as PyTorch draws it; no two matrices are alike."""
+    shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = adapted_model(LoRAConfig(16, 16.0, LORA_TARGETS), torch.float32, begun=False, **shape)
+    drawn = adapter_weights(model)
+    for name, tensor in drawn.items():
+        if name.endswith("lora_B"):
+            assert not tensor.any(), name
+            continue
+        inputs = 256 if "down_proj" in name else 64
+        theirs = torch.nn.Linear(inputs, 10_000 // inputs * 16).weight
+        assert tensor.shape == (16, inputs)
+        assert float(tensor.abs().max()) <= 1 / math.sqrt(inputs)
+        for measure in (torch.max, torch.min, torch.std):
+            assert float(measure(tensor)) == pytest.approx(float(measure(theirs)), rel=0.06), name
+        assert abs(float(tensor.mean())) < 0.1 / math.sqrt(inputs)
+    firsts = {tuple(tensor[0, :8].tolist()) for name, tensor in drawn.items() if name.endswith("lora_A")}
+    assert len(firsts) == 2 * len(LORA_TARGETS)
+
+
+@torch.no_grad()
+def test_a_held_out_loss_is_without_dropout_and_training_goes_on_with_it() -> None:
+    model = adapted_model(LoRAConfig(3, 6.0, LORA_TARGETS, dropout=0.5), torch.float32)
+    dense = small_model()
+    dense.load_state_dict(merged_weights(model))
+    examples = make_examples([3, 9, 1, 5])
+    config = FINETUNE.replace(dtype="float32", device="cpu")
+    state = start_state(model, PairBatches(examples, 2, pad_id=2, seed=0), config)
+    nll = sum(plain_nll(dense, [*one.prompt, *one.answer], len(one.prompt)) for one in examples)
+    batches = [collate(examples[:1], 2), collate(examples[1:], 2)]  # of unequal size: no mean of means
+    assert validation_loss(state, batches) == pytest.approx(nll / 18, rel=1e-5)
+    assert all(module.training for module in model.modules())
+    assert not torch.equal(model(TOKENS), model(TOKENS))
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

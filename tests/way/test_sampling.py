@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minift import reference
 from minift.cli import main
 from minift.errors import InputError
 from minift.generate import Sampling, generate, sample, stream
@@ -27,8 +28,9 @@ def drawn(**options: float) -> int:
     ("top_p", "ids"), [(0.1, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.75, 3), (0.76, 4), (1.0, 4)]
 )
 def test_top_p_is_the_smallest_set_that_holds_so_much(top_p: float, ids: int) -> None:
-    """A set that holds exactly as much is enough."""
+    """A set that holds exactly as much is enough: for `sample`, and for the formula that it is held against."""
     assert drawn(top_p=top_p) == ids
+    assert int(reference.token_log_probability(EQUAL[0], 1.0, 0, top_p).isfinite().sum()) == ids
 
 
 @pytest.mark.parametrize(("top_k", "ids"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (0, 4)])
