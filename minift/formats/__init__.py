@@ -7,6 +7,7 @@
 * `shapes.py`: the parameters' names and shapes, and a model without weights
 * `opened.py`: a model on disk, opened but not read; the two layouts of RoPE
 * `native.py`: minift's own folder
+* `generation.py`: the stop tokens of Hugging Face's folder, and what else it asks of `generate`
 * `huggingface.py`: Hugging Face's folder
 * `meta.py`: Meta's folder
 * `llama2c.py`: llama2.c's file

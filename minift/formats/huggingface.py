@@ -21,6 +21,7 @@ import torch
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.formats.files import Read, Specs, TensorFile, dtype_name
+from minift.formats.generation import GENERATION_FILE, read_generation
 from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors
 from minift.formats.safetensors_file import write_safetensors
 from minift.formats.shapes import parameter_shapes
@@ -57,16 +58,29 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
-    "is_decoder": (True, False),
-    "add_cross_attention": (False,),
+    "is_decoder": (True, False, None),
+    "add_cross_attention": (False, None),
+    "is_encoder_decoder": (False, None),
+    "per_layer_config": (None, {}),
+    "pruned_heads": ({}, None),
 }
-_OTHERS = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "head_dim", "num_key_value_heads")
+_READ = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "head_dim",
+    "num_key_value_heads",
+)
 _NO_DIFFERENCE = {
     "_name_or_path",
     "architectures",
     "chunk_size_feed_forward",
     "dtype",
+    "id2label",
     "is_llama_config",
+    "label2id",
     "model_type",
     "output_attentions",
     "output_hidden_states",
@@ -79,6 +93,8 @@ _NO_DIFFERENCE = {
     "unk_token_id",
     "use_cache",
 }
+_MEANINGFUL = frozenset({*_SIZES, *_DEFAULTS, *_IMPLEMENTED, *_READ})
+CONFIG_KEYS = _MEANINGFUL | _NO_DIFFERENCE  # all of a `config.json` that are known
 
 
 def table(config: LlamaConfig) -> dict[str, str]:
@@ -99,7 +115,8 @@ def open_huggingface(folder: Path) -> Opened:
             the tensor; without the `hf` extra, for safetensors.
     """
     config, notes = read_config(folder / "config.json")
-    config = _with_generation_ends(config, folder / "generation_config.json")
+    generation = read_generation(folder / GENERATION_FILE)
+    config, notes = generation.with_ends(config), notes + generation.notes
     holders = _holders(folder)
     names = table(config)
     tied_head = config.tie_word_embeddings and "lm_head.weight" in holders
@@ -185,19 +202,6 @@ def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
     return config, _unused_keys(values, where)
 
 
-def _with_generation_ends(config: LlamaConfig, file: Path) -> LlamaConfig:
-    """Add to a config the stop tokens of `transformers`, which chat models have in `generation_config.json`."""
-    ends = read_json(file).get("eos_token_id") if file.is_file() else None
-    more = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if any(not isinstance(id, int) or isinstance(id, bool) for id in more):
-        raise InputError(f"{file}: eos_token_id is {ends!r}; it must be an id or a list of ids")
-    merged = tuple(dict.fromkeys([*config.eos_token_ids, *more]))
-    if merged == config.eos_token_ids:
-        return config
-    values = {**config.to_dict(), "eos_token_id": list(merged)}
-    return LlamaConfig.from_dict(values, str(file))
-
-
 def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | None]:
     """Return (rope_theta, rope_scaling) from the keys of either version."""
     theta, scaling = values.get("rope_theta"), values.get("rope_scaling")
@@ -243,10 +247,9 @@ def _check_window(values: Mapping[str, Any], shape: Mapping[str, Any], kind: str
 
 
 def _unused_keys(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    read = {*_SIZES, *_DEFAULTS, *_IMPLEMENTED, *_OTHERS}
-    unused = sorted(set(values) - read - _NO_DIFFERENCE)
+    unused = sorted(set(values) - CONFIG_KEYS)
     for key in unused:
-        if close := difflib.get_close_matches(key, read - set(values), n=1, cutoff=0.85):
+        if close := difflib.get_close_matches(key, _MEANINGFUL - set(values), n=1, cutoff=0.85):
             raise InputError(f"{where}: unknown key {key!r}; did you mean {close[0]!r}?")
     return (f"config.json has keys that Llama does not use: {', '.join(unused)}",) if unused else ()
 
@@ -302,6 +305,6 @@ def write_huggingface(
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     dtype = next(iter(specs.values())).dtype
     (folder / "config.json").write_text(config_json(config, dtype), encoding="utf-8")

@@ -26,7 +26,7 @@ from minift.formats.safetensors_file import write_safetensors
 from minift.formats.shapes import parameter_shapes
 from minift.lora import LoRAConfig, merged_matrix
 from minift.model import Llama
-from minift.storage.names import ADAPTER_FILE
+from minift.storage.names import ADAPTER_FILE, is_hub_name
 from minift.values import read_json
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -47,7 +47,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 # The same, of keys that older versions of `peft` do not know: they are checked, but not written.
 _PLAIN_IF_THERE: dict[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base's weights, too
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
@@ -57,7 +56,10 @@ _PLAIN_IF_THERE: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
 }
-_READ = {"base_model_name_or_path", "r", "lora_alpha", "target_modules"}
+# The ways to begin that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …) take their first
+# B A out of the base, so their adapter belongs to a base that is in no file.
+_INITS: tuple[Any, ...] = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_READ = {"base_model_name_or_path", "init_lora_weights", "lora_alpha", "r", "revision", "target_modules"}
 _NO_DIFFERENCE = {  # once an adapter is trained
     "auto_mapping",
     "corda_config",
@@ -73,9 +75,11 @@ _NO_DIFFERENCE = {  # once an adapter is trained
     "megatron_core",
     "peft_version",
     "qalora_group_size",
+    "runtime_config",
     "task_type",
     "velora_config",
 }
+ADAPTER_KEYS = frozenset({*_PLAIN, *_PLAIN_IF_THERE, *_READ, *_NO_DIFFERENCE})  # all that are known
 
 
 # A `peft` folder ------------------------------------------------------------------------------------------------------
@@ -169,6 +173,7 @@ def _read_config(file: Path) -> tuple[LoRAConfig, tuple[str, ...]]:
     for key, plain in {**_PLAIN, **_PLAIN_IF_THERE}.items():
         if key in values and values[key] not in plain:
             raise InputError(f"{file}: {key} is {values[key]!r}; minift implements {plain[0]!r}")
+    _check_init(values, str(file))
     rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
     if not isinstance(rank, int) or isinstance(rank, bool) or not isinstance(alpha, int | float):
         raise InputError(f"{file}: r is {rank!r} and lora_alpha {alpha!r}; they must be numbers")
@@ -180,9 +185,21 @@ def _read_config(file: Path) -> tuple[LoRAConfig, tuple[str, ...]]:
         raise InputError(f"{file}: {error}") from None
     if unknown := sorted(set(targets) - set(LORA_TARGETS)):
         raise InputError(f"{file}: target_modules has {unknown[0]!r}; known: {', '.join(LORA_TARGETS)}")
-    known = {*_PLAIN, *_PLAIN_IF_THERE, *_READ, *_NO_DIFFERENCE}
-    unused = sorted(key for key in set(values) - known if values[key] not in (None, False, [], {}))
-    return config, (f"{file.name} has keys that minift does not use: {', '.join(unused)}",) if unused else ()
+    unused = sorted(key for key in set(values) - ADAPTER_KEYS if values[key] not in (None, False, [], {}))
+    notes = [f"{file.name} has keys that minift does not use: {', '.join(unused)}"] if unused else []
+    if values.get("revision") is not None and not is_hub_name(str(values.get("base_model_name_or_path"))):
+        notes.append(f"{file.name} asks for the base's revision {values['revision']!r}; a folder's is not checked")
+    return config, tuple(notes)
+
+
+def _check_init(values: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for an adapter whose training began with another base than the one that is named."""
+    init = values.get("init_lora_weights", True)
+    if init not in _INITS:
+        raise InputError(
+            f"{where}: init_lora_weights is {init!r}, which changes the base's weights, too; minift reads adapters "
+            "of an unchanged base. peft saves it so with save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
 
 
 def _check_adapters(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Spec], where: str) -> None:

@@ -15,6 +15,7 @@ from minift.errors import InputError
 from minift.values import read_json
 
 ADAPTER_FILE = "adapter_config.json"  # as `peft` calls it
+_REVISION = re.compile(r"\w[\w-]*(?:[./][\w-]+)*")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -63,22 +64,28 @@ def is_hub_name(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and not os.path.exists(name) and not os.path.exists(os.path.dirname(name))
 
 
-def cached(name: str) -> Path:
+def cached(name: str, revision: str = "main") -> Path:
     """Return the folder of a repository's files in the cache.
+
+    Args:
+        revision: a branch, a tag or a commit.
 
     Raises:
         InputError: when it is not there, with the command that would fetch it.
     """
     folder = cache_folder() / f"models--{name.replace('/', '--')}"
+    if not _REVISION.fullmatch(revision):
+        raise InputError(f"{name}: {revision!r} is no revision on Hugging Face's hub")
     try:
-        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+        commit = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        commit = ""
+        commit = revision if revision != "main" else ""
     snapshot = folder / "snapshots" / commit
     if not re.fullmatch(r"\w+", commit) or not snapshot.is_dir():
+        option = "" if revision == "main" else f" --revision {revision}"
         raise InputError(
             f"{name}: no such folder, and not in Hugging Face's cache ({cache_folder()}); "
-            f"to fetch it: pip install huggingface_hub && hf download {name}"
+            f"to fetch it: pip install huggingface_hub && hf download {name}{option}"
         )
     return snapshot
 
@@ -119,11 +126,14 @@ def base_of(folder: Path) -> Path:
 
 def _named_base(folder: Path) -> Path:
     where = folder / ADAPTER_FILE
-    base = read_json(where).get("base_model_name_or_path")
+    values = read_json(where)
+    base, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not isinstance(base, str) or not base:
         raise InputError(f"{where}: base_model_name_or_path does not name the adapter's model")
+    if revision is not None and not isinstance(revision, str):
+        raise InputError(f"{where}: revision is {revision!r}; it must be the base's branch, tag or commit, or null")
     try:
-        path = model_path(base)
+        path = cached(base, revision) if revision and is_hub_name(base) else model_path(base)
     except InputError as error:
         raise InputError(f"{where}: base_model_name_or_path: {error}") from None
     if not os.path.exists(path):  # unlike Path.exists, it takes any text: a name that is too long, half a character

@@ -26,7 +26,8 @@ from torch import Tensor
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.errors import InputError
-from minift.formats.huggingface import write_huggingface
+from minift.formats.generation import GENERATION_KEYS
+from minift.formats.huggingface import CONFIG_KEYS, write_huggingface
 from minift.formats.open import open_model
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
@@ -511,6 +512,9 @@ def spoiled(saved: Path, tmp_path: Path, kind: str, form: int, *remove: str, **c
         ("partial_rotary_factor", 0.5),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}),
         ("add_cross_attention", True),
+        ("is_encoder_decoder", True),
+        ("per_layer_config", {"1": {"skip": ["mlp"]}}),
+        ("pruned_heads", {"0": [1]}),
         ("model_type", "gpt2"),
         ("model_type", "qwen2"),
         ("model_type", None),
@@ -655,6 +659,61 @@ def test_an_unknown_key_that_is_no_misspelling_is_noted(saved: Path, tmp_path: P
     assert_same_logits(load_model(folder), load_theirs(folder), 1e-5)
 
 
+# Every key of theirs --------------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_every_key_of_their_config_is_known(kind: str) -> None:
+    """A key that a new version adds fails here, until it is used, found to be harmless, or refused."""
+    theirs = KINDS[kind][0](sliding_window=None) if kind == "mistral" else KINDS[kind][0]()
+    keys = {field.name for field in dataclasses.fields(theirs)} | set(theirs.to_dict())
+    assert keys - CONFIG_KEYS == set()
+
+
+def test_every_key_of_their_generation_config_is_known() -> None:
+    assert set(vars(transformers.GenerationConfig())) - GENERATION_KEYS == set()
+
+
+def test_layers_of_several_kinds_are_refused_where_transformers_makes_them(tmp_path: Path) -> None:
+    """Its `per_layer_config` would leave a layer's MLP out; all tensors are there, and the shapes are right."""
+    theirs = theirs_of()
+    theirs.save_pretrained(tmp_path)
+    change_config(tmp_path, per_layer_config={"1": {"skip": ["mlp"]}})
+    with pytest.raises(InputError, match=r"config\.json: per_layer_config is .*; minift implements None only"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, "do_sample, temperature, top_p"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"suppress_tokens": [5], "num_beams": 4}, "num_beams, suppress_tokens"),
+        ({"do_sample": False, "temperature": 0.6}, None),
+        ({"repetition_penalty": 1.0, "num_beams": 1, "max_length": 20, "cache_implementation": "static"}, None),
+    ],
+    ids=str,
+)
+def test_what_generation_config_asks_for_is_noted(tmp_path: Path, values: dict[str, Any], named: str | None) -> None:
+    theirs_of().save_pretrained(tmp_path)
+    assert open_model(tmp_path).notes == ()
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    asked = (
+        f"generation_config.json asks for {named}: minift does not follow it, but its own flags (greedy without them)"
+    )
+    assert open_model(tmp_path).notes == ((asked,) if named else ())
+
+
+def test_an_unknown_key_of_generation_config_is_noted(tmp_path: Path) -> None:
+    theirs_of().save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "a_key_of_tomorrow": 3, "another": None}))
+    assert open_model(tmp_path).notes == (
+        "generation_config.json has keys that minift does not use: a_key_of_tomorrow",
+    )
+
+
 # What minift writes ---------------------------------------------------------------------------------------------------
 
 RESULTS: dict[str, dict[str, Any]] = {
@@ -677,6 +736,7 @@ def save_native(folder: Path, shape: dict[str, Any], dtype: torch.dtype = torch.
     scaling = shape.pop("rope_scaling", None)
     save_model(folder, random_model(dtype, **{"max_position_embeddings": T, **shape}))
     if scaling:
+        (folder / "SHA256SUMS").unlink()
         change_config(folder, rope_scaling={key: value for key, value in scaling.items() if key != "rope_theta"})
         assert load_model(folder).config.rope_scaling is not None
     return folder

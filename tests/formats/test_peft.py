@@ -4,6 +4,7 @@ Held here: folders that `peft` writes, and that it reads; the merged matrices ag
 they are rounded once; chains of adapters; what is not read; one line for an adapter that does not fit.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -23,7 +24,7 @@ from minift.formats.convert import convert
 from minift.formats.files import TensorFile
 from minift.formats.open import open_model
 from minift.formats.opened import open_tensors
-from minift.formats.peft import read_adapter, write_adapter, write_peft
+from minift.formats.peft import ADAPTER_KEYS, read_adapter, write_adapter, write_peft
 from minift.lora import LoRAConfig, adapter_weights, has_adapter
 from minift.model import Llama
 from tests.helpers import LORA, adapted_model, bits, same, small_model, to_transformers
@@ -69,11 +70,11 @@ def check_merged(found: dict[str, Tensor], base: dict[str, Tensor], adapter: Pat
 # What `peft` writes and reads -----------------------------------------------------------------------------------------
 
 
-def peft_model(model: Llama, config: LoRAConfig) -> Any:
+def peft_model(model: Llama, config: LoRAConfig, **more: Any) -> Any:
     """The same base in `transformers`, with `peft`'s own adapters."""
     peft = pytest.importorskip("peft")
     options = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), task_type="CAUSAL_LM"
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), task_type="CAUSAL_LM", **more
     )
     return peft.get_peft_model(to_transformers(model), options)
 
@@ -109,6 +110,72 @@ def test_minift_reads_what_peft_writes(tmp_path: Path, safe: bool, capsys: pytes
     assert open_model(tmp_path / "adapter").notes == (
         f"an adapter of rank 3 for q_proj, v_proj, down_proj, merged into {tmp_path / 'base'}",
     )
+
+
+EVEN = LoRAConfig(4, 12.0, LORA.targets)
+
+
+@pytest.mark.parametrize(
+    ("init", "keeps_the_base"),
+    [
+        (True, True),
+        (False, True),
+        ("gaussian", True),
+        ("orthogonal", True),
+        ("mica", True),
+        ("pissa", False),
+        ("pissa_niter_2", False),
+        ("olora", False),
+    ],
+)
+@torch.no_grad()
+def test_an_adapter_is_read_only_if_its_training_began_with_the_base(
+    tmp_path: Path, init: bool | str, keeps_the_base: bool
+) -> None:
+    """PiSSA and OLoRA take their first B A out of the base, which no file of the adapter says but this key."""
+    theirs = peft_model(small_model(), EVEN, init_lora_weights=init)
+    started = theirs(TOKENS).logits
+    theirs.save_pretrained(tmp_path / "start")
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)), alpha=0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    save_model(tmp_path / "base", small_model())
+    change_config(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    assert float((theirs(TOKENS).logits - started).abs().max()) > 0.1
+    if keeps_the_base:
+        torch.testing.assert_close(
+            load_model(tmp_path / "adapter")(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4
+        )
+        return
+    said = refusal(tmp_path / "adapter")
+    assert f"{tmp_path / 'adapter' / 'adapter_config.json'}: init_lora_weights is {init!r}, which changes" in said
+    assert "path_initial_model_for_weight_conversion" in said
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@torch.no_grad()
+def test_what_a_refusal_advises_gives_an_adapter_that_is_read(tmp_path: Path, init: str) -> None:
+    """`peft` makes of such an adapter one of twice the rank for the unchanged base."""
+    theirs = peft_model(small_model(), EVEN, init_lora_weights=init)
+    config = theirs.peft_config["default"]
+    config.init_lora_weights = True  # as its documentation has it, for the start that is subtracted
+    theirs.save_pretrained(tmp_path / "start")
+    config.init_lora_weights = init
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)), alpha=0.2)
+    expected = theirs(TOKENS).logits
+    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    save_model(tmp_path / "base", small_model())
+    change_config(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    torch.testing.assert_close(load_model(tmp_path / "adapter")(TOKENS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_key_of_pefts_own_config_is_known() -> None:
+    """A key that a new version adds fails here, until it is used, found to be harmless, or refused."""
+    peft = pytest.importorskip("peft")
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - ADAPTER_KEYS == set()
 
 
 # The model that the two make ------------------------------------------------------------------------------------------
@@ -234,6 +301,28 @@ def test_a_base_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bas
     assert load_tokenizer(tmp_path / "adapter").encode(text) == load_tokenizer("bundled").encode(text)
 
 
+def test_the_bases_revision_is_the_one_that_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch or a commit in the cache, as `peft` opens it; a folder has none, which is noted."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    adapter = write_pair(tmp_path)
+    repository = tmp_path / "cache" / "models--someone--a-model"
+    (repository / "refs" / "pr").mkdir(parents=True)
+    for seed, (commit, ref) in enumerate({"0123abcd": "main", "4567cdef": "v2.0", "89abcdef": "pr/1"}.items()):
+        save_model(repository / "snapshots" / commit, small_model(seed=seed))
+        (repository / "refs" / ref).write_text(commit)
+    for revision, commit in {"v2.0": "4567cdef", "pr/1": "89abcdef", "4567cdef": "4567cdef", None: "0123abcd"}.items():
+        change_config(adapter, base_model_name_or_path="someone/a-model", revision=revision)
+        assert {file.path.parent.name for file in open_model(adapter).files} == {commit, "adapter"}
+        assert len(open_model(adapter).notes) == 1
+    for revision in ("v3", "../../x", "..", "/etc"):
+        change_config(adapter, revision=revision)
+        assert str(adapter / "adapter_config.json") in refusal(adapter)
+    change_config(adapter, base_model_name_or_path=str(tmp_path / "base"), revision="v2.0")
+    assert open_model(adapter).notes[1] == (
+        "adapter_config.json asks for the base's revision 'v2.0'; a folder's is not checked"
+    )
+
+
 # One line for what is wrong -------------------------------------------------------------------------------------------
 
 
@@ -259,7 +348,13 @@ def refusal(path: Path) -> str:
         ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules has 'embed_tokens'; known: q_proj"),
         ({"target_modules": ["q_proj"]}, "has an adapter layers.0.mlp.down_proj.lora_A; it is for another model"),
         ({"r": 5}, "adapter layers.0.self_attn.q_proj.lora_A is [3, 24], and this model's is [5, 24]"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; minift implements True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base's weights, too"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq', which changes the base's weights, too"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda', which changes the base's weights, too"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga', which changes the base's weights, too"),
+        ({"init_lora_weights": "a way of tomorrow"}, "init_lora_weights is 'a way of tomorrow'"),
+        ({"init_lora_weights": ["pissa"]}, "init_lora_weights is ['pissa']"),
+        ({"revision": 5}, "revision is 5; it must be the base's branch, tag or commit, or null"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is [1, 2]; minift implements None"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is [[0, 1]]; minift implements None"),
     ],
