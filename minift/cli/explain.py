@@ -20,6 +20,7 @@ from minift.cli.parts import (
     reading_of,
     write_texts,
 )
+from minift.cli.streams import write_exact
 from minift.config import TrainConfig
 from minift.errors import InputError
 from minift.look.report import xray_table
@@ -77,7 +78,11 @@ def _explain(options: dict[str, Any]) -> int:
     models = [model for model in (options["model"], options["against"]) if model is not None]
     template = _template(models, conversations, config)
     xrays = {model: _xray(model, conversations, template, config, options) for model in models}
-    print(xray_table(xrays, colour, shutil.get_terminal_size((120, 24)).columns))
+    shown = xray_table(xrays, colour, shutil.get_terminal_size((120, 24)).columns)
+    if colour:  # nothing but the colours of the table is obeyed: tokens and names in it are spelled out
+        write_exact(f"{shown}\n")
+    else:
+        print(shown)
     texts = {}
     if options["html"] is not None:
         texts[options["html"]] = xray_page(xrays)

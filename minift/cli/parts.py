@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from minift.cli.streams import write_exact
 from minift.config import LEARN, TrainConfig
-from minift.errors import InputError
-from minift.look.report import printable
+from minift.errors import InputError, printable
 from minift.values import check_number
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def print_answer(
             ready = waiting.rstrip()  # no blank lines around the text: white space is shown when something follows it
             if ready:
                 part = ready if shown else ready.lstrip()
-                print(printable(part) if sys.stdout.isatty() else part, end="", flush=True)
+                write_exact(printable(part) if sys.stdout.isatty() else part)  # what reads a pipe gets the text itself
                 shown, waiting = True, waiting[len(ready) :]
     except KeyboardInterrupt:
         if not talks:

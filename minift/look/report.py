@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minift.errors import printable
+
 if TYPE_CHECKING:  # explain.py imports torch, for which `minift --help` need not wait
     from minift.look.explain import Entry, Position, XRay
 
@@ -92,6 +94,7 @@ def xray_table(xrays: "Mapping[str, XRay]", colour: bool = False, width: int = 1
         colour: whether lines are green, yellow and red by surprise, and faint where nothing is learned.
         width: columns of the terminal.
     """
+    xrays = {printable(name): xray for name, xray in xrays.items()}
     read = [[at.token for at in xray.positions] for xray in xrays.values()]
     if len(xrays) == 1:
         (xray,) = xrays.values()
@@ -188,11 +191,6 @@ def _coloured(line: str, at: "Position") -> str:
 def _pad(text: str, width: int) -> str:
     """Fill a text up to `width` columns of a terminal, in which many East Asian characters take two."""
     return text + " " * (width - sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
-
-
-def printable(text: str) -> str:
-    """Return a text as it is, but for what a terminal would obey: that is spelled out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def visible(text: str, space: str = "▁") -> str:
