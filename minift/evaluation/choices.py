@@ -132,4 +132,4 @@ def choice_scores(
         means = [total / size for total, size in choices]
         right["accuracy"].append(float(sums.index(max(sums)) == question.answer))
         right["accuracy_normalised"].append(float(means.index(max(means)) == question.answer))
-    return {name: Score(parts, [1.0] * len(parts)) for name, parts in right.items()}
+    return {name: Score(parts, [1.0] * len(parts), is_share=True) for name, parts in right.items()}
