@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            what = "unknown" if isinstance(action, argparse._SubParsersAction) else "invalid choice:"
+            what = "unknown" if isinstance(action.choices, dict) else "invalid choice:"  # a command, or a flag's value
             known = [str(choice) for choice in action.choices]
             message = f"{what} {value!r}{did_you_mean(str(value), known)}; choose from {', '.join(known)}"
             raise argparse.ArgumentError(action, message)
@@ -245,6 +245,25 @@ def print_answer(
             raise
     print()
     return answer
+
+
+def check_outputs(options: Mapping[str, Any]) -> None:
+    """Raise InputError when a file of results (--json, --html) cannot be written: before the work, not after it."""
+    for name in ("json", "html"):
+        if (file := options.get(name)) is None:
+            continue
+        path = Path(file)
+        if os.path.isdir(path):
+            reason = "is a folder"
+        elif not os.path.isdir(path.parent):
+            reason = f"there is no folder {path.parent}"
+        elif not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+            reason = "Permission denied"
+        elif name == "html" and options.get("json") == file:
+            reason = "--json names the same file"
+        else:
+            continue
+        raise InputError(f"{file}: cannot be written: {reason}")
 
 
 def json_text(values: dict[str, Any]) -> str:
