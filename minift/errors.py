@@ -7,6 +7,8 @@ Read next: `values.py`.
 """
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 
@@ -17,6 +19,10 @@ _PACKAGES = {  # as pyproject.toml
     "chat": ("jinja2",),
     "arrow": ("pyarrow",),
 }
+_OBEYED = re.compile(  # control characters but tab and line feed; marks of direction; line separators; invisible ones
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+    r"|[\U000e0000-\U000e007f]"
+)
 LONGEST_LINE = 1_000  # characters of a message; a file may hold a megabyte where a number should be
 
 
@@ -39,6 +45,21 @@ def one_line(text: object) -> str:
     words = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} … {line[3 - LONGEST_LINE // 2 :]}"
+
+
+def printable(text: str) -> str:
+    """Return a text with the characters spelled out that a terminal would obey, or show in another order or not at all.
+
+    They are listed, not asked of `str.isprintable`: that refuses what joins the parts of an emoji or of a Persian word,
+    and characters that are newer than Python's table.
+    """
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" with the known word that a mistyped one resembles most; "" where none does."""
+    near = get_close_matches(word, [name for name in known if name != word], 1, 0.7) if len(word) < 100 else []
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def need(package: str, extra: str, what: str) -> ModuleType:

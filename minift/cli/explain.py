@@ -21,8 +21,9 @@ from minift.cli.parts import (
     reading_of,
     write_texts,
 )
+from minift.cli.streams import write_exact
 from minift.config import TrainConfig
-from minift.errors import InputError
+from minift.errors import InputError, did_you_mean
 from minift.look.report import xray_table
 from minift.values import check_number
 
@@ -79,7 +80,11 @@ def _explain(options: dict[str, Any]) -> int:
     models = [model for model in (options["model"], options["against"]) if model is not None]
     template = _template(models, conversations, config)
     xrays = {model: _xray(model, conversations, template, config, options) for model in models}
-    print(xray_table(xrays, colour, shutil.get_terminal_size((120, 24)).columns))
+    shown = xray_table(xrays, colour, shutil.get_terminal_size((120, 24)).columns)
+    if colour:  # nothing but the colours of the table is obeyed: tokens and names in it are spelled out
+        write_exact(f"{shown}\n")
+    else:
+        print(shown)
     texts = {}
     if options["html"] is not None:
         texts[options["html"]] = xray_page(xrays)
@@ -157,8 +162,9 @@ def _conversations(options: dict[str, Any]) -> "list[Conversation]":
 
 def _colour(when: str) -> bool:
     """Return whether to use colours. Raises InputError for a word that is not known."""
-    if when not in ("auto", "always", "never"):
-        raise InputError(f"--colour is {when!r}; choose from auto, always, never")
+    known = ("auto", "always", "never")
+    if when not in known:
+        raise InputError(f"--colour is {when!r}{did_you_mean(when, known)}; choose from {', '.join(known)}")
     if when == "auto":  # a terminal, unless its user has switched colours off (no-color.org)
         return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     return when == "always"

@@ -28,7 +28,7 @@ from minift.cli.parts import (
     write_texts,
 )
 from minift.config import TrainConfig
-from minift.errors import InputError, one_line
+from minift.errors import InputError, did_you_mean, one_line
 from minift.look.report import mistake_lines, samples, score_lines, table
 from minift.values import check_number, size
 
@@ -264,15 +264,16 @@ def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
 def _evaluate_choices(model: Any, tokenizer: Any, files: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
     from minift.data.records import read_records
     from minift.data.templates import choose_template, template_named
-    from minift.evaluation.choices import choice_scores, choose, read_choices
+    from minift.evaluation.choices import choice_scores, choose, fitting_questions, read_choices
     from minift.evaluation.intervals import score_values
     from minift.prompts import Pair
 
     questions = read_choices(chain.from_iterable(read_records(file, options["encoding"]) for file in files))
     asked = [Pair(one.question, "", where=one.where) for one in questions]
     template = template_named(choose_template(options["template"], asked, tokenizer), tokenizer, options["rendered"])
+    questions, skipped = fitting_questions(questions, template, tokenizer, model.config.max_position_embeddings)
     found = choose(model, tokenizer, questions, template)
-    scores = {**score_values(choice_scores(questions, found)), "n": len(questions)}
+    scores = {**score_values(choice_scores(questions, found)), "n": len(questions), "skipped": skipped}
     print(score_lines(scores))
     return scores
 
@@ -312,7 +313,7 @@ def _convert(options: dict[str, Any]) -> int:
 
     name, out = options["dtype"], options["destination"]
     if name is not None and name not in FILE_DTYPES:
-        raise InputError(f"--dtype is {name!r}; choose from {', '.join(FILE_DTYPES)}")
+        raise InputError(f"--dtype is {name!r}{did_you_mean(name, FILE_DTYPES)}; choose from {', '.join(FILE_DTYPES)}")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up on a kill as on Ctrl-C
     try:
         result = convert(

@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from minift.cli.streams import write_exact
 from minift.config import LEARN, TrainConfig
-from minift.errors import InputError
-from minift.look.report import printable
+from minift.errors import InputError, did_you_mean, printable
 from minift.values import check_number
 
 if TYPE_CHECKING:
@@ -43,6 +43,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # of a command's own words, too
+        words = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # a group's words are its verb's
+            self._check_flags(words[: words.index("--")] if "--" in words else words)
+        found, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def _check_flags(self, words: Sequence[str]) -> None:
+        """Raise InputError for a flag that is unknown, before another one is missed that may be meant."""
+        for word in words:
+            flag, known = word.partition("=")[0], self._option_string_actions
+            if flag.startswith("--") and " " not in word and flag not in known:
+                names = [name for name in known if name.startswith("--")]
+                self.error(f"unrecognized arguments: {word}{did_you_mean(flag, names)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = "unknown" if isinstance(action.choices, dict) else "invalid choice:"  # a command, or a flag's value
+            known = [str(choice) for choice in action.choices]
+            message = f"{what} {value!r}{did_you_mean(str(value), known)}; choose from {', '.join(known)}"
+            raise argparse.ArgumentError(action, message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         print(message, end="", file=file or sys.stdout, flush=True)  # argparse would hide that writing failed
@@ -223,13 +247,32 @@ def print_answer(
             ready = waiting.rstrip()  # no blank lines around the text: white space is shown when something follows it
             if ready:
                 part = ready if shown else ready.lstrip()
-                print(printable(part) if sys.stdout.isatty() else part, end="", flush=True)
+                write_exact(printable(part) if sys.stdout.isatty() else part)  # what reads a pipe gets the text itself
                 shown, waiting = True, waiting[len(ready) :]
     except KeyboardInterrupt:
         if not talks:
             raise
     print()
     return answer
+
+
+def check_outputs(options: Mapping[str, Any]) -> None:
+    """Raise InputError when a file of results (--json, --html) cannot be written: before the work, not after it."""
+    for name in ("json", "html"):
+        if (file := options.get(name)) is None:
+            continue
+        path = Path(file)
+        if os.path.isdir(path):
+            reason = "is a folder"
+        elif not os.path.isdir(path.parent):
+            reason = f"there is no folder {path.parent}"
+        elif not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+            reason = "Permission denied"
+        elif name == "html" and options.get("json") == file:
+            reason = "--json names the same file"
+        else:
+            continue
+        raise InputError(f"{file}: cannot be written: {reason}")
 
 
 def json_text(values: dict[str, Any]) -> str:

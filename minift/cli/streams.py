@@ -4,6 +4,9 @@
   would be written into that file.
 * What standard error cannot take is dropped: a progress bar must not end a night of training.
 * When standard output cannot be written, the command ends with a line that says so.
+* What comes from data, models and names is shown, never obeyed: characters that would move a terminal's cursor, ring
+  its bell or turn the direction of a line are spelled out (`errors.printable`). All that is printed passes here, so no
+  command can forget it. What has to be exact is written by `write_exact`.
 * When the reader of standard output has left (`| head`), a command that only shows something ends, and one that trains
   goes on.
 """
@@ -13,7 +16,7 @@ import os
 import sys
 from typing import Any, TextIO
 
-from minift.errors import RunError
+from minift.errors import RunError, printable
 
 
 class _Stream(io.FileIO):
@@ -42,6 +45,34 @@ class _Stream(io.FileIO):
             raise RunError(f"{self.title}: cannot be written: {error.strerror}") from None
 
 
+class _Text(io.TextIOWrapper):
+    """The text of standard output or standard error, with what a terminal would obey spelled out.
+
+    Attributes:
+        redraws: whether a progress bar is drawn here. A carriage return that begins a text goes through then.
+    """
+
+    redraws = False
+
+    def write(self, text: str, /) -> int:
+        start = "\r" if self.redraws and text.startswith("\r") else ""
+        super().write(start + printable(text[len(start) :]))
+        return len(text)
+
+    def write_exact(self, text: str) -> None:
+        """Write a text as it is."""
+        super().write(text)
+
+
+def write_exact(text: str) -> None:
+    """Write a text to standard output as it is, at once: a model's words for another program, or colours."""
+    if isinstance(sys.stdout, _Text):
+        sys.stdout.write_exact(text)
+    else:
+        sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def open_streams() -> None:
     """Make the two streams behave as this file says. Those of a notebook or a test stay as they are."""
     for number in range(3):
@@ -51,19 +82,21 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free: this one
     sys.stdout = _wrap(sys.stdout, sys.__stdout__, _Stream(1, "standard output", ()))
     sys.stderr = _wrap(sys.stderr, sys.__stderr__, _Stream(2, "standard error", (OSError,)))
+    if isinstance(sys.stderr, _Text):
+        sys.stderr.redraws = True
 
 
 def _wrap(stream: TextIO | None, original: TextIO | None, raw: _Stream) -> TextIO:
     """Return a stream that writes by `raw`; `stream` itself where it is not the `original` one of this process."""
     if stream is None:
-        return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8")
+        return _Text(io.BufferedWriter(raw), "utf-8", "backslashreplace")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is escaped
     if stream is not original:
         return stream
     buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)  # with `python -u` there is none
-    return io.TextIOWrapper(
+    return _Text(
         buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
     )
 

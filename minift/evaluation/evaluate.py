@@ -197,7 +197,7 @@ def evaluate(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], 
             for question, answer in zip(questions, answers, strict=True)
             if question.pair.question and question.pair.metric in ("", metric)
         ]
-        scores[name] = Score(parts, [1.0] * len(parts)) if parts else None
+        scores[name] = Score(parts, [1.0] * len(parts), is_share=True) if parts else None
     likelihoods = answer_likelihoods(model, questions)
     return Evaluation({**scores, **likelihood_scores(likelihoods)}, answers, likelihoods)
 
@@ -217,8 +217,9 @@ def compare(
     Returns:
         `before` and `after`: each as `Evaluation.to_dict` returns it. `difference`: for each score its `value`, after
         minus before, and the ends of its interval, `low` and `high`. `samples`: for each question, the `question`, the
-        right `answer` and both models' words (`before`, `after`), of a chat also the `earlier` turns. `skipped`: the
-        number of questions that do not fit.
+        right `answer` and both models' words (`before`, `after`), each with whether it ended before it was cut
+        (`before_ended`, `after_ended`), of a chat also the `earlier` turns. `skipped`: the number of questions that do
+        not fit.
 
     Raises:
         InputError: when no question fits both.
@@ -256,7 +257,9 @@ def _samples(pairs: Sequence[Conversation], before: Sequence[Answer], after: Seq
             "question": pair.question,
             "answer": pair.answer,
             "before": old.text.strip(),
+            "before_ended": old.ended,
             "after": new.text.strip(),
+            "after_ended": new.ended,
             **_earlier(pair),
         }
         for pair, old, new in zip(pairs, before, after, strict=True)

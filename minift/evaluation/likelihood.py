@@ -59,7 +59,7 @@ def likelihood_scores(likelihoods: Sequence[Likelihood]) -> dict[str, Score]:
     return {
         "perplexity": Score(nll, n_targets, exponential),
         "bits_per_byte": Score([x / math.log(2) for x in nll], [each.n_bytes for each in likelihoods]),
-        "next_token_accuracy": Score([each.n_top1 for each in likelihoods], n_targets),
+        "next_token_accuracy": Score([each.n_top1 for each in likelihoods], n_targets, is_share=True),
     }
 
 

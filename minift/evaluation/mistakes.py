@@ -39,7 +39,8 @@ def mistakes(questions: Sequence[Question], evaluation: Evaluation, count: int) 
     Returns:
         `n`: the number of questions. `counts`: how many answers are `repetitive`, how many `truncated`. `lists`: at
         most `count` each of the `worst`, `longest`, `repetitive` and `truncated`, the most striking first, with
-        `question`, right `answer`, the model's words (`said`), `token_f1`, `words`, `repetition` and `nll_per_target`.
+        `question`, right `answer`, the model's words (`said`), whether they `ended` before they were cut, `token_f1`,
+        `words`, `repetition` and `nll_per_target`.
     """
     results = zip(questions, evaluation.answers, evaluation.likelihoods, strict=True)
     entries = [_entry(*result) for result in results if result[0].pair.question]

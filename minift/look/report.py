@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minift.errors import printable
+
 if TYPE_CHECKING:  # explain.py imports torch, for which `minift --help` need not wait
     from minift.look.explain import Entry, Position, XRay
 
@@ -22,6 +24,7 @@ LABELS = {
     "next_token_accuracy": "next-token accuracy in the right answers",
 }
 
+CUT = " … (cut)"  # after an answer that went on when its number of tokens was reached
 _TOKEN, _ENTRIES = 12, 62  # columns of the terminal for a token, and for five entries
 _LEGEND = """At each position the model reads a token and predicts the next. Of that next token: p is its probability,
 rank its place among all tokens (1: none was likelier), nll = -ln p the surprise. Weight 1: it is learned; 0: it is
@@ -77,7 +80,7 @@ def mistake_lines(found: dict[str, Any]) -> str:
         lines = [f"{kind}" + (f" ({count:,} of {found['n']:,})" if count is not None else "")]
         for entry in entries:
             lines.append(f"  {shorten(entry['question'], 100)}")
-            lines.append(f"    said   {shorten(entry['said'], 160) or '(nothing)'}")
+            lines.append(f"    said   {said(entry['said'], entry['ended'], 160)}")
             lines.append(f"    right  {shorten(entry['answer'], 160)}")
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
@@ -89,8 +92,9 @@ def samples(result: dict[str, Any], count: int) -> str:
     for sample in result["samples"][: max(0, count)]:
         earlier = [f"  {turn['role']:<10}{shorten(turn['text'], 160)}" for turn in sample.get("earlier", ())]
         lines = [*(["earlier"] * bool(earlier)), *earlier, shorten(sample["question"], 200)]
-        for name in ("before", "after", "answer"):
-            lines.append(f"  {'right' if name == 'answer' else name:<8}{shorten(sample[name], 200) or '(nothing)'}")
+        for name in ("before", "after"):
+            lines.append(f"  {name:<8}{said(sample[name], sample.get(f'{name}_ended', True), 200)}")
+        lines.append(f"  {'right':<8}{said(sample['answer'], True, 200)}")
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
 
@@ -103,6 +107,7 @@ def xray_table(xrays: "Mapping[str, XRay]", colour: bool = False, width: int = 1
         colour: whether lines are green, yellow and red by surprise, and faint where nothing is learned.
         width: columns of the terminal.
     """
+    xrays = {printable(name): xray for name, xray in xrays.items()}
     read = [[at.token for at in xray.positions] for xray in xrays.values()]
     if len(xrays) == 1:
         (xray,) = xrays.values()
@@ -201,11 +206,6 @@ def _pad(text: str, width: int) -> str:
     return text + " " * (width - sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
 
 
-def printable(text: str) -> str:
-    """Return a text as it is, but for what a terminal would obey: that is spelled out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def visible(text: str, space: str = "▁") -> str:
     """Return a token's text with every character visible: "▁" is a space, "⏎" a line break."""
     shown = text.replace(" ", space).replace("\n", "⏎")
@@ -216,6 +216,11 @@ def shorten(text: str, length: int) -> str:
     """Return a text as one line of at most `length` characters; line breaks become slashes."""
     text = " / ".join(line.strip() for line in text.splitlines() if line.strip())
     return text if len(text) <= length else f"{text[:length]} … (+{len(text) - length:,} characters)"
+
+
+def said(text: str, ended: bool, length: int) -> str:
+    """Return an answer as `shorten` does; of one that was cut off before it `ended`, with a mark that says so."""
+    return (shorten(text, length) or "(nothing)") + CUT * (not ended)
 
 
 def number(value: Any) -> str:

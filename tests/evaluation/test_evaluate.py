@@ -388,6 +388,7 @@ def test_a_comparison_is_two_evaluations_of_the_same_questions(files: dict[str, 
         assert result[name] == found.to_dict()
         assert {"exact_match", "perplexity", "n"} <= set(result[name])
         assert [sample[name] for sample in result["samples"]] == [answer.text.strip() for answer in found.answers]
+        assert [sample[f"{name}_ended"] for sample in result["samples"]] == [answer.ended for answer in found.answers]
     for name, change in result["difference"].items():
         assert change["value"] == result["after"][name] - result["before"][name]
     assert result["before"]["perplexity"] != result["after"]["perplexity"]
@@ -407,6 +408,10 @@ def test_compare_writes_and_prints_the_comparison(
     assert f"(n = {written['before']['n']})" in shown
     assert f"{written['after']['perplexity']:,.3f}" in shown
     assert [pair.question in shown for pair in PAIRS[:3]] == [True, True, False]
+    cut = [not sample[f"{name}_ended"] for sample in written["samples"][:2] for name in ("before", "after")]
+    assert any(cut)  # a model with random weights seldom ends
+    marked = [line for line in shown.splitlines() if line.startswith(("  before", "  after"))]
+    assert [line.endswith("… (cut)") for line in marked] == cut
 
 
 @pytest.mark.parametrize("name", ["before", "after"])

@@ -1,7 +1,8 @@
 """An interval is what its name says: it covers the truth about as often as 95 %, and pairs sharpen a difference.
 
 Held here: scores against plain sums; intervals against the formula of the standard error, and by simulation; the
-difference of two models against an interval of the differences themselves; and the same numbers for the same seed.
+difference of two models against an interval of the differences themselves; proportions against published intervals, and
+against the definition, solved by bisection; and the same numbers for the same seed.
 """
 
 import math
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from minift.evaluation import intervals
-from minift.evaluation.intervals import Score, difference, exponential
+from minift.evaluation.intervals import Score, difference, exponential, newcombe, wilson
 
 
 def test_a_score_is_a_ratio_of_sums() -> None:
@@ -84,3 +85,82 @@ def test_few_items(n: int) -> None:
     low, high = Score([float(i) for i in range(n)], [1.0] * n).interval()
     assert 0 <= low <= high <= n - 1
     assert Score([1.0], [0.0]).interval() == (1.0, 1.0)  # a text of no bytes
+
+
+# Proportions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "ends"),
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
+)
+def test_wilsons_interval_is_the_published_one(right: int, n: int, ends: tuple[float, float]) -> None:
+    """Source of the numbers: Newcombe, Statistics in Medicine 17 (1998) 857, table I, method 3."""
+    assert wilson(right, n) == pytest.approx(ends, abs=5e-5)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (3, 7), (228, 228), (227, 228), (50, 1_000)])
+def test_wilsons_ends_are_1_96_of_their_own_errors_away(right: int, n: int) -> None:
+    """Found by bisection: |right / n - p| = 1.96 √(p (1 - p) / n)."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+
+    def end(inside: float, outside: float) -> float:
+        for _ in range(200):
+            p = (inside + outside) / 2
+            if abs(right / n - p) <= z * math.sqrt(p * (1 - p) / n):
+                inside = p
+            else:
+                outside = p
+        return inside
+
+    assert wilson(right, n) == pytest.approx((end(right / n, 0.0), end(right / n, 1.0)), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("counts", "ends"),
+    [((36, 12, 2, 0), (0.0569, 0.3404)), ((1, 1, 7, 12), (-0.5069, -0.0256))],
+)
+def test_newcombes_interval_is_the_published_one(counts: tuple[int, ...], ends: tuple[float, float]) -> None:
+    """Of both right, the first alone, the second alone, neither; the first less the second.
+
+    Source of the numbers: Newcombe, Statistics in Medicine 17 (1998) 2635, table III, method 10; Fagerland et al.,
+    Statistics in Medicine 33 (2014) 2850, the data of Bentur et al.
+    """
+    kinds = [(True, True), (True, False), (False, True), (False, False)]
+    items = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+    assert newcombe([b for _, b in items], [a for a, _ in items]) == pytest.approx(ends, abs=5e-4)
+
+
+def test_newcombes_interval_covers_the_truth() -> None:
+    """Of 2,000 pairs of samples of two models that are right to 90 % and 97 %, mostly on the same items."""
+    source, covered = random.Random(0), 0
+    for _ in range(2_000):
+        drawn = [source.random() for _ in range(60)]
+        before = [x < 0.90 for x in drawn]
+        after = [x < 0.88 or (0.90 <= x < 0.99) for x in drawn]
+        low, high = newcombe(before, after)
+        covered += low <= 0.07 <= high
+    assert 0.93 <= covered / 2_000 <= 0.99
+
+
+def test_where_all_items_agree_an_interval_has_a_width() -> None:
+    """All of 228 right; before, none of them. Each item counts alike, so a token's share of a text does not."""
+    ones = [1.0] * 228
+    right, wrong = (Score([value] * 228, ones, is_share=True) for value in (1.0, 0.0))
+    assert right.interval() == pytest.approx((0.98343, 1.0), abs=1e-5)
+    assert difference(wrong, right) == pytest.approx({"value": 1.0, "low": 0.97657, "high": 1.0}, abs=1e-5)
+    assert difference(right, right) == pytest.approx({"value": 0.0, "low": -0.01657, "high": 0.01657}, abs=1e-5)
+    tokens = [float(1 + i % 9) for i in range(228)]
+    assert Score(tokens, tokens, is_share=True).interval() == right.interval()
+
+
+def test_what_is_no_proportion_is_drawn() -> None:
+    some = Score([float(i % 2) for i in range(40)], [1.0 + i % 2 for i in range(40)], is_share=True)
+    part = Score([0.5, 1.0, 0.0] * 9, [1.0] * 27, is_share=True)
+    for score in (some, part, Score([1.0] * 9, [1.0] * 9)):
+        assert score.right is None
+        assert score.interval() == Score(score.parts, score.wholes).interval()
+    half = Score([0.0, 1.0] * 20, [1.0] * 40, is_share=True)
+    assert half.interval() == wilson(20, 40)
+    mixed = Score([0.25] * 40, [1.0] * 40, is_share=True)
+    assert difference(half, mixed) == difference(Score(half.parts, half.wholes), Score(mixed.parts, mixed.wholes))

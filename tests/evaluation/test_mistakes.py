@@ -77,6 +77,8 @@ def test_the_text() -> None:
     shown = mistake_lines(mistakes(*made_up(), count=1))
     assert "truncated (2 of 7)\n  Question 6?\n    said   one two" in shown
     assert "repetitive (1 of 7)\n  Question 4?" in shown
+    assert "\n    said   b b b b b b b b … (cut)\n" in shown
+    assert "\n    said   wrong, too\n" in shown
 
 
 def test_evaluate_lists_them(tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

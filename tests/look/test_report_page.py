@@ -25,7 +25,7 @@ from minift.costs.memory import training_memory
 from minift.look.pages.curves import COLUMNS, Curves, curves_of, powers_of_ten, svg, thinned, ticks
 from minift.look.pages.document import data, text
 from minift.look.pages.run import comparison_page, run_command, run_page
-from minift.look.report import LABELS
+from minift.look.report import LABELS, samples
 from minift.runs.finetune import finetune, finetune_job
 from minift.runs.pretrain import pretrain, pretrain_job
 from minift.values import size
@@ -159,6 +159,20 @@ def test_the_samples_are_counted() -> None:
     assert words.count("(changed)") == 80  # of the 100 that are shown
     assert words.count("✓ right") == 40 + 60
     assert "… and 20 more" in words
+
+
+def test_an_answer_that_was_cut_is_marked() -> None:
+    """In a page and in a terminal. A comparison of an earlier version does not say what was cut."""
+    sample = {"question": "Who?", "answer": "I", "before": "I am", "after": "I"}
+    scores: dict[str, Any] = dict.fromkeys(LABELS) | {"n": 0, "n_token_f1": 0, "intervals": {}}
+    result = {"before": scores, "after": scores, "difference": {}, "skipped": 0}
+    for ended in ({"before_ended": False, "after_ended": True}, {}):
+        result["samples"] = [{**sample, **ended}]
+        page = comparison_page(result, [LlamaConfig(**SMALL)] * 2, "minift compare")
+        words = " ".join(" ".join(Text(page).words).split())
+        assert ("before I am … (cut) after I (changed) ✓ right" in words) == bool(ended)
+        assert ("  before  I am … (cut)\n  after   I\n  right   I" in samples(result, 1)) == bool(ended)
+        assert words.count("(cut)") == samples(result, 1).count("(cut)") == bool(ended)
 
 
 def test_compare_writes_a_page(run: Path, small_checkpoint: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from minift.formats.open import open_model
 from minift.formats.shapes import parameter_shapes
 from minift.look.pages.curves import curves_of, svg
 from minift.look.pages.document import document, table, text
-from minift.look.report import LABELS, number
+from minift.look.report import CUT, LABELS, number
 from minift.lora import LoRAConfig
 from minift.runs.progress import Best
 from minift.values import read_json, size
@@ -156,6 +156,8 @@ def _samples(result: Mapping[str, Any]) -> str:
 def _sample(one: Mapping[str, Any]) -> str:
     def said(side: str) -> str:
         words = text(one[side]) or '<span class="soft">(nothing)</span>'
+        if not one.get(f"{side}_ended", True):
+            words += f'<span class="soft">{CUT}</span>'
         if side == "after" and one["after"] != one["before"]:
             words = f'<mark>{words}</mark> <span class="soft">(changed)</span>'
         return f'{words} <span class="good">✓ right</span>' if one[side] == one["answer"] else words
