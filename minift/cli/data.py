@@ -290,7 +290,10 @@ def _audit(options: dict[str, Any]) -> int:
     files, test = find_files(options["data"]), find_files(options["test"]) if options["test"] else []
     tokenizer = load_tokenizer(options["model"])
     drawn = 20 if options["html"] is not None and count is None else shown
-    result = audit(files, tokenizer, config, reading_of(options), test, drawn)
+    positions = _positions(options["model"])
+    if 0 < positions < config.max_length:
+        raise InputError(f"--max-length is {config.max_length}; the model has {positions} positions")
+    result = audit(files, tokenizer, config, reading_of(options), test, drawn, positions)
     print(audit_text(result, shown))
     texts = {}
     if options["html"] is not None:
@@ -299,6 +302,17 @@ def _audit(options: dict[str, Any]) -> int:
         texts[options["json"]] = json_text({"model": options["model"], **result.to_dict()})
     write_texts(texts)
     return 0
+
+
+def _positions(model: str) -> int:
+    """Return the positions of a model; 0 where only its tokenizer is there."""
+    from minift.formats.open import open_model
+    from minift.storage.names import model_path
+
+    try:
+        return open_model(model_path(model)).config.max_position_embeddings
+    except InputError:
+        return 0
 
 
 def _print_conversation(

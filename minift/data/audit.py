@@ -12,7 +12,7 @@ import random
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from minift.data.duplicates import (
 from minift.data.encode import in_workers
 from minift.data.examine import Examined, Examiner, reason_of
 from minift.data.findings import KINDS, Finding, Found, sentence
-from minift.data.records import scan
+from minift.data.records import MAX_SKIPPED_SHARE, scan
 from minift.data.samples import Sample, sample
 from minift.data.split import held_out_places
 from minift.data.survey import Lengths
@@ -86,6 +86,7 @@ def audit(
     reading: Reading | None = None,
     test: Sequence[Path] = (),
     samples: int = 3,
+    positions: int = 0,
 ) -> Audit:
     """Look at all records of some files.
 
@@ -93,11 +94,12 @@ def audit(
         config: its `template`, `max_length`, `learn`, `rendered`, `seed`, `batch_size` and `pack` are read.
         test: the files that are held out; by default the tenth that `finetune` holds out.
         samples: how many records are shown, besides those of the findings.
+        positions: those of the model, to which the advice about lengths is held; 0 for an unknown number.
 
     Raises:
         InputError: for files without a usable record, or which cannot be read to their end; as `choose_template`.
     """
-    return _Auditor(files, tokenizer, config, reading or Reading(), test, samples).audit()
+    return _Auditor(files, tokenizer, config, reading or Reading(), test, samples, positions).audit()
 
 
 @dataclass
@@ -110,6 +112,7 @@ class _Auditor:
     reading: Reading
     test: Sequence[Path]
     n_samples: int
+    positions: int = 0
     found: dict[str, Found] = field(default_factory=dict)
     reasons: dict[str, Found] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)  # key → the first record that has it
@@ -155,7 +158,15 @@ class _Auditor:
         )
 
     def _choose(self, conversations: Sequence[Conversation]) -> str:
-        return choose_template(self.config.template, conversations, self.tokenizer, self.config.rendered)
+        """Return the template of the conversations; plain, with a finding, where none fits them all."""
+        try:
+            return choose_template(self.config.template, conversations, self.tokenizer, self.config.rendered)
+        except InputError as fault:
+            if self.config.template != "auto":
+                raise
+            place = re.match(r"^.*?:\d+(?=: )", str(fault))
+            self.found["no template fits all"] = Found(1, place.group() if place else "", reason_of(fault))
+            return "plain"
 
     def _again(self, template: str) -> Audit:
         """Look at the files once more, in the template that all of them need, not only the first records."""
@@ -163,7 +174,7 @@ class _Auditor:
             raise InputError(f"{self.files[0]}: all records together need --template {template}; give it")
         config = self.config.replace(template=template)
         reading = Reading(self.reading.encoding, self.reading.fields)
-        return _Auditor(self.files, self.tokenizer, config, reading, self.test, self.n_samples).audit()
+        return _Auditor(self.files, self.tokenizer, config, reading, self.test, self.n_samples, self.positions).audit()
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -174,7 +185,7 @@ class _Auditor:
             if isinstance(item, InputError):
                 where = re.match(r"^.*?:\d+", str(item))
                 reason = reason_of(item)
-                found = self.reasons.setdefault(re.sub(r"\[\d+\]", "", reason), Found())
+                found = self.reasons.setdefault(re.sub(r"\[\d+\]| at column \d+", "", reason), Found())
                 found.add(where.group() if where else "", reason)
                 continue
             for key in self.reading.unread.keys() - self.unread.keys():
@@ -185,16 +196,14 @@ class _Auditor:
     def _read_test(self) -> tuple[list[str], Fingerprints, Representatives]:
         """Return the places of the held-out records, their fingerprints, and one of each kind of them."""
         where, prints, seen, fingerprint = list[str](), list[Fingerprints](), Representatives(), Fingerprinter()
-        usable = (
-            item
-            for item in _scan(self.test, Reading(self.reading.encoding, self.reading.fields))
-            if not isinstance(item, InputError)
-        )
+        usable = _all_usable(_scan(self.test, Reading(self.reading.encoding, self.reading.fields)))
         while chunk := list(islice(usable, CHUNK)):
             where += [one.where for one in chunk]
             prints.append(fingerprint(chunk))
             for one in chunk:
                 seen.add(one)
+        if self.test and not where:
+            raise InputError(f"{self.test[0]}: holds no records")
         return where, Fingerprints.join(prints), seen
 
     def _look_at_all(self, conversations: Iterator[Conversation], examiner: Examiner, large: bool) -> None:
@@ -290,13 +299,21 @@ class _Auditor:
         }
 
     def _findings(self) -> list[Finding]:
-        findings = [self._finding("unusable records", found) for found in self._top_reasons()]
+        findings = [self._unusable()] if self.reasons else []
         findings += [self._finding(name, self.found[name]) for name in KINDS if name in self.found]
         order = list(KINDS)
         return sorted(findings, key=lambda finding: (not finding.changes, order.index(finding.name)))
 
-    def _top_reasons(self) -> list[Found]:
-        return sorted(self.reasons.values(), key=lambda found: -found.count)[:REASONS]
+    def _unusable(self) -> Finding:
+        """Return the finding about all records that cannot be used, with the commonest reasons."""
+        reasons = sorted(self.reasons.values(), key=lambda found: -found.count)
+        count, others = sum(found.count for found in reasons), len(reasons) - REASONS
+        words = [f"{found.detail} ({found.count:,} times)" if found.count > 1 else found.detail for found in reasons]
+        detail = "; ".join(words[:REASONS]) + (f"; and {others:,} more reasons" if others > 0 else "")
+        finding = self._finding("unusable records", Found(count, next(iter(self.reasons.values())).where, detail))
+        if count > MAX_SKIPPED_SHARE * self.counts["records"]:
+            return replace(finding, remedy=f"{finding.remedy}; finetune refuses more than {MAX_SKIPPED_SHARE:.0%}")
+        return finding
 
     def _finding(self, name: str, found: Found) -> Finding:
         kind, remedy, count = KINDS[name], KINDS[name].remedy, found.count
@@ -315,7 +332,8 @@ class _Auditor:
         lengths = Lengths()
         lengths.counts = self.uncut
         numbers = lengths.summary()
-        return f"{numbers['max']:,} keeps all, {numbers['p99']:,} keeps 99 %"
+        limit = f" (the model has {self.positions:,} positions)" * (0 < self.positions < numbers["max"])
+        return f"{numbers['max']:,} keeps all, {numbers['p99']:,} keeps 99 %{limit}"
 
     def _samples(self, examiner: Examiner) -> list[Sample]:
         """Return the records to show: the first of each finding, then those that were drawn."""
@@ -356,6 +374,14 @@ def _scan(files: Iterable[Path], reading: Reading) -> Iterator[Conversation | In
             if isinstance(item, UnreadableError):  # the counts would be those of a part
                 raise item
             yield item
+
+
+def _all_usable(items: Iterable[Conversation | InputError]) -> Iterator[Conversation]:
+    """Yield conversations. Raise the first fault: of held-out files, finetune tolerates none."""
+    for item in items:
+        if isinstance(item, InputError):
+            raise item
+        yield item
 
 
 def padding_share(lengths: Sequence[int], config: TrainConfig, pad_id: int, pack: bool) -> float:

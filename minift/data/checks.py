@@ -8,6 +8,7 @@ Some look at the text, some at the ids and the mask that train (`pack.Example`).
 
 import re
 from collections.abc import Iterator
+from html.entities import html5
 from itertools import pairwise
 
 from minift.data.duplicates import normalised
@@ -37,7 +38,7 @@ class Checker:
         written = rendered or name in ("carried", "joined", "text")  # the data brings a template of its own, or none
         own = [] if written else own_words(template)
         self._own = _either(own)
-        names = [re.escape(name) for name in tokenizer.marker_names if len(name) > 2 and not name.isalnum()]
+        names = [re.escape(name) for name in tokenizer.marker_names if len(name) > 2 and name not in _HTML]
         markers = [*names, *_FOREIGN, *([] if written else [_HEADINGS])]
         self._markers = None if rendered else re.compile("|".join(markers), re.MULTILINE)
 
@@ -51,7 +52,7 @@ class Checker:
             blank = [place for place in blank if turns[place].role == "assistant"]
         if blank:
             yield "empty turns", f"turn {blank[0] + 1}, the {turns[blank[0]].role}'s, is blank"
-        if not any(turn.learned for turn in turns):
+        if not blank and not any(turn.learned for turn in turns):
             yield "nothing learned", "no turn is learned"
         found = dict[str, str]()
         for place, turn in enumerate(turns):
@@ -68,11 +69,11 @@ class Checker:
             yield "template twice", _excerpt(text, twice.start())
         elif self._markers and (match := self._markers.search(text)):
             yield "markers in the data", _excerpt(text, match.start())
-        if "\N{REPLACEMENT CHARACTER}" in text:
-            yield "wrong encoding", _excerpt(text, text.index("\N{REPLACEMENT CHARACTER}"))
+        if broken := _BROKEN.search(text):
+            yield "wrong encoding", _excerpt(text, broken.start())
         elif stretch := mojibake(text):
             yield "wrong encoding", _excerpt(text, text.index(stretch))
-        if "&" in text and (match := _ENTITY.search(text)):
+        if "&" in text and (match := next(filter(_is_entity, _ENTITY.finditer(text)), None)):
             yield "HTML entities", _excerpt(text, match.start())
 
     def of_example(self, example: Example) -> str:
@@ -96,9 +97,23 @@ class Checker:
 
 # Markers --------------------------------------------------------------------------------------------------------------
 
-_FOREIGN = (r"<\|[a-z_]{2,30}\|>", r"</?(?:start|end)_of_turn>", r"\[/?INST\]", r"<</?SYS>>", r"\A\s*<s>", r"</s>\s*\Z")
+_FOREIGN = (
+    r"<[|\uff5c][A-Za-z0-9_\u2581]{2,40}[|\uff5c]>",
+    r"</?(?:start|end)_of_turn>",
+    r"\[/?INST\]",
+    r"\[(?:TOOL_CALLS|SYSTEM_PROMPT)\]",
+    r"<</?SYS>>",
+    r"\A\s*<(?:s|bos)>",
+    r"<(?:/s|eos)>\s*\Z",
+)
+_HTML = ("<s>", "</s>", "<u>", "</u>", "<unk>", "<pad>")  # tags of a page, or words about one; see their ends above
 _HEADINGS = r"^###\s*(?:Instruction|Input|Response|Human|Assistant|Question|Answer|System|User)\s*:"
-_ENTITY = re.compile(r"&(?:amp|lt|gt|quot|nbsp|apos|#\d{2,5}|#x[0-9a-fA-F]{2,5});")
+_ENTITY = re.compile(r"&(?:([A-Za-z][A-Za-z0-9]{1,20})|#\d{1,7}|#x[0-9A-Fa-f]{1,6});")
+_BROKEN = re.compile("[\N{REPLACEMENT CHARACTER}\0\x80-\x9f]")  # and what no text has: NUL, and the controls of C1
+
+
+def _is_entity(match: re.Match[str]) -> bool:
+    return match.group(1) is None or f"{match.group(1)};" in html5
 
 
 def own_words(template: Template) -> list[str]:

@@ -22,6 +22,7 @@ Source: Broder, "On the resemblance and containment of documents" (1997); the ba
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,9 @@ TABLE_SIZE = 2**18  # words whose hashes are kept
 
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"\d+")
-_NOT_A_WORD = re.compile(r"[\W_]+")
+_WIDE = r"\u2026\u201c\u201d\u2018\u2019\u00ab\u00bb\u00bf\u00a1\u3001\u3002\uff0c\uff01\uff1f\uff1b\uff1a\u300c\u300d"
+_MARKS = rf"[.,;:!?'\"(){_WIDE}]+"
+_PUNCTUATION = re.compile(rf"(?<!\d){_MARKS}|{_MARKS}(?!\d)")  # not inside a number
 _RANDOM = np.random.Generator(np.random.PCG64(1997))
 _FACTORS = _RANDOM.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64) * 2 + 1  # odd, as multiply-shift wants them
 _IN_RUN = _RANDOM.integers(0, 2**63, SHINGLE, dtype=np.uint64) * 2 + 1  # of the words of a run, by place
@@ -52,8 +55,12 @@ Array = NDArray[Any]
 
 
 def normalised(text: str) -> str:
-    """Return a text without capitals, punctuation and white space; a line of nothing but punctuation stays."""
-    return "".join(_NOT_A_WORD.sub("", line) or line.strip() for line in text.casefold().splitlines())
+    """Return a text without capitals and punctuation, its white space alike; a line of nothing but punctuation stays.
+
+    Signs stay, and so do accents: C is not C++, 3 + 5 not 3 - 5, 1.5 not 15, and in many scripts a mark is a vowel.
+    """
+    lines = unicodedata.normalize("NFC", text.casefold()).splitlines()
+    return " ".join(word for line in lines for word in (_PUNCTUATION.sub(" ", line).split() or line.split()))
 
 
 def text_hash(*texts: str) -> int:

@@ -33,6 +33,11 @@ KINDS = {
         "record[|s] [has|have] no place in the template; finetune stops at such a record",
         "mend them, take them out, or choose another --template",
     ),
+    "no template fits all": Kind(
+        True,
+        "record[|s] for which the others' template does not fit; finetune stops there",
+        "mend the questions that differ, or give --template plain",
+    ),
     "roles out of order": Kind(
         True,
         "conversation[|s] [is|are] not a question and its answer in turn",

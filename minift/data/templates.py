@@ -194,8 +194,8 @@ def choose_template(
             return "joined"
         if len(where) > 1:
             raise InputError(
-                f"{where['plain']}: does not end in {' or '.join(MARKERS)} as other questions of the file do; "
-                "mend it, or choose a --template"
+                f"{where['plain']}: does not end in {' or '.join(MARKERS)}, as that of {where['carried']} does; "
+                "mend one of the two, or give --template plain"
             )
         _check_carried(conversations if "carried" in where else [])
         return next(iter(where), "plain")

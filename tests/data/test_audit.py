@@ -611,12 +611,8 @@ def test_the_command_prints_and_writes_what_was_found(
 def test_what_cannot_be_audited_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = write(tmp_path / "bad.jsonl", ["{oops"])
     good = write(tmp_path / "good.jsonl", pairs(5))
-    mixed = write(
-        tmp_path / "mixed.jsonl", [*pairs(5), {"question": "### Question:\nWhy?\n\n### Answer:", "answer": "So."}]
-    )
     for words, message in (
         ([str(bad)], f"{bad}:1: not valid JSON"),
-        ([str(mixed)], "does not end in ### Answer:"),
         ([str(good), "--sample", "-1"], "--sample"),
         ([str(good), "--max-length", "0"], "max_length"),
         ([str(good), "--html", str(tmp_path / "no" / "x.html")], "cannot be written"),
@@ -629,3 +625,99 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_file_is_found_as_everywhere(faulty: Path, tokenizer: Tokenizer) -> None:
     assert audit(find_files([faulty.parent]), tokenizer, FINETUNE).counts["records"] == 30
+
+
+# Brothers of what was found by others ---------------------------------------------------------------------------------
+
+APART = {
+    "operators": ("3 + 5", "3 - 5", "3 * 5", "3 < 5", "3 == 5", "3 != 5"),
+    "languages": ("What is C?", "What is C++?", "What is C#?"),
+    "numbers": (
+        "What is 1.5 doubled?",
+        "What is 15 doubled?",
+        "What is -15 doubled?",
+        "Is 1 + 23 odd?",
+        "Is 12 + 3 odd?",
+    ),
+    "emoji": ("Say it: \U0001f44d", "Say it: \U0001f44e", "Say it: \U0001f389"),
+    "vowels": ("\u0915\u092e?", "\u0915\u093e\u092e?", "\u0e21\u0e32?", "\u0e21\u0e49\u0e32?"),
+    "tones": ("ma?", "ma\u0301?", "ma\u0300?"),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_questions_that_differ_in_a_sign_are_not_the_same(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """All but one are trained on, each is held out once; none answers another."""
+    records = [{"question": one, "answer": f"Answer {place}."} for place, one in enumerate(APART[name])]
+    for place in range(len(records)):
+        file = write(tmp_path / "x.jsonl", [*records[:place], *records[place + 1 :]])
+        test = write(tmp_path / "test.jsonl", [records[place]])
+        found = audit([file], tokenizer, FINETUNE, test=[test])
+        names = {finding.name for finding in found.findings}
+        assert not names & {"held-out records trained on", "contradictions", "near-duplicates", "duplicates"}
+
+
+def test_the_same_question_in_other_dress_is_the_same(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = write(tmp_path / "x.jsonl", [{"question": "What, then, is  a cat?", "answer": "An animal."}])
+    test = write(tmp_path / "test.jsonl", [{"question": "what then is a CAT", "answer": "A pet."}])
+    (finding,) = audit([file], tokenizer, FINETUNE, test=[test]).findings
+    assert (finding.name, finding.where) == ("held-out records trained on", f"{test}:1")
+
+
+def test_one_question_that_carries_a_template_is_a_finding(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """`finetune` stops there; the audit says so, names both lines, and goes on."""
+    carried = {"question": "### Question:\nWhy?\n\n### Answer:", "answer": "So."}
+    file = write(tmp_path / "x.jsonl", [*pairs(5), carried])
+    found = audit([file], tokenizer, FINETUNE)
+    (finding,) = [one for one in found.findings if one.name == "no template fits all"]
+    assert finding.where == f"{file}:1"
+    assert f"{file}:6" in finding.detail
+
+
+def test_all_unusable_records_are_counted_together(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    bad: list[Any] = ["{oops", '{"question": 5, "answer": "a"}', "[1]", '{"a": 1,}', '{"ab": 1,}', '{"question": " "}']
+    file = write(tmp_path / "x.jsonl", [*pairs(20), *bad * 3])
+    (finding,) = [one for one in audit([file], tokenizer, FINETUNE).findings if one.name == "unusable records"]
+    assert finding.count == 18
+    assert finding.where == f"{file}:21"
+    assert "times" in finding.detail
+    assert "refuses more than 1%" in finding.remedy
+
+
+def test_advice_about_lengths_is_held_against_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], small_checkpoint: Path
+) -> None:
+    file = write(tmp_path / "x.jsonl", [*pairs(20), {"question": "Long?", "answer": "word " * 900}])
+    assert main(["data", "audit", str(file), "--model", str(small_checkpoint)]) == 0
+    assert "(the model has 512 positions)" in " ".join(capsys.readouterr().out.split())
+    assert main(["data", "audit", str(file), "--model", str(small_checkpoint), "--max-length", "513"]) == 2
+    assert "the model has 512 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{oops\n"])
+def test_held_out_files_are_read_as_strictly_as_by_finetune(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "x.jsonl", pairs(20))
+    (tmp_path / "test.jsonl").write_text(content)
+    for command in (["data", "audit", str(file)], ["finetune", "--data", str(file), "--out", str(tmp_path / "run")]):
+        assert main([*command, "--test", str(tmp_path / "test.jsonl")]) == 2
+        assert "test.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("it\x92s", "wrong encoding"),
+        ("a\0b\0c", "wrong encoding"),
+        ("caf&eacute; &mdash; &#128512;", "HTML entities"),
+        ("<|START_OF_TURN_TOKEN|>", "markers in the data"),
+        ("<\uff5cUser\uff5c>Hi", "markers in the data"),
+        ("use &self; and a&b;", None),
+        ("<s>old</s> and <u>new</u> words", None),
+    ],
+)
+def test_what_a_text_is_named_for(tmp_path: Path, tokenizer: Tokenizer, text: str, name: str | None) -> None:
+    file = write(tmp_path / "x.jsonl", [*pairs(20), {"question": "What is it?", "answer": text}])
+    found = {finding.name: finding.where for finding in audit([file], tokenizer, FINETUNE).findings}
+    assert found == ({name: f"{file}:21"} if name else {})
