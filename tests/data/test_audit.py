@@ -714,7 +714,7 @@ def test_held_out_files_are_read_as_strictly_as_by_finetune(
         ("<|START_OF_TURN_TOKEN|>", "markers in the data"),
         ("<\uff5cUser\uff5c>Hi", "markers in the data"),
         ("use &self; and a&b;", None),
-        ("<s>old</s> and <u>new</u> words", None),
+        ("so <s>old</s> and <u>new</u> words", None),
     ],
 )
 def test_what_a_text_is_named_for(tmp_path: Path, tokenizer: Tokenizer, text: str, name: str | None) -> None:
