@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minift.errors import InputError
+from minift.errors import InputError, did_you_mean
 from minift.values import build, check_number, read_json
 
 if TYPE_CHECKING:
@@ -156,7 +156,9 @@ class LlamaConfig:
     def preset(cls, name: str) -> "LlamaConfig":
         """Return the shape called `name`, one of `PRESETS`. Raises InputError for an unknown name."""
         if name not in PRESETS:
-            raise InputError(f"unknown preset {name!r}; known: {', '.join(PRESETS)} (or a config.json)")
+            raise InputError(
+                f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)} (or a config.json)"
+            )
         return LlamaConfig(**PRESETS[name])
 
     @classmethod
@@ -355,7 +357,8 @@ class TrainConfig:
         for item in dataclasses.fields(self):
             value, bounds = getattr(self, item.name), item.metadata
             if bounds["choices"] and value not in bounds["choices"]:
-                raise InputError(f"{item.name} is {value!r}; choose from {', '.join(bounds['choices'])}")
+                near = did_you_mean(str(value), bounds["choices"])
+                raise InputError(f"{item.name} is {value!r}{near}; choose from {', '.join(bounds['choices'])}")
             if isinstance(value, int | float) and not isinstance(value, bool):
                 check_number(item.name, value, above=bounds["above"], least=bounds["least"])
         check_number("workers", self.workers, below=MOST_WORKERS + 1)

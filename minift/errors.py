@@ -7,6 +7,8 @@ Read next: `values.py`.
 """
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 
@@ -52,6 +54,12 @@ def printable(text: str) -> str:
     and characters that are newer than Python's table.
     """
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" with the known word that a mistyped one resembles most; "" where none does."""
+    near = get_close_matches(word, [name for name in known if name != word], 1, 0.7) if len(word) < 100 else []
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def need(package: str, extra: str, what: str) -> ModuleType:

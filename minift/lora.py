@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from minift.config import LORA_TARGETS, TrainConfig
 from minift.distributed.sharding import copy_into, gathered
-from minift.errors import InputError
+from minift.errors import InputError, did_you_mean
 from minift.model import Llama
 from minift.values import check_number
 
@@ -48,7 +48,8 @@ class LoRAConfig:
         check_number("lora_dropout", self.dropout, least=0, below=1)
         for target in self.targets:
             if target not in LORA_TARGETS:
-                raise InputError(f"lora_targets has {target!r}; choose from {', '.join(LORA_TARGETS)}")
+                near = did_you_mean(target, LORA_TARGETS)
+                raise InputError(f"lora_targets has {target!r}{near}; choose from {', '.join(LORA_TARGETS)}")
         if not self.targets:
             raise InputError(f"lora_targets is empty; choose from {', '.join(LORA_TARGETS)}")
 

@@ -16,7 +16,7 @@ from minift.cli.parts import (
     print_answer,
     sampling_of,
 )
-from minift.errors import InputError, one_line
+from minift.errors import InputError, did_you_mean, one_line
 
 CHAT_MORE = """\
 Each line is a question, and the model sees all that was said before it. /clear begins anew, /exit or
@@ -66,7 +66,8 @@ def _chat(options: dict[str, Any]) -> int:
         if command == "/clear":
             chat = Chat(begin)
         elif re.fullmatch(r"/[a-z]+", command):
-            print(f"note: unknown command {command}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+            near = did_you_mean(command, COMMANDS)
+            print(f"note: unknown command {command}{near}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         elif command:
             asked = replace(chat, turns=(*chat.turns, Turn("user", question)))
             try:

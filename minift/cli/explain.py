@@ -22,7 +22,7 @@ from minift.cli.parts import (
 )
 from minift.cli.streams import write_exact
 from minift.config import TrainConfig
-from minift.errors import InputError
+from minift.errors import InputError, did_you_mean
 from minift.look.report import xray_table
 from minift.values import check_number
 
@@ -159,8 +159,9 @@ def _conversations(options: dict[str, Any]) -> "list[Conversation]":
 
 def _colour(when: str) -> bool:
     """Return whether to use colours. Raises InputError for a word that is not known."""
-    if when not in ("auto", "always", "never"):
-        raise InputError(f"--colour is {when!r}; choose from auto, always, never")
+    known = ("auto", "always", "never")
+    if when not in known:
+        raise InputError(f"--colour is {when!r}{did_you_mean(when, known)}; choose from {', '.join(known)}")
     if when == "auto":  # a terminal, unless its user has switched colours off (no-color.org)
         return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     return when == "always"

@@ -27,7 +27,7 @@ from minift.cli.parts import (
     write_texts,
 )
 from minift.config import TrainConfig
-from minift.errors import InputError, one_line
+from minift.errors import InputError, did_you_mean, one_line
 from minift.look.report import mistake_lines, samples, score_lines, table
 from minift.values import check_number, size
 
@@ -306,7 +306,7 @@ def _convert(options: dict[str, Any]) -> int:
 
     name, out = options["dtype"], options["destination"]
     if name is not None and name not in FILE_DTYPES:
-        raise InputError(f"--dtype is {name!r}; choose from {', '.join(FILE_DTYPES)}")
+        raise InputError(f"--dtype is {name!r}{did_you_mean(name, FILE_DTYPES)}; choose from {', '.join(FILE_DTYPES)}")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up on a kill as on Ctrl-C
     try:
         result = convert(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minift.cli.streams import write_exact
 from minift.config import LEARN, TrainConfig
-from minift.errors import InputError, printable
+from minift.errors import InputError, did_you_mean, printable
 from minift.values import check_number
 
 if TYPE_CHECKING:
@@ -43,6 +43,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # of a command's own words, too
+        words = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # a group's words are its verb's
+            self._check_flags(words[: words.index("--")] if "--" in words else words)
+        found, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def _check_flags(self, words: Sequence[str]) -> None:
+        """Raise InputError for a flag that is unknown, before another one is missed that may be meant."""
+        for word in words:
+            flag, known = word.partition("=")[0], self._option_string_actions
+            if flag.startswith("--") and " " not in word and flag not in known:
+                names = [name for name in known if name.startswith("--")]
+                self.error(f"unrecognized arguments: {word}{did_you_mean(flag, names)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = "unknown" if isinstance(action.choices, dict) else "invalid choice:"  # a command, or a flag's value
+            known = [str(choice) for choice in action.choices]
+            message = f"{what} {value!r}{did_you_mean(str(value), known)}; choose from {', '.join(known)}"
+            raise argparse.ArgumentError(action, message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         print(message, end="", file=file or sys.stdout, flush=True)  # argparse would hide that writing failed

@@ -28,6 +28,7 @@ from minift.data.lines import MAX_LINE, Lines, is_plain_text
 from minift.data.tables import array_items, csv_rows, find_array, find_table
 from minift.data.unpack import STDIN, UnreadableError, is_pipe, open_unpacked, pipe_in_words
 from minift.errors import InputError, need, one_line
+from minift.storage.names import similar_path
 
 SEPARATORS = {".csv": None, ".tsv": "\t"}  # of the kinds that are tables; None where its first row tells it
 KINDS = (".jsonl", ".json", *SEPARATORS, ".txt")
@@ -112,7 +113,8 @@ def find_files(sources: Iterable[str | Path], say: Callable[[str], object] | Non
             names = [] if path.exists() else map(Path, glob(str(source), recursive=True))
             found = [path] if path.exists() else sorted(name for name in names if not name.is_dir())
         if not found:
-            raise InputError(f"{source}: no such file, or no data file in it ({', '.join(SUFFIXES)})")
+            near = "" if path.exists() else similar_path(path)
+            raise InputError(f"{source}: no such file{near}, or no data file in it ({', '.join(SUFFIXES)})")
         files += found
     for file in files:
         if not file.name.endswith(SUFFIXES) and not is_pipe(file):

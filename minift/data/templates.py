@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minift.errors import InputError
+from minift.errors import InputError, did_you_mean
 from minift.prompts import Conversation, Pair, Span, Template, TextTemplate
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat import chat_template, has_chat_template
@@ -144,7 +144,7 @@ def template_named(name: str, tokenizer: Tokenizer | None = None, rendered: bool
         markers = tokenizer.marker_names if tokenizer else ()
         return RenderedTemplate(**vars(template), markers=markers) if rendered else template
     known = f"auto, chat, {', '.join(TEMPLATES)}, or a file of your own (.txt, .jinja)"
-    raise InputError(f"unknown template {name!r}; known: {known}")
+    raise InputError(f"unknown template {name!r}{did_you_mean(name, ('auto', 'chat', *TEMPLATES))}; known: {known}")
 
 
 def carried_template(question: str) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minift.errors import InputError, RunError
+from minift.errors import InputError, RunError, did_you_mean
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
@@ -138,7 +138,7 @@ def convert(
 
 def _check_options(to: str, shards: int, version: int) -> None:
     if to not in FORMATS:
-        raise InputError(f"--to is {to!r}; choose from {', '.join(FORMATS)}")
+        raise InputError(f"--to is {to!r}{did_you_mean(to, FORMATS)}; choose from {', '.join(FORMATS)}")
     if shards != 1 and to != "meta":
         raise InputError(f"--shards is for --to meta, not for {to}")
     if version and to != "llama2c":

@@ -24,7 +24,7 @@ from minift.formats.native import open_native
 from minift.formats.opened import Opened
 from minift.formats.peft import open_adapter
 from minift.storage.links import check_links, check_name
-from minift.storage.names import ADAPTER_FILE, base_of, is_adapter, model_path
+from minift.storage.names import ADAPTER_FILE, base_of, is_adapter, model_path, similar_path
 from minift.values import read_json
 
 FORMATS = {"native": open_native, "hf": open_huggingface, "meta": open_meta, "llama2c": open_llama2c}
@@ -42,7 +42,7 @@ def open_model(name: str | Path) -> Opened:
     path = model_path(name)
     check_name(path)
     if not os.path.exists(path):  # unlike Path.exists, it takes a name that is too long
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder{similar_path(path)}")
     if path.is_dir():
         check_links(path)
     if is_adapter(path):

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from minift.errors import InputError
+from minift.errors import InputError, did_you_mean
 from minift.values import read_json
 
 ADAPTER_FILE = "adapter_config.json"  # as `peft` calls it
@@ -35,6 +35,23 @@ def model_path(name: str | Path) -> Path:
     if is_hub_name(name):
         return cached(name)
     return Path(name).absolute() if Path(name) == Path("bundled") else Path(name)  # its text must not mean the base
+
+
+def similar_path(path: Path) -> str:
+    """Return " (did you mean X?)" for a path that is not there, with one of its folder that has a similar name; or "".
+
+    For a name without a folder, X may be "bundled".
+    """
+    names = {str(path.parent / name) for name in names_in(path.parent)}
+    return did_you_mean(str(path), names | ({"bundled"} if path.parent == Path() else set()))
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, in their order; none of a folder that cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except (OSError, ValueError):
+        return []
 
 
 # What comes with minift -----------------------------------------------------------------------------------------------
@@ -76,8 +93,10 @@ def cached(name: str) -> Path:
         commit = ""
     snapshot = folder / "snapshots" / commit
     if not re.fullmatch(r"\w+", commit) or not snapshot.is_dir():
+        others = (other.removeprefix("models--").replace("--", "/") for other in names_in(cache_folder()))
+        near = similar_path(Path(name)) or did_you_mean(name, others)
         raise InputError(
-            f"{name}: no such folder, and not in Hugging Face's cache ({cache_folder()}); "
+            f"{name}: no such folder{near}, and not in Hugging Face's cache ({cache_folder()}); "
             f"to fetch it: pip install huggingface_hub && hf download {name}"
         )
     return snapshot

@@ -6,7 +6,7 @@ from pathlib import Path
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.storage.links import check_links
-from minift.storage.names import base_of, is_adapter, model_path
+from minift.storage.names import base_of, is_adapter, model_path, similar_path
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.huggingface import JsonTokenizer
 from minift.tokenizer.make_json import make_json
@@ -54,7 +54,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         content = file.read_bytes()
         files = tokenizer_files(folder)
     except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
+        near = similar_path(file) if isinstance(error, FileNotFoundError) else ""
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}{near}") from None
     if file.suffix == ".json":
         return _from_json(file, content, files)
     if of_model:
