@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from minift.cli.commands import make_parser
+from minift.cli.parts import check_outputs
 from minift.cli.streams import open_streams
 from minift.errors import InputError, RunError, is_out_of_memory, one_line, out_of_memory
 
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     try:
         options = vars(make_parser().parse_args(argv))
-        code: int = options.pop("run")(options)
+        run = options.pop("run")
+        check_outputs(options)
+        code: int = run(options)
         sys.stdout.flush()
         return code
     except InputError as error:

@@ -259,15 +259,16 @@ def _evaluate_pages(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict
 def _evaluate_choices(model: Any, tokenizer: Any, files: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
     from minift.data.records import read_records
     from minift.data.templates import choose_template, template_named
-    from minift.evaluation.choices import choice_scores, choose, read_choices
+    from minift.evaluation.choices import choice_scores, choose, fitting_questions, read_choices
     from minift.evaluation.intervals import score_values
     from minift.prompts import Pair
 
     questions = read_choices(chain.from_iterable(read_records(file, options["encoding"]) for file in files))
     asked = [Pair(one.question, "", where=one.where) for one in questions]
     template = template_named(choose_template(options["template"], asked, tokenizer), tokenizer, options["rendered"])
+    questions, skipped = fitting_questions(questions, template, tokenizer, model.config.max_position_embeddings)
     found = choose(model, tokenizer, questions, template)
-    scores = {**score_values(choice_scores(questions, found)), "n": len(questions)}
+    scores = {**score_values(choice_scores(questions, found)), "n": len(questions), "skipped": skipped}
     print(score_lines(scores))
     return scores
 

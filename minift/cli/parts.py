@@ -247,6 +247,25 @@ def print_answer(
     return answer
 
 
+def check_outputs(options: Mapping[str, Any]) -> None:
+    """Raise InputError when a file of results (--json, --html) cannot be written: before the work, not after it."""
+    for name in ("json", "html"):
+        if (file := options.get(name)) is None:
+            continue
+        path = Path(file)
+        if os.path.isdir(path):
+            reason = "is a folder"
+        elif not os.path.isdir(path.parent):
+            reason = f"there is no folder {path.parent}"
+        elif not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+            reason = "Permission denied"
+        elif name == "html" and options.get("json") == file:
+            reason = "--json names the same file"
+        else:
+            continue
+        raise InputError(f"{file}: cannot be written: {reason}")
+
+
 def json_text(values: dict[str, Any]) -> str:
     """Return the text of a file of results."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -18,12 +18,14 @@ def encode_conversations(
     max_length: int,
     learn: str = "all",
     refuse: Callable[[InputError], object] | None = None,
+    what: str = "record",
 ) -> tuple[list[Example], int]:
     """Return the examples of all conversations, and how many were dropped because they have no target.
 
     Args:
         learn: "all" answers of a conversation, or only the "last".
         refuse: is told why a conversation has no place in the template; by default the first reason is raised.
+        what: what a conversation is called, for the message.
 
     Raises:
         InputError: when no example is left.
@@ -41,7 +43,7 @@ def encode_conversations(
         examples += [example for example in encoded if example is not None]
         dropped += encoded.count(None)
     if not examples:
-        raise InputError(reason or f"no record has a target within max_length {max_length}; {_remedy(found)}")
+        raise InputError(reason or f"no {what} has a target within max_length {max_length}; {_remedy(found)}")
     return examples, dropped
 
 

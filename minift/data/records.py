@@ -292,7 +292,7 @@ class Skipped:
         quiet: report none.
         records: how many were read, usable or not.
         skipped: how many were not usable.
-        first: what was wrong with the first of those.
+        first: what was wrong with the first of those, each reason once.
         unread: the files of pages that cannot be read to their end. The place counts as one record, but more are lost.
     """
 
@@ -314,7 +314,7 @@ class Skipped:
             raise fault
         self.records += lost or 0
         self.skipped += 1 + (lost or 0)
-        shown = len(self.first) < SHOWN
+        shown = len(self.first) < SHOWN and _reason(fault) not in map(_reason, self.first)
         if shown:
             self.first.append(one_line(fault))
         if self.strict:
@@ -334,4 +334,11 @@ class Skipped:
         """Return the count and the first faults, each on a line of its own."""
         files = "1 file" if len(self.unread) == 1 else f"{len(self.unread):,} files"
         rest = f", and the rest of {files} that cannot be read to the end" if self.unread else ""
-        return "\n  ".join((f"{self.skipped:,} of {self.records:,} records skipped{rest}:", *self.first))
+        more = self.skipped - len(self.first)
+        lines = [*self.first, *([f"and {more:,} more like {'it' if len(self.first) == 1 else 'them'}"] * (more > 0))]
+        return "\n  ".join((f"{self.skipped:,} of {self.records:,} records skipped{rest}:", *lines))
+
+
+def _reason(fault: object) -> str:
+    """Return what is wrong, without the place: two records with the same fault give the same."""
+    return re.sub(r"\d+", "#", re.sub(r"^.*?:\d+(?=\D|$)", "", one_line(fault), count=1))

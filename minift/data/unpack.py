@@ -59,6 +59,10 @@ def open_unpacked(path: Path, place: Callable[[], str] = lambda: "", encoding: s
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
         packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix, "compressed")
         raise UnreadableError(f"{path}{place()}: damaged {packing} data: {error}") from None
+    except _WindowError:
+        remedy = "zstd -d --long=31 -c OLD | zstd -o NEW"
+        why = "packed with a window of more than 128 MiB (zstd --long=28 or more), which would take as much memory"
+        raise UnreadableError(f"{path}{place()}: {why}; pack it again without: {remedy}") from None
     except UnicodeDecodeError as error:
         raise UnreadableError(f"{path}{place()}: not {encoding} text: {error.reason}") from None
     except OSError as error:
@@ -127,6 +131,10 @@ def _unpack_zstd(file: BinaryIO, name: str) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_Zstd(file, name), 2**16))
 
 
+class _WindowError(Exception):
+    """zstd data that need more memory than the decompressor is willing to take."""
+
+
 class _DamagedError(Exception):
     """Compressed data that cannot be unpacked."""
 
@@ -166,6 +174,8 @@ class _Zstd(io.RawIOBase):
         try:
             self._unpacked = memoryview(self._frame.decompress(self._packed))
         except self._zstandard.ZstdError as error:
+            if "too much memory" in str(error):
+                raise _WindowError from None
             raise _DamagedError(error) from None
         self._packed = b""
         if self._frame.eof:

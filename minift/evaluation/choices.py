@@ -102,20 +102,45 @@ def choose(
         InputError: with `file:line`, for a question that is too long for the model.
     """
     limit = model.config.max_position_embeddings
-    examples, sizes = [], []
-    for question in questions:
-        for choice in question.choices:
-            pair = Pair(question.question, choice.strip(), where=question.where)
-            # Without an end: the question is not whether the answer ends here.
-            answer = tokenizer.encode_continuation(template.answer_parts(pair))
-            example = Example(encode_prompt(template.prompt(pair), tokenizer), answer)
-            if len(example) > limit:
-                raise InputError(f"{question.where}: takes {len(example)} positions; the model has {limit}")
-            examples.append(example)
-            sizes.append(len(choice.strip().encode()))
+    examples = [example for one in questions for example in _examples(one, template, tokenizer, limit)]
+    sizes = [len(choice.strip().encode()) for question in questions for choice in question.choices]
     likelihoods = example_likelihoods(model, examples, batch_size)
     log_probabilities = iter([(-each.nll, size) for each, size in zip(likelihoods, sizes, strict=True)])
     return [[next(log_probabilities) for _ in question.choices] for question in questions]
+
+
+def fitting_questions(
+    questions: Sequence[ChoiceQuestion], template: Template, tokenizer: Tokenizer, positions: int
+) -> tuple[list[ChoiceQuestion], int]:
+    """Return the questions that fit a model's positions with each of their choices, and how many do not.
+
+    Raises:
+        InputError: with `file:line` of the first question, when none fits.
+    """
+    fitting, fault = list[ChoiceQuestion](), None
+    for question in questions:
+        try:
+            _examples(question, template, tokenizer, positions)
+            fitting.append(question)
+        except InputError as error:
+            fault = fault or error
+    if not fitting and fault is not None:
+        raise fault
+    return fitting, len(questions) - len(fitting)
+
+
+def _examples(question: ChoiceQuestion, template: Template, tokenizer: Tokenizer, positions: int) -> list[Example]:
+    """Return the question with each of its choices as ids. Raises InputError when one takes too many positions."""
+    examples = []
+    for choice in question.choices:
+        pair = Pair(question.question, choice.strip(), where=question.where)
+        # Without an end: the question is not whether the answer ends here.
+        answer = tokenizer.encode_continuation(template.answer_parts(pair))
+        example = Example(encode_prompt(template.prompt(pair), tokenizer), answer)
+        if len(example) > positions:
+            raise InputError(f"{question.where}: takes {len(example)} positions; the model has {positions}")
+        examples.append(example)
+    return examples
 
 
 def choice_scores(

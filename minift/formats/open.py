@@ -45,6 +45,8 @@ def open_model(name: str | Path) -> Opened:
         raise InputError(f"{path}: no such file or folder{similar_path(path)}")
     if path.is_dir():
         check_links(path)
+    elif path.suffix in (".model", ".json", ".pt", ".pth", ".safetensors"):
+        raise InputError(f"{path}: is one file of a model; give the folder that it is in, {path.absolute().parent}")
     if is_adapter(path):
         return open_adapter(path, open_model(base_of(path)))
     format = recognise(path)

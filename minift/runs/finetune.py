@@ -201,8 +201,11 @@ def encode(split: Split, tokenizer: Tokenizer, config: TrainConfig) -> Encoded:
     """
     template = template_named(split.template, tokenizer, config.rendered)
     training, held_out = (
-        encode_conversations(part, template, tokenizer, config.max_length, config.learn, refuse)
-        for part, refuse in ((split.training, split.skipped.add), (split.held_out, split.refuse_held_out))
+        encode_conversations(part, template, tokenizer, config.max_length, config.learn, refuse, what)
+        for part, refuse, what in (
+            (split.training, split.skipped.add, "record to train on"),
+            (split.held_out, split.refuse_held_out, "held-out record"),
+        )
     )
     split.skipped.check()
     cut = sum(example.cut for example in training[0])

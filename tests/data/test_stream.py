@@ -382,6 +382,22 @@ def test_several_zstd_frames_are_one_file(tmp_path: Path) -> None:
     assert list(DocumentStream([tmp_path], epochs=1)) == ["one", "two", "three", "four"]
 
 
+def test_a_zstd_window_that_is_too_large_is_no_damage(tmp_path: Path) -> None:
+    """As `zstd --long=30` writes it, of data whose size it does not know; with --long=27 it is read."""
+    zstandard = pytest.importorskip("zstandard")
+    lines = b"".join(json.dumps(record).encode() + b"\n" for record in documents("one", "two"))
+    for window, fault in ((27, ""), (30, "packed with a window of more than 128 MiB")):
+        settings = zstandard.ZstdCompressionParameters(window_log=window, enable_ldm=True)
+        packer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+        file = tmp_path / "x.jsonl.zst"
+        file.write_bytes(packer.compress(lines) + packer.flush())
+        texts, said = read_to_the_end(file)
+        assert texts == (["one", "two"] if not fault else [])
+        assert said.startswith(f"{file}:1: {fault}" if fault else "")
+        assert "damaged" not in said
+        assert ("pack it again without: zstd -d --long=31" in said) == bool(fault)
+
+
 def read_to_the_end(file: Path) -> tuple[list[str], str]:
     """Return the documents of a file up to the first fault, and its message ("" for none)."""
     texts: list[str] = []

@@ -135,13 +135,27 @@ def test_a_question_that_is_too_long(model: Llama, tokenizer: Tokenizer) -> None
         choose(short, tokenizer, [longest], TEMPLATES["plain"])
 
 
+def test_one_question_that_is_too_long_is_left_out_and_counted(
+    tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"question": "2 + 2 =", "choices": ["4", "5"], "answer": 0}
+    long = {**record, "choices": ["4", "5 " * 600]}
+    words = ["evaluate", "--model", str(small_checkpoint), "--json", str(tmp_path / "out.json"), "--data"]
+    assert main([*words, str(write_jsonl(tmp_path / "some.jsonl", [record, long, record, long]))]) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert (written["n"], written["skipped"]) == (2, 2)
+    assert "skipped                          2" in capsys.readouterr().out
+    assert main([*words, str(write_jsonl(tmp_path / "none.jsonl", [long]))]) == 2
+    assert "none.jsonl:1: takes" in capsys.readouterr().err
+
+
 def test_evaluate_recognises_them(tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"question": one.question, "choices": list(one.choices), "answer": one.answer} for one in QUESTIONS]
     (tmp_path / "x.json").write_text(json.dumps(records))
     words = ["evaluate", "--model", small_checkpoint, "--data", tmp_path / "x.json", "--json", tmp_path / "out.json"]
     assert main([str(word) for word in words]) == 0
     written = json.loads((tmp_path / "out.json").read_text())
-    assert set(written) == {"accuracy", "accuracy_normalised", "n", "intervals"}
+    assert set(written) == {"accuracy", "accuracy_normalised", "n", "skipped", "intervals"}
     assert written["n"] == 3
     assert written["accuracy"] in [0, 1 / 3, 2 / 3, 1]
     assert "accuracy_normalised" in capsys.readouterr().out

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from minift.checkpoint import load_model
-from minift.config import LlamaConfig, TrainConfig
+from minift.config import FINETUNE, LlamaConfig, TrainConfig
 from minift.costs.flops import training_flops_per_token
 from minift.data.batches import PageBatches
 from minift.data.records import Skipped
 from minift.data.stream import DocumentStream
 from minift.data.templates import template_named
 from minift.distributed.world import World
+from minift.errors import InputError
 from minift.lora import LoRAConfig, adapter_weights, add_lora
 from minift.model import Llama
 from minift.runs import finetune as finetuning
@@ -192,6 +193,16 @@ def test_what_is_left_out_is_announced(job: FinetuneJob, tmp_path: Path, capsys:
     assert lines[0] == f"{job.model}: {count:,} parameters, all of them trained, on cpu in float32"
     assert lines[1] == "7 pairs to train on (2 cut to 24 tokens, 1 dropped)"
     assert lines[2] == "4 pairs held out (1 without a target); template plain"
+
+
+def test_it_is_said_which_records_have_no_target(job: FinetuneJob, tmp_path: Path) -> None:
+    """Those to train on, or those held out: what helps the one does not help the other."""
+    long = write_jsonl(tmp_path / "long.jsonl", [{"question": "a " * 90, "answer": "b"}] * 3)
+    short = write_jsonl(tmp_path / "short.jsonl", [{"question": "a", "answer": "b"}] * 3)
+    for data, test, which in ((short, long, "held-out record"), (long, short, "record to train on")):
+        pairs = finetune_job(job.model, [str(data)], [str(test)])
+        with pytest.raises(InputError, match=f"no {which} has a target within max_length 32; raise it"):
+            finetune(pairs, FINETUNE.replace(steps=1, max_length=32, device="cpu"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("pack", [True, False])
