@@ -1,6 +1,7 @@
 """The commands that look at data and train tokenizers: `minift tokenizer …` and `minift data …`."""
 
 import json
+import os
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,9 @@ def _tokenizer_train(options: dict[str, Any]) -> int:
         raise InputError(f"{out}: exists; choose another --out")
     files, text_field, encoding = find_files(options["data"]), options["text_field"], options["encoding"]
     stream = DocumentStream(files, text_field, epochs=1, skipped=Skipped(), encoding=encoding)
+    place = next(folder for folder in out.absolute().parents if os.path.lexists(folder))  # the others will be made
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"{out}: cannot be written: {place} is no folder that may be written to")
     tokenizer = train_tokenizer(stream, options["vocab_size"])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,19 @@ def test_two_results_need_two_files(
     assert not Path(both).exists()
 
 
+def test_a_tokenizer_that_could_not_be_saved_is_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*_: object) -> None:
+        pytest.fail("it was trained")
+
+    monkeypatch.setattr("minift.tokenizer.sentencepiece.train_tokenizer", train)
+    pages = write_jsonl(tmp_path / "pages.jsonl", [{"text": "A page."}])
+    words = ["tokenizer", "train", "--data", str(pages), "--vocab-size", "300", "--out"]
+    assert main([*words, str(pages / "new" / "tokenizer.model")]) == 2
+    assert f"cannot be written: {pages} is no folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", ["tokenizer.model", "model.pt", "config.json"])
 def test_a_file_of_a_model_is_answered_with_its_folder(
     small_checkpoint: Path, file: str, capsys: pytest.CaptureFixture[str]
