@@ -173,6 +173,22 @@ def test_a_text_ends_before_eos() -> None:
     assert generate(model, PROMPTS, 20) == [text[:end], *others]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_text_ends_before_any_of_several_stop_tokens(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them comes; and nothing is computed after all texts have ended."""
+    free = talker()
+    text = reference.greedy(free, PROMPTS[0], 20)
+    end = next(i for i in range(4, 20) if text[i] not in text[:i])
+    stops = [id for id in range(90, 97) if id not in text][:2]
+    stops.insert(place, text[end])
+    model = talker(eos_token_id=tuple(stops))
+    assert list(stream(model, PROMPTS[0], 20)) == text[:end]
+    read, hidden = [], Llama.hidden
+    monkeypatch.setattr(Llama, "hidden", lambda self, *given: read.append(given) or hidden(self, *given))
+    assert generate(model, [PROMPTS[0]], 20, plain=True) == [text[:end]]
+    assert len(read) == end + 1  # the prompt, and each new token but the stop token
+
+
 @pytest.mark.parametrize("length", [1, 30, LIMIT - 1])
 def test_a_text_ends_at_the_last_position(length: int) -> None:
     model = talker()
