@@ -38,6 +38,12 @@ def test_top_k_is_so_many(top_k: int, ids: int) -> None:
     assert drawn(top_k=top_k) == ids
 
 
+@pytest.mark.parametrize("temperature", [1e-39, 1e-4, 100.0])
+def test_equal_ids_are_drawn_alike_at_every_temperature_above_0(temperature: float) -> None:
+    chosen = sample(EQUAL, Sampling(temperature), torch.Generator().manual_seed(0))
+    assert int(chosen.bincount(minlength=4).min()) > 60  # of 400 draws among four
+
+
 def test_top_p_is_of_what_top_k_has_left() -> None:
     """Half of two equal ids is one; half of all four would be two."""
     assert drawn(top_k=2, top_p=0.5) == 1
