@@ -33,7 +33,7 @@ from minift.errors import InputError
 class Tokenizer(ABC):
     """A vocabulary, and the way from text to ids and back."""
 
-    vocab_size: int  # every id is below it
+    vocab_size: int  # every id is below it; those that a model has beyond it stand for no text
     bos_id: int  # the id that begins a document
     eos_id: int  # the id that ends a document
     adds_bos = True  # whether a text begins with BOS, as the model was trained and as other programs prompt it
@@ -82,7 +82,7 @@ class Tokenizer(ABC):
         return ids, np.array([len(bos) + len(ids) + 1 for ids in encoded])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids that begin a text, BOS and EOS left out. Raises InputError for an id out of range."""
+        """Return the text of ids that begin a text, BOS and EOS left out. Raises InputError for a negative id."""
         return self._text(self._without_bos_and_eos(ids))
 
     def decode_continuation(self, ids: Sequence[int]) -> str:
@@ -91,8 +91,12 @@ class Tokenizer(ABC):
         return text[1:] if self._anchor else text
 
     @abstractmethod
+    def _piece(self, id: int) -> str:
+        """Return the piece of an id that is in range."""
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the pieces as the vocabulary writes them, for people to look at ("▁" or "Ġ" is a space)."""
+        return [self._piece(id) if id < self.vocab_size else "" for id in self._checked(ids)]
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into `folder`."""
@@ -134,11 +138,11 @@ class Tokenizer(ABC):
         self._anchor = line_break if adds_space else []
 
     def _without_bos_and_eos(self, ids: Sequence[int]) -> list[int]:
-        return [id for id in self._checked(ids) if id not in (self.bos_id, self.eos_id)]
+        return [id for id in self._checked(ids) if id not in (self.bos_id, self.eos_id) and id < self.vocab_size]
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         for id in ids:
-            if not 0 <= id < self.vocab_size:
+            if id < 0:
                 raise InputError(f"id {id} is outside the tokenizer's vocabulary of {self.vocab_size}")
         return [int(id) for id in ids]
 

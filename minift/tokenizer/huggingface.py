@@ -7,7 +7,7 @@ folder (`special.py`).
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,9 @@ class JsonTokenizer(Tokenizer):
         text: str = self._tokenizer.to_str()
         return text
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return the pieces as the vocabulary writes them ("▁" or "Ġ" is a space)."""
-        return [self._tokenizer.id_to_token(id) or "" for id in self._checked(ids)]
+    def _piece(self, id: int) -> str:
+        piece: str | None = self._tokenizer.id_to_token(id)
+        return piece or ""
 
     def _ids(self, text: str, special: bool) -> list[int]:
         self._tokenizer.encode_special_tokens = not special  # the package's name for "encode them as characters"

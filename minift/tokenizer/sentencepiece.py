@@ -46,9 +46,9 @@ class SentencePieceTokenizer(Tokenizer):
             raise InputError(f"{where}: has no BOS or no EOS piece; minift needs both")
         self._set_anchor(where)
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return the pieces as the vocabulary writes them ("▁" is a space)."""
-        return [self.processor.id_to_piece(id) for id in self._checked(ids)]
+    def _piece(self, id: int) -> str:
+        piece: str = self.processor.id_to_piece(id)
+        return piece
 
     def piece_id(self, piece: str) -> int | None:
         """Return the id of a piece, or None if the vocabulary has no such piece."""

@@ -196,8 +196,8 @@ class Letters(Tokenizer):
     vocab_size, bos_id, eos_id = 97, 1, 2
     files: Mapping[str, bytes] = {"tokenizer.model": b"letters"}
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        return [chr(id + 500) for id in ids]
+    def _piece(self, id: int) -> str:
+        return chr(id + 500)
 
     def _ids(self, text: str, special: bool) -> list[int]:
         return [ord(letter) - 500 for letter in text]
