@@ -5,7 +5,7 @@ name) and the tokenizer's files. Three rules hold for whatever is saved here:
 
 * A folder is complete or not there. It is written under another name, flushed to the disk and then renamed, so a
   process that is killed in the middle of a save leaves the older checkpoint, never half of a new one.
-* It carries checksums of its files, by which damage is noticed before hours of training (`storage/checksums.py`).
+* It carries checksums of its files, by which damage is noticed before a model is used (`storage/checksums.py`).
 * A checkpoint is data and cannot run code: it is read with `weights_only=True`, after a look at what its pickle holds.
 
 What other programs write is loaded as well; `formats/open.py` lists it. A run's state (the step folders from which a
@@ -29,7 +29,7 @@ from minift.errors import InputError
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.native import open_weights, write_native
-from minift.formats.open import open_model
+from minift.formats.open import check_model_files, open_model
 from minift.formats.peft import read_adapter
 from minift.formats.shapes import model_without_weights
 from minift.lora import has_adapter, merged_weights
@@ -43,7 +43,10 @@ from minift.tokenizer.save import save_tokenizer
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    check: bool = True,
 ) -> Llama:
     """Return the model of any format, in evaluation mode.
 
@@ -55,12 +58,15 @@ def load_model(
         path: a folder or file of a format in `formats/open.py`; an adapter's folder is merged with its base. A string
             may also be "bundled", or a name on Hugging Face's hub whose files are in its cache.
         dtype: of the weights in memory; None keeps the file's (the widest, where it has several).
+        check: compare the model's files with the checksums in its folder, where it has some.
 
     Raises:
-        InputError: when there is no model, or a tensor is missing, unexpected, of the wrong shape, not finite, or
-            beyond the range of the dtype.
+        InputError: when there is no model, a file is damaged, or a tensor is missing, unexpected, of the wrong shape,
+            not finite, or beyond the range of the dtype.
     """
     opened, device = open_model(path), torch.device(device)
+    if check:
+        check_model_files(path)
     dtype = dtype or opened.dtype
     mapped = device.type == "cpu" and all(
         source.spec.dtype == dtype and source.needs_no_copy for source in opened.sources.values()

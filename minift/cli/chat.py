@@ -9,6 +9,7 @@ from minift.cli.parts import (
     MODEL_HELP,
     add_command,
     add_device,
+    add_no_check,
     add_plain,
     add_sampling,
     add_template,
@@ -39,6 +40,7 @@ def add_chat(commands: Any) -> None:
     add_sampling(command, max_new_tokens=256)
     add_device(command)
     add_plain(command)
+    add_no_check(command)
 
 
 def _chat(options: dict[str, Any]) -> int:
@@ -47,7 +49,7 @@ def _chat(options: dict[str, Any]) -> int:
     from minift.tokenizer.chat import has_chat_template, stop_at_turns
 
     sampling = sampling_of(options)
-    model, tokenizer = load(options["model"], options["device"], options["plain"])
+    model, tokenizer = load(options["model"], options["device"], options["plain"], options["check"])
     name = options["template"]
     if name == "auto":
         name = "chat" if has_chat_template(tokenizer) else "plain"

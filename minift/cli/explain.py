@@ -11,6 +11,7 @@ from minift.cli.parts import (
     add_command,
     add_device,
     add_learn,
+    add_no_check,
     add_plain,
     add_reading,
     add_rendered,
@@ -61,6 +62,7 @@ def add_explain(commands: Any) -> None:
     command.add_argument("--json", metavar="FILE", help="write all numbers to FILE")
     add_device(command)
     add_plain(command)
+    add_no_check(command)
 
 
 def _explain(options: dict[str, Any]) -> int:
@@ -107,7 +109,8 @@ def _xray(
     from minift.data.examples import encode_conversations
     from minift.look.explain import explain
 
-    model, tokenizer = load(path, config.device, plain=True)  # `explain` installs the kernels of training
+    # `explain` installs the kernels of training.
+    model, tokenizer = load(path, config.device, plain=True, check=options["check"])
     positions = model.config.max_position_embeddings
     examples, dropped = encode_conversations(conversations, template, tokenizer, positions, config.learn)
     if dropped:

@@ -13,6 +13,7 @@ from minift.cli.parts import (
     TEXT_FIELD_HELP,
     add_command,
     add_device,
+    add_no_check,
     add_plain,
     add_reading,
     add_rendered,
@@ -57,6 +58,7 @@ def add_generate(commands: Any) -> None:
     add_sampling(command, max_new_tokens=64)
     add_device(command)
     add_plain(command)
+    add_no_check(command)
 
 
 def _generate(options: dict[str, Any]) -> int:
@@ -66,7 +68,7 @@ def _generate(options: dict[str, Any]) -> int:
     from minift.tokenizer.chat import stop_at_turns
 
     sampling = sampling_of(options)
-    model, tokenizer = load(options["model"], options["device"], options["plain"])
+    model, tokenizer = load(options["model"], options["device"], options["plain"], options["check"])
     pair, rendered = Pair(options["prompt"], answer="", system=options["system"]), options["rendered"]
     name = options["template"]
     if name == "auto":
@@ -118,6 +120,7 @@ def add_compare(commands: Any) -> None:
     command.add_argument("--html", metavar="FILE", help="write a page to FILE that a browser shows")
     add_device(command)
     add_plain(command)
+    add_no_check(command)
 
 
 def _compare(options: dict[str, Any]) -> int:
@@ -129,7 +132,8 @@ def _compare(options: dict[str, Any]) -> int:
 
     check_number("show", options["show"], least=0)
     pairs = read_all_conversations(options["data"], None, reading_of(options))
-    before, after = (load(options[name], options["device"], options["plain"]) for name in ("before", "after"))
+    device, plain, check = options["device"], options["plain"], options["check"]
+    before, after = (load(options[name], device, plain, check) for name in ("before", "after"))
     # Both get the same text: in a chat template, that of the model after training, or of the one before.
     owner = next((tokenizer for _, tokenizer in (after, before) if has_chat_template(tokenizer)), after[1])
     template = choose_template(options["template"], pairs, owner, options["rendered"])
@@ -192,6 +196,7 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument("--json", metavar="FILE", help="write the scores to FILE")
     add_device(command)
     add_plain(command)
+    add_no_check(command)
 
 
 def _evaluate(options: dict[str, Any]) -> int:
@@ -201,7 +206,7 @@ def _evaluate(options: dict[str, Any]) -> int:
     from minift.evaluation.choices import has_choices
 
     check_number("mistakes", options["mistakes"], least=0)
-    model, tokenizer = load(options["model"], options["device"], options["plain"])
+    model, tokenizer = load(options["model"], options["device"], options["plain"], options["check"])
     files = find_files(options["data"])
     if (pipe := next(filter(is_pipe, files), None)) is not None:
         raise InputError(f"{pipe_in_words(pipe)} can be read only once; evaluate has to look at its data first")
@@ -296,6 +301,7 @@ def add_convert(commands: Any) -> None:
     text = "save this tokenizer with the model (default: the source's)"
     command.add_argument("--tokenizer", metavar="DIR|FILE", help=text)
     command.add_argument("--force", action="store_true", help="replace the checkpoint that is at DST")
+    add_no_check(command)
 
 
 def _convert(options: dict[str, Any]) -> int:
@@ -318,6 +324,7 @@ def _convert(options: dict[str, Any]) -> int:
             options["llama2c_version"],
             options["tokenizer"],
             options["force"],
+            options["check"],
         )
     finally:
         signal.signal(signal.SIGTERM, before)

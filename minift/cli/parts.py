@@ -145,11 +145,20 @@ def add_plain(command: argparse.ArgumentParser, trains: bool = False) -> None:
     command.add_argument("--plain", action="store_true", help=text)
 
 
+def add_no_check(command: argparse.ArgumentParser) -> None:
+    """Add --no-check."""
+    text = "use the model's files without comparing them with their checksums (SHA256SUMS): faster, but blind to damage"
+    command.add_argument("--no-check", dest="check", action="store_false", help=text)
+
+
 # Models and results ---------------------------------------------------------------------------------------------------
 
 
-def load(name: str, device: str, plain: bool) -> Any:
+def load(name: str, device: str, plain: bool, check: bool) -> Any:
     """Return a model and its tokenizer; unless it is to be plain, with the kernels for a model that is not trained.
+
+    Args:
+        check: compare its files with the checksums in its folder first.
 
     Raises:
         InputError: when they are missing or damaged, or do not fit together.
@@ -159,7 +168,7 @@ def load(name: str, device: str, plain: bool) -> Any:
     from minift.runs.machine import choose_device
     from minift.tokenizer.load import check_fit, load_tokenizer
 
-    model = load_model(name, device=choose_device(TrainConfig(device=device)))
+    model = load_model(name, device=choose_device(TrainConfig(device=device)), check=check)
     tokenizer = load_tokenizer(name)
     check_fit(model.config, tokenizer)
     if not plain:

@@ -27,7 +27,7 @@ from minift.formats.huggingface import write_huggingface
 from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
 from minift.formats.meta import SIDECAR, unsaid, write_meta
 from minift.formats.native import write_native
-from minift.formats.open import FORMATS, open_model, recognise
+from minift.formats.open import FORMATS, check_model_files, open_model, recognise
 from minift.formats.opened import Opened
 from minift.storage.atomic import write_file, write_folder
 from minift.storage.links import check_name
@@ -81,6 +81,7 @@ def convert(
     version: int = 0,
     tokenizer: str | Path | None = None,
     force: bool = False,
+    check: bool = True,
 ) -> Converted:
     """Write the model at `source` in another format.
 
@@ -93,9 +94,10 @@ def convert(
         version: of llama2c's header: 0 (legacy) or 1.
         tokenizer: a tokenizer to write with the model, in place of the source's.
         force: replace a checkpoint that is already there.
+        check: compare the source's files with the checksums in its folder, where it has some.
 
     Raises:
-        InputError: for a source that is no model, a destination that exists, or what the format cannot hold.
+        InputError: for a source that is no model or damaged, a destination that exists, or what the format cannot hold.
         RunError: when the disk refuses.
     """
     source, destination = model_path(source), Path(destination).resolve()
@@ -103,6 +105,8 @@ def convert(
     check_name(destination)
     _check_destination(source.resolve(), destination, to, force)
     opened = open_model(source)
+    if check:
+        check_model_files(source)
     for file in opened.files:  # an adapter's base may be elsewhere
         _check_apart(file.path.parent.resolve() / file.path.name, destination)
     specs = _specs(opened, to, dtype)

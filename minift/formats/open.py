@@ -23,6 +23,7 @@ from minift.formats.meta import open_meta
 from minift.formats.native import open_native
 from minift.formats.opened import Opened
 from minift.formats.peft import open_adapter
+from minift.storage.checksums import check_model
 from minift.storage.links import check_links, check_name
 from minift.storage.names import ADAPTER_FILE, base_of, is_adapter, model_path
 from minift.values import read_json
@@ -51,6 +52,24 @@ def open_model(name: str | Path) -> Opened:
     if format is None:
         raise InputError(f"{path}: {_not_a_model(path)}")
     return FORMATS[format](path)
+
+
+def check_model_files(name: str | Path) -> None:
+    """Compare the files of a model with the checksums in its folder; an adapter's base's, too.
+
+    All bytes of its files are read, once. A folder without checksums passes.
+
+    Raises:
+        InputError: for a damaged or missing file, by name.
+    """
+    path = model_path(name)
+    while os.path.exists(path):
+        if path.is_dir():
+            check_links(path)
+        check_model(path)
+        if not is_adapter(path):
+            return
+        path = base_of(path)
 
 
 def recognise(path: Path) -> str | None:

@@ -34,6 +34,7 @@ from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluation.evaluate import compare
+from minift.formats.open import check_model_files
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.pack import Batch, Example, collate
@@ -41,7 +42,6 @@ from minift.prompts import Chat, Conversation
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
 from minift.runs.folder import FinetuneJob, write_report
 from minift.runs.start import start_state
-from minift.storage.checksums import check_model
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat import ChatTemplate, has_chat_template, stop_at_turns
@@ -228,7 +228,9 @@ def open_model(name: str, config: TrainConfig, world: World) -> tuple[Tokenizer,
     """
     _check_files(name, world)
     tokenizer = load_tokenizer(name)
-    model = model_without_memory(name) if world.parallel == "fsdp" else load_model(name, device=world.device)
+    model = (
+        model_without_memory(name) if world.parallel == "fsdp" else load_model(name, device=world.device, check=False)
+    )
     check_fit(model.config, tokenizer)
     check_length(config, model.config)
     if config.lora_rank:
@@ -241,7 +243,7 @@ def _check_files(name: str, world: World) -> None:
     failure = None
     if world.is_main:
         try:
-            check_model(name)
+            check_model_files(name)
         except InputError as error:
             failure = error
     world.agree(failure)

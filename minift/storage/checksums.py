@@ -16,14 +16,20 @@ CHECKSUMS = "SHA256SUMS"  # the name of their file
 def check_model(path: str | Path) -> None:
     """Compare a model that minift has saved with the checksums in its folder. A model without checksums passes.
 
+    Args:
+        path: the model's folder; of a model that is one file, that file: then only it is compared.
+
     Raises:
         InputError: for a damaged or missing file, by name.
     """
-    sums = Path(path) / CHECKSUMS
+    path = Path(path)
+    sums = (path.parent if path.is_file() else path) / CHECKSUMS
     if not sums.is_file():
         return
     with readable_checksums(sums):
         listed = read_checksums(sums)
+        if path.is_file():
+            listed = {name: listed[name] for name in {path.name} & set(listed)}
         for name in listed:
             if Path(name).name != name or not (sums.parent / name).is_file():
                 raise InputError(f"{sums.parent / one_line(name)}: missing, but {CHECKSUMS} lists it")
@@ -45,7 +51,8 @@ def check_files(listed: dict[str, str], folder: Path) -> None:
     """Raise InputError for the first file of a folder whose checksum is not the one in `listed`."""
     for name, checksum in listed.items():
         if _sha256(folder / name) != checksum:
-            raise InputError(f"{folder / name}: damaged, or changed: its checksum is not that of {CHECKSUMS}")
+            remedy = f"restore it, or remove {CHECKSUMS} if you have changed it"
+            raise InputError(f"{folder / name}: damaged, or changed: its checksum is not that of {CHECKSUMS}; {remedy}")
 
 
 @contextmanager

@@ -736,6 +736,7 @@ def save_native(folder: Path, shape: dict[str, Any], dtype: torch.dtype = torch.
     scaling = shape.pop("rope_scaling", None)
     save_model(folder, random_model(dtype, **{"max_position_embeddings": T, **shape}))
     if scaling:
+        (folder / "SHA256SUMS").unlink()
         change_config(folder, rope_scaling={key: value for key, value in scaling.items() if key != "rope_theta"})
         assert load_model(folder).config.rope_scaling is not None
     return folder

@@ -1409,7 +1409,10 @@ def test_a_named_tokenizer_takes_the_place_of_the_sources(
     shutil.copytree(small_checkpoint, start)
     (start / "tokenizer.model").write_bytes(b"damaged")
     named = small_checkpoint / "tokenizer.model"
-    assert main(["convert", str(start), str(place / "a"), "--to", "native", "--tokenizer", str(named)]) == 0
+    words = ["convert", str(start), str(place / "a"), "--to", "native", "--tokenizer", str(named)]
+    assert main(words) == 2
+    assert one_error(capsys).startswith(f"minift: error: {start / 'tokenizer.model'}: damaged, or changed")
+    assert main([*words, "--no-check"]) == 0
     assert (place / "a" / "tokenizer.model").read_bytes() == tokenizer.files["tokenizer.model"]
     assert capsys.readouterr().err == ""
     random_hf(place.parent / "tiny", torch.float32)

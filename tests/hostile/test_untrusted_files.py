@@ -73,6 +73,7 @@ def make_models(folder: Path, dtype: torch.dtype = torch.float32) -> Models:
     """The same small model, with a head of its own, in every format."""
     model = small_model(tie_word_embeddings=False, vocab_size=VOCABULARY).to(dtype)
     save_model(folder / "native", model)
+    (folder / "native" / "SHA256SUMS").unlink()  # by which damage of any kind would be found first
     convert(folder / "native", folder / "hf", "hf")
     convert(folder / "native", folder / "meta", "meta", shards=2)
     (folder / "meta" / "minift.json").unlink()  # as Meta's own folders are

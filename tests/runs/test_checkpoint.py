@@ -356,7 +356,7 @@ def test_a_damaged_model_is_refused_before_it_is_finetuned(
     content = bytearray((model / "model.pt").read_bytes())
     content[-5_000] ^= 1  # a bit of a weight, which stays a number
     (model / "model.pt").write_bytes(content)
-    load_model(model)
+    load_model(model, check=False)
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(f'{{"question": "{i}?", "answer": "{i}."}}\n' for i in range(8)), encoding="utf-8")
     words = ["finetune", "--model", model, "--data", data, "--steps", 1, "--device", "cpu", "--max-length", 40]
