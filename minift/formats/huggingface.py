@@ -12,7 +12,7 @@ written has version 4's keys, which version 5 reads.
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.formats.files import Read, Specs, TensorFile, dtype_name
 from minift.formats.generation import GENERATION_FILE, read_generation
-from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors
+from minift.formats.opened import HEAD, Opened, computed_names, named_sources, open_tensors
 from minift.formats.safetensors_file import write_safetensors
 from minift.formats.shapes import parameter_shapes
 from minift.values import read_json
@@ -99,7 +99,7 @@ CONFIG_KEYS = _MEANINGFUL | _NO_DIFFERENCE  # all of a `config.json` that are kn
 
 def table(config: LlamaConfig) -> dict[str, str]:
     """Return Hugging Face's name of every tensor of a model, by minift's."""
-    return {name: name if name == "lm_head.weight" else f"model.{name}" for name in parameter_shapes(config)}
+    return {name: name if name == HEAD else f"model.{name}" for name in parameter_shapes(config)}
 
 
 def has_weights(folder: Path) -> bool:
@@ -117,25 +117,18 @@ def open_huggingface(folder: Path) -> Opened:
     config, notes = read_config(folder / "config.json")
     generation = read_generation(folder / GENERATION_FILE)
     config, notes = generation.with_ends(config), notes + generation.notes
-    holders = _holders(folder)
-    names = table(config)
-    tied_head = config.tie_word_embeddings and "lm_head.weight" in holders
-    # RoPE's frequencies, written by early versions; here they are computed.
-    ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_hidden_layers)}
+    holders = _holders(folder, computed_names(config))
     paths = {file.path for file in holders.values()}
-    where = folder if len(paths) > 1 else paths.pop()
-    check_names(names.values(), holders, where, ignored | ({"lm_head.weight"} if tied_head else set()))
-    sources = {ours: Source((holders[theirs],), theirs) for ours, theirs in names.items()}
-    check_specs(sources, config)
-    if tied_head:
-        head, embedding = holders["lm_head.weight"], sources["embed_tokens.weight"]
-        if not torch.equal(head.read("lm_head.weight"), embedding.read()):
-            raise InputError(f"{head.path}: tensor lm_head.weight is not the embedding, but config.json ties them")
-    return Opened(folder, "hf", config, sources, notes)
+    where = folder if len(paths) != 1 else paths.pop()
+    return Opened(folder, "hf", config, named_sources(holders, config, where), notes)
 
 
-def _holders(folder: Path) -> dict[str, TensorFile]:
-    """Return, for the name of every tensor, the file that holds it."""
+def _holders(folder: Path, computed: Collection[str]) -> dict[str, TensorFile]:
+    """Return, for the name of every tensor, the file that holds it.
+
+    Args:
+        computed: names that are not needed: an index may have forgotten them, or name them though they are gone.
+    """
     found = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
     if found.suffix != ".json":
         file = open_tensors(found)
@@ -155,13 +148,13 @@ def _holders(folder: Path) -> dict[str, TensorFile]:
                 where = str(folder / shard) if shard.isprintable() else f"{folder}: {shard!r}"
                 raise InputError(f"{where}: missing; the index says that it holds tensor {tensor}")
             files[shard] = open_tensors(folder / shard)
-        if tensor not in files[shard].specs:
+        if tensor not in files[shard].specs and tensor not in computed:
             raise InputError(f"{folder / shard}: tensor {tensor} is missing; the index says that it is there")
     for shard, file in files.items():
         for tensor in file.specs:
-            if weight_map.get(tensor) != shard:
+            if weight_map.get(tensor, shard if tensor in computed else None) != shard:
                 raise InputError(f"{file.path}: tensor {tensor} is not where the index says")
-    return {tensor: files[shard] for tensor, shard in weight_map.items()}
+    return {tensor: file for file in files.values() for tensor in file.specs}
 
 
 # The config -----------------------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from minift.config import LlamaConfig
 from minift.formats.files import Read, Specs
-from minift.formats.opened import Opened, Source, check_names, check_specs, open_tensors
+from minift.formats.opened import Opened, named_sources, open_tensors
 from minift.formats.pt_file import write_pt
-from minift.formats.shapes import parameter_shapes
 
 
 def open_native(folder: Path) -> Opened:
@@ -20,11 +19,7 @@ def open_native(folder: Path) -> Opened:
 def open_weights(folder: Path, config: LlamaConfig) -> Opened:
     """Open the `model.pt` of a folder, which must hold a model of this shape. Raises InputError as `open_native`."""
     file = open_tensors(folder / "model.pt")
-    names = parameter_shapes(config)
-    check_names(names, dict.fromkeys(file.specs, file), file.path)
-    sources = {name: Source((file,), name) for name in names}
-    check_specs(sources, config)
-    return Opened(folder, "native", config, sources)
+    return Opened(folder, "native", config, named_sources(dict.fromkeys(file.specs, file), config, file.path))
 
 
 def write_native(folder: Path, config: LlamaConfig, specs: Specs, read: Read) -> None:

@@ -23,6 +23,8 @@ from minift.formats.pt_file import open_pt
 from minift.formats.safetensors_file import open_safetensors
 from minift.formats.shapes import parameter_shapes
 
+HEAD = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -153,6 +155,61 @@ def open_tensors(path: Path) -> TensorFile:
         InputError: for a file that is damaged, holds anything but named tensors, or needs the `hf` extra.
     """
     return TensorFile(path, open_safetensors if path.suffix == ".safetensors" else open_pt)
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+_PREFIX = "model."  # Hugging Face's, of all names but the head's
+_WRAPPERS = {  # what stands before every name in the state dict of a model that was wrapped when it was saved
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "_fsdp_wrapped_module.": "FullyShardedDataParallel",
+    "base_model.model.": "peft",
+}
+
+
+def named_sources(holders: Mapping[str, TensorFile], config: LlamaConfig, where: Path) -> dict[str, Source]:
+    """Return where each of minift's tensors is, in files that name them as Hugging Face does, or without `model.`.
+
+    What can be computed may be there as well: RoPE's frequencies, which early versions of `transformers` wrote, and the
+    head of a model whose head is its embedding; it must be equal.
+
+    Args:
+        holders: for the name of each tensor that is there, its file.
+        where: the place to name when a tensor is missing.
+
+    Raises:
+        InputError: with file and tensor, for one that is missing, too many, or of another shape or dtype.
+    """
+    _check_wrappers(holders)
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in holders) else ""
+    names = {ours: ours if ours == HEAD else prefix + ours for ours in parameter_shapes(config)}
+    check_names(names.values(), holders, where, computed_names(config))
+    sources = {ours: Source((holders[theirs],), theirs) for ours, theirs in names.items()}
+    check_specs(sources, config)
+    if config.tie_word_embeddings and HEAD in holders:
+        head, embedding = holders[HEAD], sources["embed_tokens.weight"]
+        if not torch.equal(head.read(HEAD), embedding.read()):
+            raise InputError(f"{head.path}: tensor {HEAD} is not the embedding, but config.json ties them")
+    return sources
+
+
+def computed_names(config: LlamaConfig) -> set[str]:
+    """Return the names of tensors that a model may have in its files, but does not need there."""
+    places = ["", *(f"layers.{i}.self_attn." for i in range(config.num_hidden_layers))]
+    frequencies = {f"{prefix}{place}rotary_emb.inv_freq" for place in places for prefix in ("", _PREFIX)}
+    return frequencies | ({HEAD} if config.tie_word_embeddings else set())
+
+
+def _check_wrappers(holders: Mapping[str, TensorFile]) -> None:
+    """Raise InputError for tensors that have the name of a wrapper in front of theirs, or inside of it."""
+    for name, file in holders.items():
+        for wrapper, program in _WRAPPERS.items():
+            if name.startswith(wrapper) or f".{wrapper}" in name:
+                raise InputError(
+                    f"{file.path}: tensor {name} was saved from inside a wrapper: {wrapper!r} in its name is of "
+                    f"{program}; remove it from all names, or save the state dict of the model itself"
+                )
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
