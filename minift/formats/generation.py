@@ -106,9 +106,14 @@ class Generation:
     ends: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def with_ends(self, config: LlamaConfig) -> LlamaConfig:
-        """Return a config that has these stop tokens, too. Raises InputError for one outside of its vocabulary."""
-        merged = tuple(dict.fromkeys([*config.eos_token_ids, *self.ends]))
+    def with_ends(self, config: LlamaConfig, eos_id: int | None = None) -> LlamaConfig:
+        """Return a config that has these stop tokens, too. Raises InputError for one outside of its vocabulary.
+
+        Args:
+            eos_id: the tokenizer's: models that were trained for chats often end a turn with it, but do not say so.
+        """
+        named = [eos_id] if eos_id is not None and eos_id < config.vocab_size else []
+        merged = tuple(dict.fromkeys([*config.eos_token_ids, *self.ends, *named]))
         if merged == config.eos_token_ids:
             return config
         return LlamaConfig.from_dict({**config.to_dict(), "eos_token_id": list(merged)}, str(self.file))

@@ -25,6 +25,7 @@ from minift.formats.generation import GENERATION_FILE, read_generation
 from minift.formats.opened import HEAD, Opened, computed_names, named_sources, open_tensors
 from minift.formats.safetensors_file import write_safetensors
 from minift.formats.shapes import parameter_shapes
+from minift.tokenizer.special import added_tokens
 from minift.values import read_json
 
 SHARD_BYTES = 5 * 10**9  # of weights in one file, as `transformers` 4 has it
@@ -114,9 +115,10 @@ def open_huggingface(folder: Path) -> Opened:
         InputError: for a model that minift does not implement, with the key; for a damaged or incomplete file, with
             the tensor; without the `hf` extra, for safetensors.
     """
-    config, notes = read_config(folder / "config.json")
     generation = read_generation(folder / GENERATION_FILE)
-    config, notes = generation.with_ends(config), notes + generation.notes
+    tokens = {**({"eos": generation.ends[0]} if generation.ends else {}), **_named_tokens(folder)}
+    config, notes = read_config(folder / "config.json", tokens)
+    config, notes = generation.with_ends(config, tokens.get("eos")), notes + generation.notes
     holders = _holders(folder, computed_names(config))
     paths = {file.path for file in holders.values()}
     where = folder if len(paths) != 1 else paths.pop()
@@ -160,8 +162,11 @@ def _holders(folder: Path, computed: Collection[str]) -> dict[str, TensorFile]:
 # The config -----------------------------------------------------------------------------------------------------------
 
 
-def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
+def read_config(file: Path, tokens: Mapping[str, int] | None = None) -> tuple[LlamaConfig, tuple[str, ...]]:
     """Return the shape in a Hugging Face `config.json`, and notes on the keys that are not used.
+
+    Args:
+        tokens: the ids of "bos" and "eos" that the tokenizer's files name: what a null in the config leaves open.
 
     Raises:
         InputError: for a model that minift does not implement, or a misspelled key.
@@ -183,6 +188,9 @@ def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
     shape = {key: values[key] for key in _SIZES}
     defaults = {**_DEFAULTS, "max_position_embeddings": 131_072} if kind == "mistral" else _DEFAULTS
     shape |= {key: values.get(key, default) for key, default in defaults.items()}
+    for end in ("bos", "eos"):
+        if shape[f"{end}_token_id"] is None:
+            shape[f"{end}_token_id"] = (tokens or {}).get(end, _DEFAULTS[f"{end}_token_id"])
     if kind == "mistral" and "num_key_value_heads" not in values:
         raise InputError(f"{where}: key 'num_key_value_heads' is missing")
     heads = values.get("num_key_value_heads")
@@ -193,6 +201,22 @@ def read_config(file: Path) -> tuple[LlamaConfig, tuple[str, ...]]:
     _check_window(values, shape, kind, where)
     config = LlamaConfig.from_dict(shape, where)
     return config, _unused_keys(values, where)
+
+
+def _named_tokens(folder: Path) -> dict[str, int]:
+    """Return the ids of "bos" and "eos", where the tokenizer's files name an added token as one of them."""
+    file, found = folder / "tokenizer_config.json", dict[str, int]()
+    try:
+        added = {token["content"]: id for id, token in added_tokens(folder).items()}
+        values = read_json(file) if added and file.is_file() else {}
+    except InputError:  # said when the tokenizer is opened
+        return found
+    for kind in ("bos", "eos"):
+        token = values.get(f"{kind}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in added:
+            found[kind] = added[token]
+    return found
 
 
 def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | None]:

@@ -181,7 +181,8 @@ def named_sources(holders: Mapping[str, TensorFile], config: LlamaConfig, where:
     Raises:
         InputError: with file and tensor, for one that is missing, too many, or of another shape or dtype.
     """
-    _check_wrappers(holders)
+    for name, file in holders.items():
+        check_wrappers(name, file.path)
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in holders) else ""
     names = {ours: ours if ours == HEAD else prefix + ours for ours in parameter_shapes(config)}
     check_names(names.values(), holders, where, computed_names(config))
@@ -201,15 +202,14 @@ def computed_names(config: LlamaConfig) -> set[str]:
     return frequencies | ({HEAD} if config.tie_word_embeddings else set())
 
 
-def _check_wrappers(holders: Mapping[str, TensorFile]) -> None:
-    """Raise InputError for tensors that have the name of a wrapper in front of theirs, or inside of it."""
-    for name, file in holders.items():
-        for wrapper, program in _WRAPPERS.items():
-            if name.startswith(wrapper) or f".{wrapper}" in name:
-                raise InputError(
-                    f"{file.path}: tensor {name} was saved from inside a wrapper: {wrapper!r} in its name is of "
-                    f"{program}; remove it from all names, or save the state dict of the model itself"
-                )
+def check_wrappers(name: str, file: Path) -> None:
+    """Raise InputError for a tensor that has the name of a wrapper in front of its own, or inside of it."""
+    for wrapper, program in _WRAPPERS.items():
+        if name.startswith(wrapper) or f".{wrapper}" in name:
+            raise InputError(
+                f"{file}: tensor {name} was saved from inside a wrapper: {wrapper!r} in its name is of {program}; "
+                "remove it from all names, or save the state dict of the model itself"
+            )
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from minift.config import LORA_TARGETS, LlamaConfig
 from minift.distributed.sharding import copy_into
 from minift.errors import InputError
 from minift.formats.files import Spec, TensorFile
-from minift.formats.opened import Opened, Source, check_finite, check_floating, open_tensors
+from minift.formats.opened import Opened, Source, check_finite, check_floating, check_wrappers, open_tensors
 from minift.formats.pt_file import write_pt
 from minift.formats.safetensors_file import write_safetensors
 from minift.formats.shapes import parameter_shapes
@@ -59,13 +59,20 @@ _PLAIN_IF_THERE: dict[str, tuple[Any, ...]] = {
 # The ways to begin that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …) take their first
 # B A out of the base, so their adapter belongs to a base that is in no file.
 _INITS: tuple[Any, ...] = (True, False, "gaussian", "orthogonal", "eva", "mica")
-_READ = {"base_model_name_or_path", "init_lora_weights", "lora_alpha", "r", "revision", "target_modules"}
+_READ = {
+    "base_model_name_or_path",
+    "exclude_modules",
+    "init_lora_weights",
+    "lora_alpha",
+    "r",
+    "revision",
+    "target_modules",
+}
 _NO_DIFFERENCE = {  # once an adapter is trained
     "auto_mapping",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
-    "exclude_modules",  # the tensors that are there tell
     "inference_mode",
     "layers_pattern",
     "loftq_config",
@@ -124,10 +131,15 @@ def open_adapter(folder: Path, base: Opened) -> Opened:
     Raises:
         InputError: for an adapter that is damaged, for another model, or of a kind that minift does not implement.
     """
-    config, notes = _read_config(folder / ADAPTER_FILE)
+    config, notes, excludes = _read_config(folder / ADAPTER_FILE)
     file = _open_weights(folder)
+    found = {_our_name(name, file): spec for name, spec in file.specs.items()}
     shapes = adapter_shapes(base.config, config)
-    _check_adapters(shapes, {_our_name(name, file): spec for name, spec in file.specs.items()}, str(file.path))
+    if excludes:  # the tensors that are there tell which
+        matrices = {name.rpartition(".")[0] for name in found}
+        shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] in matrices}
+    _check_config(found, config, str(file.path))
+    _check_adapters(shapes, found, str(file.path))
     sources = dict(base.sources)
     for name in {adapter.rpartition(".")[0] for adapter in shapes}:
         matrix = base.sources[f"{name}.weight"]
@@ -155,6 +167,7 @@ def adapter_shapes(shape: LlamaConfig, config: LoRAConfig) -> dict[str, tuple[in
 
 
 def _our_name(name: str, file: TensorFile) -> str:
+    check_wrappers(name.removeprefix("base_model.model."), file.path)
     if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
         raise InputError(f"{file.path}: tensor {name} is no adapter; theirs are {_PREFIX}…{_SUFFIX}")
     return name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
@@ -167,8 +180,8 @@ def _open_weights(folder: Path) -> TensorFile:
     return open_tensors(there[0])
 
 
-def _read_config(file: Path) -> tuple[LoRAConfig, tuple[str, ...]]:
-    """Return what an `adapter_config.json` says, and notes on the keys that are not used."""
+def _read_config(file: Path) -> tuple[LoRAConfig, tuple[str, ...], bool]:
+    """Return what an `adapter_config.json` says, notes on the keys that are not used, and whether it excludes some."""
     values = read_json(file)
     for key, plain in {**_PLAIN, **_PLAIN_IF_THERE}.items():
         if key in values and values[key] not in plain:
@@ -189,7 +202,7 @@ def _read_config(file: Path) -> tuple[LoRAConfig, tuple[str, ...]]:
     notes = [f"{file.name} has keys that minift does not use: {', '.join(unused)}"] if unused else []
     if values.get("revision") is not None and not is_hub_name(str(values.get("base_model_name_or_path"))):
         notes.append(f"{file.name} asks for the base's revision {values['revision']!r}; a folder's is not checked")
-    return config, tuple(notes)
+    return config, tuple(notes), bool(values.get("exclude_modules"))
 
 
 def _check_init(values: Mapping[str, Any], where: str) -> None:
@@ -200,6 +213,22 @@ def _check_init(values: Mapping[str, Any], where: str) -> None:
             f"{where}: init_lora_weights is {init!r}, which changes the base's weights, too; minift reads adapters "
             "of an unchanged base. peft saves it so with save_pretrained(…, path_initial_model_for_weight_conversion=…)"
         )
+
+
+def _check_config(found: Mapping[str, Spec], config: LoRAConfig, where: str) -> None:
+    """Raise InputError where an adapter's tensors are not those of its own config, whatever the model."""
+    modules = {name.split(".")[-2] for name in found if name.count(".") > 1}
+    if more := sorted((modules & set(LORA_TARGETS)) - set(config.targets)):
+        raise InputError(f"{where}: has adapters of {more[0]}, but target_modules in {ADAPTER_FILE} does not name it")
+    if missing := sorted(set(config.targets) - modules):
+        raise InputError(f"{where}: has no adapter of {missing[0]}, but target_modules in {ADAPTER_FILE} names it")
+    for name, spec in found.items():
+        axis = 0 if name.endswith(".lora_A") else 1
+        if len(spec.shape) == 2 and spec.shape[axis] != config.rank:
+            raise InputError(
+                f"{where}: adapter {name} is {list(spec.shape)}, of rank {spec.shape[axis]}, but r in {ADAPTER_FILE} "
+                f"is {config.rank}"
+            )
 
 
 def _check_adapters(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Spec], where: str) -> None:

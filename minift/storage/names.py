@@ -157,4 +157,6 @@ def _named_base(folder: Path) -> Path:
         raise InputError(f"{where}: base_model_name_or_path: {error}") from None
     if not os.path.exists(path):  # unlike Path.exists, it takes any text: a name that is too long, half a character
         raise InputError(f"{where}: base_model_name_or_path: {path}: no such file or folder")
+    if not path.is_dir() and path.suffix != ".bin":  # it is the adapter that says what is opened, not its user
+        raise InputError(f"{where}: base_model_name_or_path: {path}: is no folder, and no .bin file of a model")
     return path

@@ -143,7 +143,7 @@ class Tokenizer(ABC):
     def _checked(self, ids: Sequence[int]) -> list[int]:
         for id in ids:
             if id < 0:
-                raise InputError(f"id {id} is negative; the tokenizer's are 0 … {self.vocab_size - 1}")
+                raise InputError(f"id {id} is outside the tokenizer's vocabulary of {self.vocab_size}")
         return [int(id) for id in ids]
 
 

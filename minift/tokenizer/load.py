@@ -103,4 +103,7 @@ def check_fit(config: LlamaConfig, tokenizer: Tokenizer, exact: bool = False) ->
         found = f"the model's eos_token_id is {config.eos_token_id}, the tokenizer's is {tokenizer.eos_id}"
     else:
         return
-    raise InputError(f"{found}: they do not fit; give the tokenizer that the model was trained with")
+    remedy = "give the tokenizer that the model was trained with"
+    if spare >= 0 and not exact:
+        remedy += "; if it is this one, config.json has to say the ids of tokenizer_config.json or tokenizer.model"
+    raise InputError(f"{found}: they do not fit; {remedy}")

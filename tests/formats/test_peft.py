@@ -346,8 +346,15 @@ def refusal(path: Path) -> str:
         ({"r": 0}, "lora_rank is 0"),
         ({"target_modules": "all-linear"}, "target_modules is 'all-linear'; it must be a list of names"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules has 'embed_tokens'; known: q_proj"),
-        ({"target_modules": ["q_proj"]}, "has an adapter layers.0.mlp.down_proj.lora_A; it is for another model"),
-        ({"r": 5}, "adapter layers.0.self_attn.q_proj.lora_A is [3, 24], and this model's is [5, 24]"),
+        (
+            {"target_modules": ["q_proj"]},
+            "has adapters of down_proj, but target_modules in adapter_config.json does not name it",
+        ),
+        (
+            {"target_modules": [*LORA.targets, "up_proj"]},
+            "has no adapter of up_proj, but target_modules in adapter_config.json names it",
+        ),
+        ({"r": 5}, "lora_A is [3, 40], of rank 3, but r in adapter_config.json is 5"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base's weights, too"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq', which changes the base's weights, too"),
         ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda', which changes the base's weights, too"),
@@ -377,6 +384,50 @@ def test_an_adapter_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], m
 )
 def test_an_adapter_for_another_model(tmp_path: Path, shape: dict[str, Any], message: str) -> None:
     assert message in refusal(write_pair(tmp_path, small_model(**shape)))
+
+
+@torch.no_grad()
+def test_an_adapter_that_leaves_out_matrices_is_for_its_model(tmp_path: Path) -> None:
+    """`exclude_modules`: the tensors that are there tell which; without that key, one is missing."""
+    theirs = peft_model(small_model(), LORA, exclude_modules=["model.layers.0.mlp.down_proj"])
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(generator=torch.Generator().manual_seed(5))
+    theirs.save_pretrained(tmp_path / "adapter")
+    save_model(tmp_path / "base", small_model())
+    change_config(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    ours = load_model(tmp_path / "adapter")
+    torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    change_config(tmp_path / "adapter", exclude_modules=None)
+    assert "has no adapter layers.0.mlp.down_proj.lora_A" in refusal(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "{tmp}/notes.txt", "{tmp}/model.safetensors", "/dev/zero"])
+def test_a_base_that_is_no_model_is_not_opened(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The adapter names it, not its user: nothing of a file is read, or printed."""
+    for name in ("notes.txt", "model.safetensors"):
+        (tmp_path / name).write_text("secret text, longer than any header of a file: " * 20)
+    adapter, path = write_pair(tmp_path), place.format(tmp=tmp_path)
+    change_config(adapter, base_model_name_or_path=path)
+    said = refusal(adapter)
+    assert said == (
+        f"{adapter / 'adapter_config.json'}: base_model_name_or_path: {path}: is no folder, and no .bin file of a model"
+    )
+    assert main(["generate", "--model", str(adapter), "--prompt", "Why?"]) == 2
+    assert capsys.readouterr().err == f"minift: error: {said}\n"
+
+
+def test_a_compiled_models_adapter_is_named_as_what_it_is(tmp_path: Path) -> None:
+    adapter = write_pair(tmp_path)
+
+    def change(weights: dict[str, Tensor]) -> None:
+        for name in list(weights):
+            weights[name.replace("base_model.model.", "base_model.model._orig_mod.")] = weights.pop(name)
+
+    rewrite(adapter, change)
+    assert "saved from inside a wrapper: '_orig_mod.' in its name is of torch.compile" in refusal(adapter)
 
 
 def rewrite(adapter: Path, change: Any) -> None:

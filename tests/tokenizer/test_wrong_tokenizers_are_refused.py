@@ -54,6 +54,12 @@ def test_a_vocabulary_bigger_than_the_model_is_refused_by_the_command(
     assert "they do not fit" in line
 
 
+def test_ends_that_differ_say_where_they_are_and_what_to_do(each: Tokenizer) -> None:
+    said = "if it is this one, config.json has to say the ids of tokenizer_config.json or tokenizer.model"
+    refused(lambda: check_fit(shape(each, bos_token_id=8), each), "bos_token_id is 8", said)
+    refused(lambda: check_fit(shape(each, eos_token_id=8), each), "eos_token_id is 8", said)
+
+
 def test_random_damage_is_refused_in_one_line_or_harmless(own: Path) -> None:
     rng, file = random.Random(6), own / "tokenizer.json"
     whole, messages = file.read_bytes(), []
