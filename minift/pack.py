@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minift.prompts import Conversation, Span, Template
+from minift.prompts import Conversation, Span, Template, has_answer
 from minift.tokenizer.base import Tokenizer
 
 IGNORE = -100  # the target of a position that is not to be learned; the value PyTorch's cross-entropy skips
@@ -102,8 +102,7 @@ class Example:
 def encode_spans(spans: Sequence[Span], tokenizer: Tokenizer, max_length: int) -> Example | None:
     """Encode the spans of a text, each apart, and cut them to `max_length` positions, which have one id more.
 
-    Returns:
-        The example, or None if it has no target: nothing is learned, or what is given alone fills `max_length`.
+    Return None for a text without a target: nothing is learned, or what is given alone fills `max_length`.
     """
     encoded = encode_each(spans, tokenizer)
     ids = [id for part in encoded for id in part]
@@ -139,7 +138,7 @@ def encode_conversation(
     conversation: Conversation, template: Template, tokenizer: Tokenizer, max_length: int, learn: str = "all"
 ) -> list[Example | None]:
     """Return the examples of a conversation, of all its answers or only the "last"; None for each without a target."""
-    if not any(turn.learned and turn.text.strip() for turn in conversation.turns):
+    if not has_answer(conversation):
         return [None]
     return [encode_spans(spans, tokenizer, max_length) for spans in template.examples(conversation, learn)]
 

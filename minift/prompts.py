@@ -25,7 +25,7 @@ Read next: `tokenizer/base.py` and `tokenizer/sentencepiece.py`, then `pack.py`.
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from minift.errors import InputError
 
@@ -34,7 +34,7 @@ from minift.errors import InputError
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says: "system", "user" or "assistant"; and whether it is learned, or only given."""
+    """The text of one role, "system", "user" or "assistant"; and whether it is learned, or only given."""
 
     role: str
     text: str
@@ -108,16 +108,15 @@ class Chat:
     def exchanges(self) -> list[tuple[Pair, bool]]:
         """Return each question with its answer, and whether that is learned. The system's text goes with the first.
 
-        Raises:
-            InputError: when the turns are not a question and an answer, in this order, again and again.
+        Raises InputError when the turns are not a question and an answer, in this order, again and again.
         """
         rest = [turn for place, turn in enumerate(self.turns) if place or turn.role != "system"]
         for place, turn in enumerate(rest):
             if turn.role != ("user", "assistant")[place % 2]:
-                found = f"{self.where or 'a chat'}: turn {place + 1} is the {turn.role}'s"
-                raise InputError(
-                    f"{found}; this template needs questions and answers in turn (--template chat may not)"
+                found = (
+                    f"{self.where or 'a chat'}: turn {place + 1} is the {turn.role}'s; this template needs questions"
                 )
+                raise InputError(f"{found} and answers in turn (--template chat may not)")
         return [
             (Pair(asked.text, answer.text, system="" if place else self.system, where=self.where), answer.learned)
             for place, (asked, answer) in enumerate(zip(rest[::2], rest[1::2], strict=False))
@@ -125,6 +124,12 @@ class Chat:
 
 
 Conversation: TypeAlias = Pair | Chat
+
+
+def has_answer(conversation: Conversation) -> bool:
+    """Return whether a conversation has an answer to be learned that is not blank."""
+    return any(turn.learned and turn.text.strip() for turn in conversation.turns)
+
 
 # Templates ------------------------------------------------------------------------------------------------------------
 
@@ -156,10 +161,7 @@ class Template(ABC):
     def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
         """Return the texts to train on, each in spans: one, unless the template writes earlier turns anew.
 
-        Of them "all" answers are learned, or only the "last".
-
-        Raises:
-            InputError: with `file:line`, for a conversation that the template has no place for.
+        Of them "all" answers are learned, or only the "last". Raises InputError (`file:line`) where they do not fit.
         """
 
     @abstractmethod
@@ -188,6 +190,7 @@ class TextTemplate(Template):
     answer: str
     question_with_context: str
     system: str = "{system}\n\n"
+    strips: ClassVar[bool] = True  # a prompt never ends in white space
 
     def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
         """Return one text: each question, given, and its answer, learned."""
@@ -219,9 +222,9 @@ class TextTemplate(Template):
         for name in ("context", "system"):
             if getattr(pair, name) and f"{{{name}}}" not in text:
                 raise InputError(f"{pair.where or 'a pair'}: has a {name}, and the template no {{{name}}} for it")
-        question = self._fill(text.replace("{system}", self.system if pair.system else ""), pair)
-        answer = self.answer_parts(pair)
-        if len(question) > 1 and not question[-1]:  # it ends in the data's text, which may end in white space
+        text = text.replace("{system}", self.system if pair.system else "")
+        question, answer = self._fill(text, pair), self.answer_parts(pair)
+        if self.strips and len(question) > 1 and not question[-1]:  # it ends in the data's text
             stripped = question[-2].rstrip()
             answer[0] = answer[0] or question[-2][len(stripped) :]
             question[-2] = stripped

@@ -164,11 +164,11 @@ def _compare(options: dict[str, Any]) -> int:
 
 def _template_line(name: str, conversations: "Sequence[Conversation]", tokenizer: "Tokenizer") -> str:
     """Return a line about what is asked, and in which template."""
+    from minift.data.templates import passes_over_own
     from minift.prompts import Chat
-    from minift.tokenizer.chat import has_chat_template
 
     asked = "; of a chat, its last answer is asked" * any(isinstance(one, Chat) for one in conversations)
-    own = has_chat_template(tokenizer) and name not in ("chat", "text") and Path(name).suffix != ".jinja"
+    own = passes_over_own(name, tokenizer)
     return f"template {one_line(name)}{' (the model has one of its own: --template chat)' * own}{asked}"
 
 

@@ -130,6 +130,8 @@ def _finetune(options: dict[str, Any]) -> int:
 
 def _show_result(result: dict[str, Any], config: TrainConfig, out: Path) -> None:
     """Print the scores and some answers before and after, what was saved, and how to ask the new model."""
+    from minift.data.templates import is_chat_template
+
     print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
     if (worse := worse_line(result)) is not None:
         print(f"{worse}\n")
@@ -139,7 +141,7 @@ def _show_result(result: dict[str, Any], config: TrainConfig, out: Path) -> None
     template = result["template"]
     if template == "carried":  # the pairs brought their template with them; a new question is written in it
         template = "alpaca" if result["samples"][0]["question"].endswith("### Response:") else "qa"
-    own = template == "chat" or Path(template).suffix == ".jinja"  # which is saved with the model
+    own = is_chat_template(template)  # which is saved with the model
     flags = "" if own or template == "plain" else f" --template {template}"
     if any("earlier" in sample for sample in result["samples"]) or own:
         print(f"talk to it: minift chat --model {out / 'final'}{flags}")

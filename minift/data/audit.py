@@ -58,7 +58,7 @@ REASONS = 5  # why records cannot be used, that are told apart
 
 @dataclass(frozen=True)
 class Audit:
-    """What a data set teaches.
+    """All that is known of what a data set teaches.
 
     Attributes:
         counts: by what is counted, in the order in which they are shown.

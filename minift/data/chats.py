@@ -62,7 +62,7 @@ def read_turns(messages: Any, where: str, unread: Counter[str] | None = None) ->
 def _turn(message: Any, where: str, unread: Counter[str] | None) -> Turn:
     if not isinstance(message, dict):
         raise InputError(f"{where} is {type(message).__name__}, not a message: an object with role and content")
-    known_as = {key.strip().lower(): key for key in reversed(message)} | {key: key for key in message}
+    known_as = keys_by_name(message)
     names = next((keys for keys in _KEYS if keys[0] in known_as and keys[1] in known_as), None)
     speaker, said = (known_as[name] for name in names) if names else ("", "")
     check_refused(message, where)
@@ -99,6 +99,11 @@ def _text(content: Any, where: str) -> str:
             raise InputError(f"{where} holds a part of the type {kind!r}; minift learns from text alone")
         texts.append(text)
     return "".join(texts)
+
+
+def keys_by_name(values: dict[str, Any]) -> dict[str, str]:
+    """Return the keys of a record or a message by their names in small letters, and by themselves."""
+    return {key.strip().lower(): key for key in reversed(values)} | {key: key for key in values}
 
 
 def check_refused(values: dict[str, Any], where: str) -> None:

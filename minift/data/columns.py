@@ -146,7 +146,7 @@ def text_column(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Fault:
-    """What is wrong with a value, in its place."""
+    """A fault of a value, in its place."""
 
     reason: str
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from minift.data.chats import check_refused, read_turns, unread_keys
+from minift.data.chats import check_refused, keys_by_name, read_turns, unread_keys
 from minift.data.encodings import UTF8
 from minift.data.records import Record, Skipped, find_files, scan, warn
 from minift.errors import InputError, one_line
@@ -46,7 +46,7 @@ SHOWN_UNREAD = 6
 
 @dataclass(frozen=True)
 class Reading:
-    """How records are read, and what was noticed.
+    """The settings of reading records, and what was noticed.
 
     Attributes:
         encoding: that of the files.
@@ -68,7 +68,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Form:
-    """Where the records of a file hold what is learned: a question and an answer, a chat, or a text.
+    """The keys under which the records of a file hold what is learned: a question and an answer, a chat, or a text.
 
     Attributes:
         question: the key of the question; "" where there is none.
@@ -189,7 +189,7 @@ def find_form(record: Record, fields: Sequence[str] = ()) -> Form:
         return Form(
             question, answer, chat=isinstance(values[answer], list) or (not question and _is_list(values[answer]))
         )
-    keys = {key.strip().lower(): key for key in reversed(values)} | {key: key for key in values}
+    keys = keys_by_name(values)
     if all(name in keys for name in PREFERENCE):
         question = "prompt" if "prompt" in keys else "QUESTION"
         raise InputError(
@@ -263,7 +263,7 @@ class _Fields:
 
     def __init__(self, record: Record, read: set[str]):
         self.values, self.where, self.read = record.values, record.where, read
-        self._keys = {key.strip().lower(): key for key in reversed(record.values)} | {key: key for key in record.values}
+        self._keys = keys_by_name(record.values)
 
     def key(self, name: str) -> str:
         """Return the key that is `name`, but for capitals; `name` itself where there is none."""

@@ -18,13 +18,13 @@ from minift.data.samples import encode_twice
 from minift.data.templates import template_named, unknown_markers
 from minift.errors import InputError, one_line
 from minift.pack import Example
-from minift.prompts import Conversation, Template
+from minift.prompts import Conversation, Template, has_answer
 from minift.tokenizer.base import Tokenizer
 
 
 @dataclass
 class Examined:
-    """What was seen in some conversations, in order.
+    """All that was seen in some conversations, in order.
 
     Attributes:
         prints: their fingerprints.
@@ -122,7 +122,7 @@ def finding_lines(
     """
     chosen = template_named(template, tokenizer, config.rendered)
     checker = Checker(chosen, template, tokenizer, config.rendered)
-    without = sum(not any(turn.learned and turn.text.strip() for turn in one.turns) for one in training)
+    without = sum(not has_answer(one) for one in training)
     counts = {"answers cut": cut, "records dropped": dropped - without}
     found = {name: Found(count) for name, count in counts.items() if count > 0}
     for conversation in training:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from minift.errors import InputError
 from minift.pack import Example, encode_conversation
-from minift.prompts import Conversation, Template
+from minift.prompts import Conversation, Template, has_answer
 from minift.tokenizer.base import Tokenizer
 
 
@@ -49,6 +49,6 @@ def encode_conversations(
 
 def _remedy(conversations: list[Conversation]) -> str:
     """Return what to do about records of which none has a target."""
-    if any(turn.learned and turn.text.strip() for one in conversations for turn in one.turns):
+    if any(map(has_answer, conversations)):
         return "raise it"
     return "none has an answer of the assistant that is not blank and not of weight 0"

@@ -148,7 +148,7 @@ def sentence(name: str, count: int) -> str:
 
 @dataclass
 class Found:
-    """How many records a finding has, and the first of them."""
+    """The number of records of a finding, and the first of them."""
 
     count: int = 0
     where: str = ""

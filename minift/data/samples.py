@@ -12,7 +12,7 @@ from typing import Any, cast
 from minift.config import TrainConfig
 from minift.errors import InputError
 from minift.pack import IGNORE, Example, collate, encode_spans
-from minift.prompts import Conversation, Template
+from minift.prompts import Conversation, Template, has_answer
 from minift.tokenizer.base import Tokenizer
 
 UNCUT = 2**40  # a length that cuts nothing
@@ -39,7 +39,7 @@ def encode_twice(
     conversation: Conversation, template: Template, tokenizer: Tokenizer, config: TrainConfig
 ) -> list[tuple[Example | None, Example | None]]:
     """Return the examples of a conversation, each before it is cut, and as it trains; None as `encode_conversation`."""
-    if not any(turn.learned and turn.text.strip() for turn in conversation.turns):
+    if not has_answer(conversation):
         return [(None, None)]
     once, found = cast(Tokenizer, _Once(tokenizer)), list[tuple[Example | None, Example | None]]()
     for spans in template.examples(conversation, config.learn):

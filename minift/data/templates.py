@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from minift.errors import InputError, did_you_mean
 from minift.prompts import Conversation, Pair, Span, Template, TextTemplate
@@ -79,21 +80,12 @@ class RenderedTemplate(TextTemplate):
     """
 
     markers: tuple[str, ...] = ()
+    strips: ClassVar[bool] = False
 
     def examples(self, conversation: Conversation, learn: str = "all") -> list[list[Span]]:
         """Return the text as `TextTemplate` does."""
         (spans,) = super().examples(conversation, learn)
         return [[self._rendered(span) for span in spans]]
-
-    def prompt(self, conversation: Conversation) -> list[Span]:
-        """Return what a model is given."""
-        return [self._rendered(span) for span in super().prompt(conversation)]
-
-    def parts(self, pair: Pair) -> tuple[list[str], list[str]]:
-        """Return the question and the answer, each with the white space that it has."""
-        question, answer = super().parts(pair)
-        tail = pair.question[len(pair.question.rstrip()) :] if len(question) > 1 and not question[-1] else ""
-        return [*question[:-1], question[-1] + tail], ["", *answer[1:]] if answer[0] == tail else answer
 
     def _rendered(self, span: Span) -> Span:
         bos = span.bos and not span.text.lstrip().startswith(self.markers)
@@ -125,6 +117,16 @@ def read_template(path: str | Path) -> TextTemplate:
     return TextTemplate(prompt, before[len(prompt) :] + "{answer}" + answer, prompt, system="{system}")
 
 
+def is_chat_template(name: str) -> bool:
+    """Return whether a template's name is that of the model's own, or of a `.jinja` file."""
+    return name == "chat" or Path(name).suffix == ".jinja"
+
+
+def passes_over_own(name: str, tokenizer: Tokenizer) -> bool:
+    """Return whether the model has a template of its own that the one called `name` is chosen over."""
+    return has_chat_template(tokenizer) and name != "text" and not is_chat_template(name)
+
+
 def template_named(name: str, tokenizer: Tokenizer | None = None, rendered: bool = False) -> Template:
     """Return one of TEMPLATES, TEXT ("text"), the template in a file, or the model's own ("chat").
 
@@ -135,7 +137,7 @@ def template_named(name: str, tokenizer: Tokenizer | None = None, rendered: bool
     Raises:
         InputError: for any other name; for "chat" and a `.jinja` file as `chat_template` does.
     """
-    if name == "chat" or Path(name).suffix == ".jinja":
+    if is_chat_template(name):
         if tokenizer is None:
             raise InputError(f"the template {name} is that of a model: none is given")
         return chat_template(tokenizer, None if name == "chat" else name, rendered)
@@ -184,7 +186,7 @@ def choose_template(
         first = conversations[0].where or "the record"
         raise InputError(f"{first}: has a question, which the template text would leave out (use auto)")
     pairs = all(isinstance(one, Pair) for one in conversations)
-    if rendered and conversations and pairs and (name == "chat" or Path(name).suffix == ".jinja"):
+    if rendered and conversations and pairs and is_chat_template(name):
         raise InputError(f"--rendered says that the data are written in a template, and --template {name} writes one")
     if name == "auto":
         if not pairs and tokenizer is not None and has_chat_template(tokenizer):

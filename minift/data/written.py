@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from minift.data.templates import MARKER as _MARKER
-from minift.data.templates import TEMPLATES, carried_template
+from minift.data.templates import MARKER, TEMPLATES, carried_template
 from minift.errors import InputError
-from minift.prompts import Chat, Conversation, Pair, Span, Template, Turn
+from minift.prompts import Chat, Conversation, Pair, Span, Template, Turn, has_answer
 
 
 def record_of(conversation: Conversation, system: str = "") -> dict[str, Any]:
@@ -49,7 +48,7 @@ def written(
     Raises:
         InputError: as `Template.examples`; for a chat of several answers in a template that needs ids between them.
     """
-    if not any(turn.learned and turn.text.strip() for one in conversations for turn in one.turns):
+    if not any(map(has_answer, conversations)):
         raise InputError("nothing is learned of these records, so that nothing would be written")
     if as_text:
         examples = [spans for conversation in conversations for spans in template.examples(conversation)]
@@ -68,7 +67,7 @@ def written(
 
 def _rendered(spans: Sequence[Span]) -> str:
     """Return how texts are to be read in which a template has written markers, in words; "" where it has not."""
-    markers = any(_MARKER.search(part) for span in spans for part in span.parts[::2])
+    markers = any(MARKER.search(part) for span in spans for part in span.parts[::2])
     return "; train on it with --rendered" if markers else ""
 
 

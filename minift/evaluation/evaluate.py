@@ -28,7 +28,7 @@ from minift.evaluation.likelihood import Likelihood, example_likelihoods, in_gro
 from minift.generate import generate
 from minift.model import Llama
 from minift.pack import Example, encode_conversation
-from minift.prompts import Chat, Conversation, Template
+from minift.prompts import Chat, Conversation, Template, has_answer
 from minift.tokenizer.base import Tokenizer
 
 EXTRA_TOKENS = 16  # an answer may be this much longer than the right one before it is cut
@@ -65,7 +65,7 @@ def _why_none(pairs: Sequence[Conversation], template: Template, max_length: int
             template.examples(pair, "last")
         except InputError as fault:
             return str(fault)
-    if not any(turn.learned and turn.text.strip() for pair in pairs for turn in pair.turns):
+    if not any(map(has_answer, pairs)):
         return f"{pairs[0].where}: no record has an answer to be scored"
     return f"no question and answer fits into {max_length} tokens"
 

@@ -49,7 +49,7 @@ CONVERSATIONS = tuple(
 
 @dataclass
 class Verdict:
-    """What is done with the ten conversations.
+    """The verdict on a template, from ten conversations.
 
     Attributes:
         name: the template's.

@@ -29,7 +29,7 @@ from minift.data.examine import finding_lines
 from minift.data.examples import encode_conversations
 from minift.data.records import Skipped, find_files
 from minift.data.split import held_out_places
-from minift.data.templates import choose_template, template_named
+from minift.data.templates import choose_template, passes_over_own, template_named
 from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError, RunError, is_out_of_memory
@@ -99,12 +99,12 @@ def _prepare(
     job: FinetuneJob, split: "Split", config: TrainConfig, out: Path, plain: bool, world: World
 ) -> tuple[Run, TrainState]:
     """Return a run and its state before the first step. Nothing is written."""
-    tokenizer, model = open_model(job.model, config, world)
-    encoded = encode(split, tokenizer, config)
-    fit_to_template(model, split, tokenizer)
-    announce(job, model, split, encoded, tokenizer, config, world)
+    tokenizer, model = split.tokenizer, open_model(job.model, split.tokenizer, config, world)
+    encoded = encode(split, config)
+    fit_to_template(model, split)
+    announce(job, model, split, encoded, config, world)
     if world.is_main:
-        print_findings(split, encoded, tokenizer, config)
+        print_findings(split, encoded, config)
     ranks = (world.rank, world.size)
     batches = PairBatches(encoded.examples, config.batch_size, tokenizer.eos_id, config.seed, config.pack, *ranks)
     plan = Plan.make(config, len(batches))
@@ -125,23 +125,25 @@ class Split:
     Attributes:
         training, held_out: the pairs to train on, and those that both models are asked at the end.
         template: the name of the template that all of them are written in.
+        tokenizer: the model's.
         skipped: what could not be used.
     """
 
     training: list[Conversation]
     held_out: list[Conversation]
     template: str
+    tokenizer: Tokenizer
     skipped: Skipped
     tested: bool = False  # whether those held out are from files of their own
 
     @property
     def refuse_held_out(self) -> Callable[[InputError], object] | None:
-        """What is told that the template refuses a held-out record: none of a file of their own may be."""
+        """Return the function that counts held-out records that the template refuses; None: none may be refused."""
         return None if self.tested else self.skipped.add
 
     @property
     def kind(self) -> str:
-        """What the records are, in a word."""
+        """Return a word for the records."""
         if any(isinstance(one, Chat) for one in self.training):
             return "chats"
         return "texts" if self.template == "text" else "pairs"
@@ -182,7 +184,7 @@ def read_data(job: FinetuneJob, config: TrainConfig) -> Split:
     if template != "chat":
         name = template if any(isinstance(one, Chat) for one in held_out) else config.template
         template = choose_template(name, [*training, *held_out], tokenizer, config.rendered)
-    return Split(training, held_out, template, skipped, tested=bool(job.test))
+    return Split(training, held_out, template, tokenizer, skipped, tested=bool(job.test))
 
 
 def _hold_out(pairs: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
@@ -194,15 +196,15 @@ def _hold_out(pairs: list[Conversation], seed: int) -> tuple[list[Conversation],
     return [pairs[i] for i in sorted(left)], [pairs[i] for i in drawn]
 
 
-def encode(split: Split, tokenizer: Tokenizer, config: TrainConfig) -> Encoded:
+def encode(split: Split, config: TrainConfig) -> Encoded:
     """Encode all pairs in their template, cut to `config.max_length` positions.
 
     Raises:
         InputError: when no pair to train on, or none held out, has a target.
     """
-    template = template_named(split.template, tokenizer, config.rendered)
+    template = template_named(split.template, split.tokenizer, config.rendered)
     training, held_out = (
-        encode_conversations(part, template, tokenizer, config.max_length, config.learn, refuse, what)
+        encode_conversations(part, template, split.tokenizer, config.max_length, config.learn, refuse, what)
         for part, refuse, what in (
             (split.training, split.skipped.add, "record to train on"),
             (split.held_out, split.refuse_held_out, "held-out record"),
@@ -222,8 +224,8 @@ def _validation_batches(held_out: list[Example], tokenizer: Tokenizer, config: T
 # Model ----------------------------------------------------------------------------------------------------------------
 
 
-def open_model(name: str, config: TrainConfig, world: World) -> tuple[Tokenizer, Llama]:
-    """Return a model's tokenizer and the model, with new adapters if `config.lora_rank` asks for them.
+def open_model(name: str, tokenizer: Tokenizer, config: TrainConfig, world: World) -> Llama:
+    """Return a model, with new adapters if `config.lora_rank` asks for them.
 
     In a sharded run (fsdp) the model is on "meta", without memory: `_fill_shards` reads the weights.
 
@@ -231,7 +233,6 @@ def open_model(name: str, config: TrainConfig, world: World) -> tuple[Tokenizer,
         InputError: when its files are missing or damaged, or do not fit together, or its positions are too few.
     """
     _check_files(name, world)
-    tokenizer = load_tokenizer(name)
     model = (
         model_without_memory(name) if world.parallel == "fsdp" else load_model(name, device=world.device, check=False)
     )
@@ -239,7 +240,7 @@ def open_model(name: str, config: TrainConfig, world: World) -> tuple[Tokenizer,
     check_length(config, model.config)
     if config.lora_rank:
         add_lora(model, LoRAConfig.of(config), torch.Generator().manual_seed(config.seed))
-    return tokenizer, model
+    return model
 
 
 def _check_files(name: str, world: World) -> None:
@@ -260,36 +261,25 @@ def _fill_shards(name: str, model: Llama, config: TrainConfig, world: World) -> 
         init_adapters(model, torch.Generator().manual_seed(config.seed))
 
 
-def fit_to_template(model: Llama, split: Split, tokenizer: Tokenizer) -> None:
+def fit_to_template(model: Llama, split: Split) -> None:
     """Let the model stop where a chat template ends a turn, and save a template of the user's own with it."""
+    tokenizer = split.tokenizer
     template = template_named(split.template, tokenizer)
     stop_at_turns(model, template, tokenizer)
     if isinstance(template, ChatTemplate) and split.template != "chat":  # a program that asks the model needs it
         tokenizer.files = {**tokenizer.files, "chat_template.jinja": Path(split.template).read_bytes()}
 
 
-def template_note(split: Split, tokenizer: Tokenizer) -> str:
-    """Return what to know about the choice of a template, or "": which one the model has, or that it has none."""
-    if split.kind == "chats" and not has_chat_template(tokenizer):
+def template_note(split: Split) -> str:
+    """Return a note on the choice of a template, or "": which one the model has, or that it has none."""
+    if split.kind == "chats" and not has_chat_template(split.tokenizer):
         return " (the model has none of its own; choose one with --template: qa, llama2 …, or a FILE.jinja)"
-    if (
-        split.template in ("chat", "text")
-        or Path(split.template).suffix == ".jinja"
-        or not has_chat_template(tokenizer)
-    ):
-        return ""
-    return " (the model has one of its own, which --template chat takes)"
+    if passes_over_own(split.template, split.tokenizer):
+        return " (the model has one of its own, which --template chat takes)"
+    return ""
 
 
-def announce(
-    job: FinetuneJob,
-    model: Llama,
-    split: Split,
-    encoded: Encoded,
-    tokenizer: Tokenizer,
-    config: TrainConfig,
-    world: World,
-) -> None:
+def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, config: TrainConfig, world: World) -> None:
     """Print what the run is going to do: with which model, on which pairs, and what is left out."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else "all of them trained"
@@ -297,15 +287,16 @@ def announce(
     held_out = f"{len(split.held_out):,} {split.kind} held out ({encoded.held_out_dropped} without a target)"
     print(describe(model, job.model, share, config, world))
     print(f"{len(encoded.examples):,} {split.kind} to train on ({left_out})")
-    print(f"{held_out}; template {split.template}{template_note(split, tokenizer)}")
+    print(f"{held_out}; template {split.template}{template_note(split)}")
     if split.skipped.skipped:
         print(split.skipped)
 
 
-def print_findings(split: Split, encoded: Encoded, tokenizer: Tokenizer, config: TrainConfig) -> None:
+def print_findings(split: Split, encoded: Encoded, config: TrainConfig) -> None:
     """Print what was found in the pairs that changes what is learned or measured, in a line each."""
     cut, dropped = encoded.cut, encoded.dropped
-    for line in finding_lines(split.training, split.held_out, cut, dropped, split.template, tokenizer, config):
+    template, tokenizer = split.template, split.tokenizer
+    for line in finding_lines(split.training, split.held_out, cut, dropped, template, tokenizer, config):
         print(line)
 
 
@@ -316,7 +307,7 @@ def _compare_with_base(
     job: FinetuneJob, split: Split, config: TrainConfig, out: Path, plain: bool, device: torch.device
 ) -> dict[str, Any]:
     """Compare the model before and after on the pairs held out; write compare.json and report.html."""
-    tokenizer = load_tokenizer(job.model)
+    tokenizer = split.tokenizer
     template = template_named(split.template, tokenizer, config.rendered)
     try:
         before, after = load_model(job.model, device=device), load_model(out / "final", device=device)

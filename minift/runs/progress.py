@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class Best:
 
     @property
     def rose(self) -> bool:
-        """Whether the newest loss is higher than the lowest by more than RISE of it."""
+        """Return whether the newest loss is higher than the lowest by more than RISE of it."""
         return self.evaluations_since > 0 and self.last > self.loss * (1 + RISE)
 
     def in_words(self) -> str:
@@ -40,10 +40,15 @@ class Best:
     @classmethod
     def of(cls, metrics: Path) -> "Best":
         """Return the best of a run's `metrics.jsonl`, which holds only the steps that were taken."""
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        return cls.of_records(map(json.loads, lines))
+
+    @classmethod
+    def of_records(cls, records: Iterable[Mapping[str, Any]]) -> "Best":
+        """Return the best of what some steps report."""
         best = cls()
-        if metrics.exists():
-            for line in metrics.read_text(encoding="utf-8").splitlines():
-                best.add(json.loads(line))
+        for record in records:
+            best.add(record)
         return best
 
     def add(self, record: Mapping[str, Any]) -> bool:

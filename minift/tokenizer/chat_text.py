@@ -175,7 +175,7 @@ class ChatText:
 
     @cached_property
     def writes_parts(self) -> bool:
-        """Whether a message's content must be a list of parts, as templates for images have it.
+        """Return whether a message's content must be a list of parts, as templates for images have it.
 
         Raises:
             InputError: when the template writes the texts of turns neither from a list nor from a text.
@@ -199,7 +199,7 @@ class ChatText:
 
     @cached_property
     def drops_system(self) -> bool:
-        """Whether the text of the system is left out, in silence."""
+        """Return whether the text of the system is left out, in silence."""
         turns = [Turn("system", "Eighty-one"), _PROBE[0]]
         try:
             return turns[0].text not in self.render(turns, _WHERE, prompt=True)

@@ -1,6 +1,6 @@
 """Jinja in a sandbox: a chat template's text, rendered as `transformers` renders it, within bounds.
 
-A model's template is a small program that came with its folder, and nobody has to trust it. Jinja's sandbox keeps it
+A model's template is a small program that came with its folder, and it need not be trusted. Jinja's sandbox keeps it
 away from Python's insides. It knows no `while`, but nested loops and a text that is doubled again and again need no
 `while` to use all the time and memory there is. So the template's syntax tree is changed before it is compiled: every
 round of a loop, every macro and every text that it makes is paid for from a *budget* that each rendering gets anew.
@@ -36,7 +36,7 @@ _WIDE = re.compile(r"\d{7}|\*")  # the width of a format such as "%9999999d"
 
 
 class _RefusalError(Exception):
-    """What a template says with `raise_exception`."""
+    """The words of a template's `raise_exception`."""
 
 
 class _TooMuchError(Exception):
@@ -240,7 +240,7 @@ class _Namespace(Namespace):
 
 
 class _Dict:
-    """What a template can do with `dict`."""
+    """The parts of `dict` that a template may use."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

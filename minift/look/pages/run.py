@@ -110,9 +110,7 @@ def _summary(config: TrainConfig, metrics: Sequence[Mapping[str, Any]], shape: L
     share = "all of them trained" if trained is None else f"with {trained:,} numbers of adapters trained in their place"
     tokens = sum(step["tokens"] for step in metrics)
     words = f"A Llama of {total:,} weights, {share}: {len(metrics):,} steps over {tokens:,} tokens, in {config.dtype}."
-    best = Best()
-    for record in metrics:
-        best.add(record)
+    best = Best.of_records(metrics)
     if best.rose:
         words += f" Note that {best.in_words().replace(' now', ' at the end')}."
     return f"<p>{text(words)}</p>"
