@@ -375,3 +375,13 @@ def test_lamini_docs_carry_their_template(real_data: Path) -> None:
         assert prompt == record["question"].rstrip()
         assert prompt.endswith("### Answer:")
         assert answer == "\n" + record["answer"].strip()
+
+
+@pytest.mark.parametrize(("name", "text"), [("plain", "Q \n A"), ("joined", "Q \nA")])
+def test_rendered_data_keep_the_white_space_before_an_answer(name: str, text: str) -> None:
+    """The template's own separator stays, too, whatever the question ends in; so does the end of a context."""
+    template = template_named(name, rendered=True)
+    assert "".join(texts_of(template, Pair("Q \n", "A"))) == text
+    spaced = {"plain": "Q  A", "joined": "Q A"}[name]
+    assert "".join(texts_of(template, Pair("Q ", "A"))) == spaced
+    assert texts_of(template, Pair("Q", "A", context="C \n"))[0] == "Q\nC \n"
