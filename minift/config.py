@@ -12,6 +12,7 @@ Read next: `prompts.py`.
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -271,6 +272,9 @@ def _flag(
     return field(default=default, metadata={"help": help, "choices": choices, "above": above, "least": least})
 
 
+_MINUTES = re.compile(r"(\d{1,6}(?:\.\d+)?)m")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The settings of a training. Every field is a flag of `finetune` and `pretrain` (`--grad-accum` for `grad_accum`).
@@ -322,16 +326,31 @@ class TrainConfig:
         0, "number of processes that encode text; 0 encodes it between the steps (no result depends on it)", least=0
     )
     strict: bool = _flag(False, "stop at the first unusable record, instead of skipping up to 1 % of them")
-    eval_every: int = _flag(0, "number of steps between evaluations on the held-out split; 0: only at the end", least=0)
-    patience: int = _flag(
-        0,
-        "number of evaluations in a row without a lower validation loss that end the run with its best model; 0: never",
+    eval_every: int | None = _flag(
+        None,
+        "number of steps between evaluations on the held-out split (default: a tenth of the run); 0: only before the "
+        "first step and after the last",
         least=0,
     )
-    save_every: int = _flag(
-        0, "number of steps between resumable checkpoints; 0: only when the run is interrupted", least=0
+    patience: int = _flag(
+        0, "number of evaluations in a row without a lower validation loss that end the run; 0: never", least=0
     )
-    keep: int = _flag(0, "number of resumable checkpoints to keep, the newest ones; 0: all", least=0)
+    keep_last: bool = _flag(False, "make final/ the model of the last step, not that of the lowest validation loss")
+    max_minutes: float | None = _flag(
+        None, "end the run after so many minutes of training, as if it had taken its last step", above=0
+    )
+    save_every: int | str = _flag(
+        "10m",
+        "time between resumable checkpoints: minutes (10m), or a number of steps; 0: only when the run is interrupted",
+    )
+    keep: int | None = _flag(
+        None,
+        "number of resumable checkpoints to keep, the newest ones; 0: all (default: one, until the run is complete)",
+        least=0,
+    )
+    compare: int = _flag(
+        250, "number of held-out pairs that both models answer at the end, evenly spaced; 0: no comparison", least=0
+    )
     save_format: str = _flag(
         "native",
         "format of final/: native, or a Hugging Face folder (which needs the hf extra)",
@@ -371,8 +390,21 @@ class TrainConfig:
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         if changed and not self.lora_rank:
             raise InputError(f"{changed[0]} is given, but no lora_rank: all the weights would be trained")
+        if isinstance(self.save_every, str):
+            minutes = _MINUTES.fullmatch(self.save_every)
+            if minutes is None or not float(minutes[1]):
+                raise InputError(
+                    f"save_every is {self.save_every!r}; it must be a number of steps, or minutes like 10m"
+                )
+        else:
+            check_number("save_every", self.save_every, least=0)
         if self.steps is not None and self.epochs is not None:
             raise InputError("give --steps or --epochs, not both: each sets the length of the run")
+
+    @property
+    def save_minutes(self) -> float:
+        """Return the minutes between two checkpoints; 0 where they are given as steps."""
+        return float(self.save_every[:-1]) if isinstance(self.save_every, str) else 0.0
 
     def replace(self, **changes: Any) -> "TrainConfig":
         """Return a copy with some fields changed; a new value of `steps` clears `epochs`, and the other way round."""
@@ -394,5 +426,5 @@ class TrainConfig:
 
 # The defaults of the two jobs. Finetuning: about 1,000 short pairs, each seen 10 times. Pretraining: how the bundled
 # base was made.
-FINETUNE = TrainConfig(epochs=10, batch_size=32, lr=1e-4, schedule="linear", warmup=10, eval_every=50)
+FINETUNE = TrainConfig(epochs=10, batch_size=32, lr=1e-4, schedule="linear", warmup=10)
 PRETRAIN = TrainConfig(steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_length=256, min_lr=0.05, weight_decay=0.1)

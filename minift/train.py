@@ -112,8 +112,7 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
         InputError: when no process has a target.
     """
     model, optimizer, scaler, world = state.model, state.optimizer, state.scaler, state.world
-    # Of the whole window, on all ranks, before its first backward pass.
-    (n_targets,) = world.total(sum(batch.n_targets for batch in window))
+    (n_targets,) = world.total(sum(batch.n_targets for batch in window))  # of all ranks, before the first backward
     if not n_targets:
         raise InputError(f"step {state.step + 1}: no micro-batch of it has a target; there is nothing to learn")
 
@@ -179,15 +178,16 @@ class Step:
 
 
 def train(state: TrainState, plan: Plan, config: TrainConfig) -> Iterator[Step]:
-    """Take the steps that are left of a plan; yield each of them, those included that overflowed and were skipped."""
-    micro_batches = iter(state.batches)
+    """Take the steps left of a plan; yield each, and each skipped for an overflow: the next has its window again."""
+    micro_batches, window = iter(state.batches), list[Batch]()
     while state.step < plan.steps:
         start = time.perf_counter()
-        window = state.world.agreed(_take, micro_batches, plan.window(state.step), state.model.device)
+        window = window or state.world.agreed(_take, micro_batches, plan.window(state.step), state.model.device)
         lr = learning_rate(state.step, plan.steps, config)
         result = train_step(state, window, lr, config)
         state.step += result.stepped
         yield Step(window, lr, result, time.perf_counter() - start)
+        window = [] if result.stepped else window
 
 
 def _take(micro_batches: Iterator[Batch], count: int, device: torch.device) -> list[Batch]:

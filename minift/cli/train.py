@@ -17,7 +17,8 @@ from minift.look.report import samples, table, worse_line
 from minift.storage.names import model_path
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
-FREE = ("workers", "keep", "strict", "parallel")  # may differ when a run is resumed: they change no result
+# May differ when a run is resumed: they change no weight, or only how long it goes on.
+FREE = ("workers", "keep", "strict", "parallel", "save_every", "max_minutes", "compare")
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,8 @@ def add_pretrain(commands: Any) -> None:
     command.add_argument("--text-field", default=given, metavar="NAME", help=text)
     add_encoding(command, argparse.SUPPRESS)
     _add_run_flags(command, "runs/pretrain")
-    _add_train_flags(command, PRETRAIN, without=("template", "learn", "rendered", "pack", *LORA))  # those are for pairs
+    of_pairs = ("template", "learn", "rendered", "pack", "compare", *LORA)
+    _add_train_flags(command, PRETRAIN, without=of_pairs)
 
 
 def _add_run_flags(command: argparse.ArgumentParser, out: str) -> None:
@@ -92,18 +94,26 @@ def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, wi
             continue
         flag, default = "--" + item.name.replace("_", "-"), getattr(defaults, item.name)
         text = item.metadata["help"].replace("%", "%%") + ("" if default is None else f" (default: {default})")
-        kind = next(kind for kind in (*get_args(hints[item.name]), hints[item.name]) if kind is not type(None))
-        if kind is bool:
+        kinds = [kind for kind in get_args(hints[item.name]) or (hints[item.name],) if kind is not type(None)]
+        kind = kinds[0]
+        if kinds == [int, str]:
+            group.add_argument(flag, type=_number_or_text, default=argparse.SUPPRESS, metavar="N|Nm", help=text)
+        elif kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             metavar = "|".join(item.metadata["choices"] or ()) or {int: "N", float: "X", str: "NAME"}[kind]
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
+def _number_or_text(word: str) -> int | str:
+    return int(word) if word.lstrip("-").isdecimal() else word
+
+
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
 def _finetune(options: dict[str, Any]) -> int:
+    from minift.distributed.world import is_main_process
     from minift.runs import finetune as jobs
 
     outlive_reader()
@@ -123,7 +133,7 @@ def _finetune(options: dict[str, Any]) -> int:
     result = jobs.finetune(job, config, out, resume, plain)
     if result is None:
         return _say_how_to_resume("finetune", out, plain)
-    if result:  # of several processes, only the main one has it
+    if is_main_process():
         _show_result(result, config, out)
     return 0
 
@@ -132,12 +142,16 @@ def _show_result(result: dict[str, Any], config: TrainConfig, out: Path) -> None
     """Print the scores and some answers before and after, what was saved, and how to ask the new model."""
     from minift.data.templates import is_chat_template
 
-    print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
-    if (worse := worse_line(result)) is not None:
-        print(f"{worse}\n")
+    if result:
+        print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
+        if (worse := worse_line(result)) is not None:
+            print(f"{worse}\n")
     adapter = f"{out / 'adapter'} (the adapters alone), " if config.lora_rank else ""
-    print(f"saved: {out / 'final'} (the model), {adapter}{out / 'compare.json'}, {out / 'metrics.jsonl'}")
+    compared = f"{out / 'compare.json'}, " if result else ""
+    print(f"saved: {out / 'final'} (the model), {adapter}{compared}{out / 'metrics.jsonl'}")
     print(f"look at it: {out / 'report.html'}")
+    if not result:
+        return
     template = result["template"]
     if template == "carried":  # the pairs brought their template with them; a new question is written in it
         template = "alpaca" if result["samples"][0]["question"].endswith("### Response:") else "qa"

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from minift.errors import InputError
 from minift.evaluation.intervals import Score, difference, score_values
 from minift.evaluation.likelihood import Likelihood, example_likelihoods, in_groups, likelihood_scores
@@ -106,10 +108,12 @@ def answer_questions(
     """Return the model's own words after each question's prompt, greedily, in the order of `questions`.
 
     A text ends at a stop token, at the model's last position, or EXTRA_TOKENS after the length of the right answer.
-    Questions with answers of similar length share a batch, so that short ones do not wait for long ones.
+    Questions with answers of similar length share a batch, so that short ones do not wait for long ones. A terminal
+    shows a bar of them.
     """
     answers: dict[int, Answer] = {}
     by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].example.answer))
+    bar = tqdm(total=len(questions), desc="answering", unit="question", leave=False, disable=None)
     for group in in_groups(by_length, batch_size):
         prompts = [questions[i].example.prompt for i in group]
         longest = max(len(questions[i].example.answer) for i in group)
@@ -119,6 +123,8 @@ def answer_questions(
             limit = len(questions[i].example.answer) + EXTRA_TOKENS
             text = tokenizer.decode_continuation(ids[:limit])
             answers[i] = Answer(text, ended=len(ids) < min(limit, positions_left))
+        bar.update(len(group))
+    bar.close()
     return [answers[i] for i in range(len(questions))]
 
 

@@ -6,9 +6,11 @@ common.py     what both do: own the folder, start or resume, take the steps, wri
 start.py      the state before the first step
 machine.py    the device and the dtype to compute in, and whether a compiler pays
 loop.py       step after step: saving, patience, signals
+clock.py      when an evaluation, a save and the end are due
 progress.py   what a run reports of each step
 stop.py       Ctrl-C and SIGTERM
 folder.py     a run's folder: its settings, its lock, its report
+space.py      the space on the disk that saves need
 steps.py      `step_NNNNNN/`: the state that a resumed run continues from
 
     minift finetune --steps 100 --out runs/first

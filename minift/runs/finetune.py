@@ -42,6 +42,7 @@ from minift.prompts import Chat, Conversation
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
 from minift.runs.folder import FinetuneJob, own_folder, write_report
 from minift.runs.start import start_state
+from minift.runs.stop import ended_by_signals
 from minift.storage.atomic import write_file
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer
@@ -74,12 +75,12 @@ def finetune(
         plain: run the pages as they are read: no faster code of `kernels/` is installed.
 
     Returns:
-        The comparison, as it is in `out/compare.json` (of several processes the main one returns it, the others return
-        an empty one); None when the run was interrupted and can be resumed.
+        The comparison, as it is in `out/compare.json`; an empty one where none is made, and of several processes on all
+        but the main one; None when the run was interrupted and can be resumed.
 
     Raises:
         InputError: for wrong input; nothing is written before all of it has been read.
-        RunError: when training cannot go on.
+        RunError: when training cannot go on, or the comparison is interrupted (the trained model is saved then).
     """
     device, config = choose_machine(config, resume, plain)
     with join(config.parallel, device) as world:
@@ -92,7 +93,11 @@ def finetune(
             # Taken out of the list: what the steps need of memory makes room for the two models of the comparison.
             if not complete(*prepared.pop(), resume):
                 return None
-            return _compare_with_base(job, split, config, out, plain, world.device) if world.is_main else {}
+            if not world.is_main:
+                return {}
+            result = _compare_with_base(job, split, config, out, plain, world.device) if config.compare else {}
+            write_report(out)
+            return result
 
 
 def _prepare(
@@ -112,7 +117,13 @@ def _prepare(
     if world.parallel == "fsdp":  # each rank has room for its part now
         _fill_shards(job.model, model, config, world)
     validation = _validation_batches(encoded.held_out, tokenizer, config)
-    return Run(job, config, plan, tokenizer, validation, out), state
+    return Run(job, config, plan, tokenizer, validation, out, lambda: weights_of(job.model)), state
+
+
+def evenly_spaced(records: Sequence[Conversation], most: int) -> Sequence[Conversation]:
+    """Return at most `most` records, in their order: a file may be sorted, so not the first ones."""
+    n = len(records)
+    return records if n <= most else [records[i * n // most] for i in range(most)]
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -306,16 +317,27 @@ def print_findings(split: Split, encoded: Encoded, config: TrainConfig) -> None:
 def _compare_with_base(
     job: FinetuneJob, split: Split, config: TrainConfig, out: Path, plain: bool, device: torch.device
 ) -> dict[str, Any]:
-    """Compare the model before and after on the pairs held out; write compare.json and report.html."""
+    """Compare the model before and after on the pairs held out, at most `config.compare` of them; write compare.json.
+
+    Raises:
+        RunError: when the device cannot hold both models, or a signal interrupts the comparison.
+    """
     tokenizer = split.tokenizer
     template = template_named(split.template, tokenizer, config.rendered)
+    asked = evenly_spaced(split.held_out, config.compare)
+    if len(asked) < len(split.held_out):
+        print(f"comparing the answers to {len(asked):,} of {len(split.held_out):,} {split.kind} held out (--compare)")
     try:
-        before, after = load_model(job.model, device=device), load_model(out / "final", device=device)
-        for model in (before, after):
-            stop_at_turns(model, template, tokenizer)
-            if not plain:
-                kernels.install(model, kernels.choose_for_reading(device))
-        scores = compare((before, tokenizer), (after, tokenizer), split.held_out, template, plain)
+        with ended_by_signals():
+            before, after = load_model(job.model, device=device), load_model(out / "final", device=device)
+            for model in (before, after):
+                stop_at_turns(model, template, tokenizer)
+                if not plain:
+                    kernels.install(model, kernels.choose_for_reading(device))
+            scores = compare((before, tokenizer), (after, tokenizer), asked, template, plain)
+    except KeyboardInterrupt:
+        write_report(out)
+        raise RunError(f"the comparison was interrupted; {out / 'final'} is saved, and --resume compares") from None
     except (MemoryError, RuntimeError) as error:  # one model that was sharded had room here, two may have none
         if not is_out_of_memory(error):
             raise
@@ -324,5 +346,4 @@ def _compare_with_base(
     result = {"template": split.template, **scores}
     text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     write_file(out / "compare.json", lambda partial: partial.write_bytes(text.encode(errors="backslashreplace")))
-    write_report(out)
     return result

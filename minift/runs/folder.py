@@ -3,8 +3,8 @@
     config.json      what was asked for: the job, its inputs and the TrainConfig; enough to start the run again
     metrics.jsonl    one object for each optimizer step
     step_NNNNNN/     a resumable checkpoint (`steps.py`)
-    best/            with --patience: the model of the lowest validation loss so far (of a LoRA run, its adapters)
-    final/           the trained model, a minift checkpoint (with --save-format hf, a Hugging Face folder)
+    best/            until the run is complete: the model of the lowest validation loss so far (of a LoRA run, adapters)
+    final/           that model, a minift checkpoint (with --save-format hf, a Hugging Face folder)
     adapter/         with --lora-rank: the adapters, as the `peft` package stores them; in final/ they are merged
     compare.json     for finetuning: both models on the held-out questions
     report.html      all of this on one page; curves.png, its curves, where the `plot` extra is installed

@@ -11,9 +11,11 @@ from tqdm.auto import tqdm
 from minift.config import TrainConfig
 from minift.distributed.sharding import first_not_finite
 from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
+from minift.lora import has_adapter
 from minift.pack import Batch
-from minift.runs.progress import Best, metrics_file, progress_bar, record_of, show
-from minift.runs.steps import save_best, save_step
+from minift.runs.clock import Clock, is_evaluated
+from minift.runs.progress import BEFORE, Best, metrics_file, progress_bar, record_of, say_what, show
+from minift.runs.steps import load_random_state, random_state, save_best, save_step
 from minift.runs.stop import StopSignal
 from minift.tokenizer.base import Tokenizer
 from minift.train import Plan, Step, TrainState, train, validation_loss
@@ -29,82 +31,131 @@ def run_steps(
 ) -> bool:
     """Take the steps that are left of `plan`, writing `metrics.jsonl` and checkpoints into `out`.
 
-    With `config.patience`, the model of the lowest validation loss is kept in `out/best`, and the run ends when so many
-    evaluations have not found a lower one (Prechelt, "Early Stopping – But When?", 1998).
+    The validation loss is measured before the first step, some times on the way, and after the last step. The weights
+    of the lowest one are kept in `out/best`; not those of before the first step, which the run began with, but its
+    adapters are. With `config.patience` the run ends when so many evaluations have not found a lower one (Prechelt,
+    "Early Stopping – But When?", 1998), and with `config.max_minutes` when they are over.
 
     Returns:
         True when the run is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
 
     Raises:
-        RunError: when a gradient or weight is not finite any more, or memory is full.
+        RunError: when a gradient or weight is not finite any more, memory is full, or one of several processes was
+            interrupted within a step.
         InputError: for a bad record in the data. In both cases the steps before it are saved, unless memory is full
             while other ranks go on: they would not take part in the saving.
     """
-    saved, best = state.step, Best.of(out / "metrics.jsonl")
-    state.world.wait()  # all have read the same
+    world, clock, best = state.world, Clock(config), Best.of(out / "metrics.jsonl")
+    saved = state.step
+    world.wait()  # all have read the same
     if config.patience and best.evaluations_since >= config.patience:
         return True
-    try:
-        with StopSignal() as stop, metrics_file(out, state.world) as metrics:
-            for record in _records(state, plan, config, validation, stop):
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
-                if best.add(record) and config.patience:
-                    save_best(out / "best", state, tokenizer)
-                if best.rose and best.evaluations_since == 1 and state.world.is_main:
-                    tqdm.write(f"step {state.step}: {best.in_words()}")
-                if config.patience and best.evaluations_since >= config.patience:
-                    return True
-                if _due(state.step, config.save_every, None):
-                    if state.world.is_main:
-                        os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
-                    _check_weights(state)
-                    save_step(out, state, tokenizer, config.keep)
-                    saved = state.step
-        _check_weights(state)
-    except Exception as error:
-        full = is_out_of_memory(error)
-        if not full and not isinstance(error, InputError | RunError):
+    with StopSignal(quiet=not world.is_main) as stop:
+        try:
+            with metrics_file(out, world) as metrics:
+                for record in _records(state, plan, config, validation, stop, clock):
+                    if best.add(record) and _must_be_kept(state, plan):
+                        save_best(out / "best", state, tokenizer)
+                    if state.step == 0:
+                        continue
+                    metrics.write(json.dumps(record) + "\n")
+                    metrics.flush()
+                    if best.rose and best.evaluations_since == 1 and world.is_main:
+                        tqdm.write(f"step {state.step}: {best.in_words()}")
+                    if config.patience and best.evaluations_since >= config.patience:
+                        return True
+                    if clock.save_is_due(state):
+                        if world.is_main:
+                            os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
+                        _check_weights(state)
+                        save_step(out, state, tokenizer, config.keep)
+                        saved = state.step
+            _check_weights(state)
+        except KeyboardInterrupt:  # on one of several ranks: the others cannot finish the step
+            since = f"--resume continues after step {saved}, which was saved last" if saved else "nothing is saved yet"
+            raise RunError(f"interrupted within step {state.step + 1}; {since}") from None
+        except Exception as error:
+            full = is_out_of_memory(error)
+            if not full and not isinstance(error, InputError | RunError):
+                raise
+            unsaved = saved != state.step and not (full and world.size > 1)
+            if unsaved and first_not_finite(state.model, world) is None:  # the steps before it are good
+                save_step(out, state, tokenizer, config.keep)
+            if full:
+                remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
+                raise RunError(f"step {state.step + 1}: {out_of_memory(error)}; {remedy}") from None
             raise
-        unsaved = saved != state.step and not (full and state.world.size > 1)
-        if unsaved and first_not_finite(state.model, state.world) is None:  # the steps before it are good
+        done = state.step >= plan.steps or not world.any(stop.requested)
+        if not done and saved != state.step:
             save_step(out, state, tokenizer, config.keep)
-        if full:
-            remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
-            raise RunError(f"step {state.step + 1}: {out_of_memory(error)}; {remedy}") from None
-        raise
-    done = state.step >= plan.steps
-    if not done and saved != state.step:
-        save_step(out, state, tokenizer, config.keep)
-    return done
+        return done
+
+
+def _must_be_kept(state: TrainState, plan: Plan) -> bool:
+    """Return whether the weights have to be written down: not those of the last step, nor those of the base."""
+    return state.step < plan.steps and (state.step > 0 or has_adapter(state.model))
 
 
 def _records(
-    state: TrainState, plan: Plan, config: TrainConfig, validation: Sequence[Batch], stop: StopSignal
+    state: TrainState,
+    plan: Plan,
+    config: TrainConfig,
+    validation: Sequence[Batch],
+    stop: StopSignal,
+    clock: Clock,
 ) -> Iterator[dict[str, Any]]:
-    """Take the steps that are left, one at a time; yield what each has to report."""
-    steps = train(state, plan, config)
+    """Take the steps that are left, one at a time; yield what each has to report.
+
+    Before the first step a record of only its validation loss is yielded; the first step's record has it, too.
+    """
+    steps, place, before, is_over = train(state, plan, config), None, None, False
+    state.optimizer.register_step_pre_hook(stop.hold)
     with progress_bar(plan.steps, state) as bar:
-        while state.step < plan.steps and not state.world.any(stop.requested):
-            place = state.batches.state_dict()
+        if validation and state.step == 0:
+            before = _evaluate(state, validation, bar, stop)
+            yield {"step": 0, **before}
+        while state.step < plan.steps and not state.world.any(stop.requested) and not is_over:
+            place = place or state.batches.state_dict()
+            random = random_state()
             try:
-                step = next(steps)
+                with stop.interruptible():
+                    step = next(steps)
                 _check_skipped(state, step)
-            except Exception:  # no step was made of this window: a resumed run draws it again
+            except (Exception, KeyboardInterrupt) as error:  # no step was made: a resumed run draws this window again
                 state.batches.load_state_dict(place)
-                raise
+                if not isinstance(error, KeyboardInterrupt) or state.world.size > 1:
+                    raise
+                state.optimizer.zero_grad(set_to_none=True)
+                load_random_state(random)
+                break
             if not step.result.stepped:
                 bar.write(f"step {state.step + 1}: float16 overflowed; again, at scale {state.scaler.get_scale():g}")
                 continue
-            record = record_of(state, step)
-            if validation and _due(state.step, config.eval_every, plan.steps):
-                record["validation_loss"] = validation_loss(state, validation)
+            record, place = record_of(state, step), None
+            if state.step == 1 and before:
+                record[BEFORE] = before["validation_loss"]
+            is_over = clock.is_over(state)
+            if validation and (is_over or is_evaluated(state.step, plan, config)):
+                record |= _evaluate(state, validation, bar, stop)
             show(bar, record)
             yield record
+        if place is not None:  # the last window that was drawn overflowed
+            state.batches.load_state_dict(place)
 
 
-def _due(step: int, every: int, last: int | None) -> bool:
-    return step == last or (every > 0 and step % every == 0)
+def _evaluate(state: TrainState, validation: Sequence[Batch], bar: "tqdm[Any]", stop: StopSignal) -> dict[str, float]:
+    """Return the validation loss as part of a record; nothing where a second signal has interrupted it."""
+    say_what(bar, "evaluating")
+    try:
+        with stop.interruptible():
+            return {"validation_loss": validation_loss(state, validation)}
+    except KeyboardInterrupt:
+        if state.world.size > 1:
+            raise
+        state.model.train()
+        return {}
+    finally:
+        say_what(bar, "training")
 
 
 def _check_weights(state: TrainState) -> None:

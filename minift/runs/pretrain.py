@@ -78,13 +78,15 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         flops = tokens * training_flops_per_token(shape, config.max_length)
         config = config.replace(compile=choose_compile(config, world.device, flops))
         model = random_model(shape, config, world)
+        first_weights = lambda: model.random_weights(torch.Generator().manual_seed(config.seed))  # noqa: E731
         print(describe(model, job.config, "from random weights", config, world))
         print(f"{plan.steps:,} steps, {flops:.2g} FLOPs" + (", compiled" if config.compile and not plain else ""))
         state = start_state(model, batches, config, world, plain)
         if world.parallel == "fsdp":  # each rank has room for its part now
-            fill(model, world, model.random_weights(torch.Generator().manual_seed(config.seed)))
+            fill(model, world, first_weights())
         with own_folder(out, resume, world):
-            done = complete(Run(job, config, plan, tokenizer, validation, out), state, resume)
+            run = Run(job, config, plan, tokenizer, validation, out, first_weights)
+            done = complete(run, state, resume)
             _report_skipped(batches)
             if done and world.is_main:
                 write_report(out)

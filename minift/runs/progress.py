@@ -16,6 +16,7 @@ from minift.distributed.world import World
 from minift.pack import PADDING
 from minift.train import Step, TrainState
 
+BEFORE = "validation_loss_before"  # of the first step's record: the validation loss before that step
 RISE = 0.01  # of the lowest validation loss: a higher one is said
 
 
@@ -33,9 +34,14 @@ class Best:
         """Return whether the newest loss is higher than the lowest by more than RISE of it."""
         return self.evaluations_since > 0 and self.last > self.loss * (1 + RISE)
 
+    def model_in_words(self) -> str:
+        """Return which model had the lowest loss."""
+        return f"the model of step {self.step}" if self.step else "the model as it was before the first step"
+
     def in_words(self) -> str:
         """Return where the loss was lowest, and what it is now."""
-        return f"the validation loss was lowest after step {self.step} ({self.loss:.4f}) and is {self.last:.4f} now"
+        when = f"after step {self.step}" if self.step else "before the first step"
+        return f"the validation loss was lowest {when} ({self.loss:.4f}) and is {self.last:.4f} now"
 
     @classmethod
     def of(cls, metrics: Path) -> "Best":
@@ -48,6 +54,8 @@ class Best:
         """Return the best of what some steps report."""
         best = cls()
         for record in records:
+            if BEFORE in record:
+                best.add({"step": 0, "validation_loss": record[BEFORE]})
             best.add(record)
         return best
 
@@ -96,6 +104,11 @@ def progress_bar(steps: int, state: TrainState) -> "tqdm[Any]":
     """Return a bar of all the steps of a run, some of which `state` has taken; only the main rank shows it."""
     hidden = not state.world.is_main
     return tqdm(total=steps, initial=state.step, unit="step", desc="training", dynamic_ncols=True, disable=hidden)
+
+
+def say_what(bar: "tqdm[Any]", doing: str) -> None:
+    """Show what is being done, at once on a terminal: in a file each time would be another line."""
+    bar.set_description(doing, refresh=getattr(bar, "fp", None) is not None and bar.fp.isatty())
 
 
 def show(bar: "tqdm[Any]", record: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@
 In a sharded run (fsdp) each rank writes its part of the weights and moments (`distributed/shards.py`).
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from minift.checkpoint import load_weights, save_model, write_model
 from minift.distributed.sharding import METADATA, is_sharded, shard_like
-from minift.errors import InputError, RunError, one_line
+from minift.errors import InputError, one_line
 from minift.formats.peft import write_adapter
 from minift.formats.pt_file import load_pt
 from minift.lora import adapter_weights, base_checksum, has_adapter, merged_weights
 from minift.optim import moments_of
-from minift.storage.atomic import partial_name, write_folder
+from minift.storage.atomic import partial_name, remove_folder, write_folder
 from minift.storage.checksums import CHECKSUMS, check_files, read_checksums, readable_checksums, write_checksums
 from minift.storage.links import check_links
 from minift.tokenizer.base import Tokenizer
@@ -37,8 +36,8 @@ STEP_FILES = {"config.json", "training.pt"}  # in every step folder, with a toke
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def save_step(run: Path, state: TrainState, tokenizer: Tokenizer | None, keep: int = 0) -> Path:
-    """Write `step_NNNNNN/` into a run's folder, then remove all older ones but the `keep` newest (0: keep all).
+def save_step(run: Path, state: TrainState, tokenizer: Tokenizer | None, keep: int | None = 0) -> Path:
+    """Write `step_NNNNNN/` into a run's folder, then remove all older ones but the `keep` newest (0: all; None: one).
 
     Call it on all ranks.
 
@@ -46,7 +45,7 @@ def save_step(run: Path, state: TrainState, tokenizer: Tokenizer | None, keep: i
         RunError: when the disk refuses.
     """
     folder, world = run / f"step_{state.step:06d}", state.world
-    random_states = world.gather(_random_state())
+    random_states = world.gather(random_state())
 
     def write(partial: Path) -> None:
         _write_weights(partial, state, tokenizer)
@@ -55,7 +54,7 @@ def save_step(run: Path, state: TrainState, tokenizer: Tokenizer | None, keep: i
 
     if world.is_main:
         write_folder(folder, write)
-        _remove_older(run, state.step, keep)
+        remove_older(run, state.step, 1 if keep is None else keep or None)
     elif world.parallel == "fsdp":
         from minift.distributed.shards import write_shards
 
@@ -96,7 +95,7 @@ def _training_values(state: TrainState, random_states: list[Any]) -> dict[str, A
     }
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """Return the states of this process's random numbers: the CPU's, and those of all its GPUs."""
     return {
         "cpu": torch.get_rng_state(),
@@ -114,17 +113,12 @@ def _shards(state: TrainState) -> dict[str, Tensor]:
     return shards
 
 
-def _remove_older(run: Path, step: int, keep: int) -> None:
-    """Remove the step folders up to step `step`, but for the `keep` newest of them (0: remove none)."""
+def remove_older(run: Path, step: int, keep: int | None) -> None:
+    """Remove the step folders up to step `step`, but for the `keep` newest of them (None: remove none)."""
     # The folder of a later step stays out of the count: it was found damaged, and passed over.
     folders = [folder for folder in step_folders(run) if int(folder.name[5:]) <= step]
-    for old in folders[keep:] if keep else []:
-        renamed = old.with_name(f".{old.name}.old")  # a folder that is half removed must not have the name of a step
-        try:
-            old.rename(renamed)
-        except OSError as error:
-            raise RunError(f"{old}: cannot be removed: {error.strerror or error}") from None
-        shutil.rmtree(renamed, ignore_errors=True)
+    for old in [] if keep is None else folders[keep:]:
+        remove_folder(old)
 
 
 def save_best(folder: Path, state: TrainState, tokenizer: Tokenizer | None) -> None:
@@ -196,7 +190,9 @@ def load_step(folder: Path, state: TrainState) -> None:
         state.scaler.load_state_dict(training["scaler"])
         state.batches.load_state_dict(training["batches"])
         state.step = training["step"]
-        _load_random_state([training["random"], *training["random_of_other_ranks"]], state.world.rank)
+        states = [training["random"], *training["random_of_other_ranks"]]
+        if state.world.rank < len(states):  # a rank that the saved run did not have continues with its own seed
+            load_random_state(states[state.world.rank])
     except (KeyError, ValueError) as error:
         raise InputError(f"{folder / 'training.pt'}: not the state of such a run: {error}") from None
 
@@ -219,13 +215,11 @@ def _load_moments(state: TrainState, saved: dict[str, Any]) -> None:
     state.optimizer.load_state_dict(saved)
 
 
-def _load_random_state(states: list[Any], rank: int) -> None:
-    """Restore the random numbers of this rank. A rank that the saved run did not have continues with its own seed."""
-    if rank >= len(states):
-        return
-    torch.set_rng_state(states[rank]["cpu"])
-    if len(states[rank]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states[rank]["cuda"])
+def load_random_state(state: dict[str, Any]) -> None:
+    """Restore the random numbers that `random_state` has returned; a GPU's where there are as many of them."""
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _save(values: dict[str, Any], file: Path) -> None:

@@ -1,26 +1,35 @@
 """Ctrl-C and SIGTERM: they end a run after the step that is being taken, and its state is saved."""
 
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+FIRST = "stopping after this step, then saving (once more: without this step)"
+WITHIN_STEP = "stopping now, then saving"
+SAVING = "already stopping; what is being done has to be finished"
+
 
 class StopSignal:
-    """A request to stop, which the loop reads between two steps. A second signal interrupts at once.
+    """A request to stop, which the loop reads between two steps. A second signal interrupts what may be interrupted.
+
+    What a signal does is said at once.
 
     Attributes:
         requested: True from the first signal on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        """Args: `quiet`: say nothing, because another process of the run does."""
         self.requested = False
+        self._quiet, self._may_interrupt = quiet, False
         self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers in no other thread
-            numbers = (signal.SIGINT, signal.SIGTERM)
-            self._handlers_before = {number: signal.signal(number, self._handle) for number in numbers}
+        self._handlers_before = _replace_handlers(self._handle)
         return self
 
     def __exit__(
@@ -29,7 +38,54 @@ class StopSignal:
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let a second signal raise KeyboardInterrupt in the block, until `hold` is called."""
+        self._may_interrupt = True
+        try:
+            yield
+        finally:
+            self._may_interrupt = False
+
+    def hold(self, *_: Any) -> None:
+        """Let nothing interrupt what follows: an update of the weights. It is called as the optimizer's hook."""
+        self._may_interrupt = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested = True
+            self._say(FIRST)
+        elif self._may_interrupt:
+            self._may_interrupt = False
+            self._say(WITHIN_STEP)
             raise KeyboardInterrupt
-        self.requested = True
+        else:
+            self._say(SAVING)
+
+    def _say(self, text: str) -> None:
+        """Write a line to standard error, past Python's buffers: the signal may have come while one is written."""
+        if not self._quiet:
+            with suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt in the block, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = _replace_handlers(interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _replace_handlers(handler: Any) -> dict[int, Any]:
+    """Set a handler for both signals; return the earlier ones. Python sets handlers in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

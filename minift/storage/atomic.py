@@ -53,6 +53,22 @@ def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any]
         _sync(file.parent)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there. What is half removed does not have its name.
+
+    Raises:
+        RunError: when the disk refuses.
+    """
+    renamed = folder.with_name(f".{folder.name}.old")
+    try:
+        folder.rename(renamed)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be removed: {error.strerror or error}") from None
+    shutil.rmtree(renamed, ignore_errors=True)
+
+
 def remove_leftovers(run: Path) -> None:
     """Remove what a killed run had begun to write or to remove."""
     for pattern in (".*.partial", ".*.old"):

@@ -14,6 +14,7 @@ import torch
 
 from minift import load_model
 from minift.cli import main
+from minift.runs import common
 from minift.runs.progress import Best
 from tests.helpers import write_jsonl
 
@@ -31,8 +32,14 @@ def words(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> l
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
+    """Return a run's folder, with all that it has saved on the way: a complete run removes it."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    assert main([*words, "--out", str(out), "--steps", "300", "--patience", "3", "--save-every", "4"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "_remove_saves", lambda run, state: None)
+        assert (
+            main([*words, "--out", str(out), "--steps", "300", "--patience", "3", "--save-every", "4", "--keep", "0"])
+            == 0
+        )
     return out
 
 
@@ -102,8 +109,9 @@ def test_without_patience_a_run_goes_to_its_end(stopped: Path, words: list[str],
 def test_it_may_last_to_the_end(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last step is evaluated as well, and may be the best."""
     assert main([*words, "--out", str(tmp_path / "run"), "--steps", "2", "--patience", "1"]) == 0
-    assert "final/ is the model of step 2," in capsys.readouterr().out
-    assert same_weights(tmp_path / "run" / "final", tmp_path / "run" / "best")
+    assert "final/ is the model" not in capsys.readouterr().out
+    assert main([*words, "--out", str(tmp_path / "last"), "--steps", "2", "--keep-last"]) == 0
+    assert same_weights(tmp_path / "run" / "final", tmp_path / "last" / "final")
 
 
 def test_the_best_of_some_losses() -> None:

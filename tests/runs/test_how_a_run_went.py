@@ -59,14 +59,14 @@ def test_a_run_that_gets_worse_says_so(few: list[str], tmp_path: Path, capsys: p
     printed = capsys.readouterr()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = {one["step"]: one["validation_loss"] for one in records if "validation_loss" in one}
+    losses[0] = records[0]["validation_loss_before"]
     lowest = min(losses, key=lambda step: losses[step])
     assert losses[max(losses)] > 1.01 * losses[lowest]
     low, last = losses[lowest], losses[max(losses)]
-    words = f"the validation loss was lowest after step {lowest} ({low:.4f}) and is {last:.4f} now"
-    assert f"note: {words}: train for fewer steps" in printed.out
-    assert "the validation loss was lowest after step" in printed.out + printed.err
+    assert "the validation loss was lowest" in printed.err + printed.out.split("saved: ")[0]
+    assert f"where the validation loss was lowest: {low:.4f}" in printed.out
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert words.replace(" now", " at the end") in page
+    assert f"where the validation loss was lowest: {low:.4f}. At the end it was {last:.4f}." in page
     result = json.loads((tmp_path / "run" / "compare.json").read_text(encoding="utf-8"))
     worse = result["after"]["perplexity"] > result["before"]["perplexity"]
     assert ("less likely than before" in printed.out) == worse

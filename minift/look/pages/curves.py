@@ -13,6 +13,7 @@ from typing import Any
 from minift.errors import need
 from minift.look.pages.document import text
 from minift.look.report import number
+from minift.runs.progress import BEFORE
 
 COLUMNS = 400  # points of a line; more are averaged
 WIDTH, HEIGHT = 420, 250  # of a chart, in its own units
@@ -39,7 +40,8 @@ def curves_of(metrics: Sequence[Mapping[str, Any]]) -> list[Curves]:
     def line(key: str) -> list[tuple[float, float]]:
         return thinned([(step["step"], step[key]) for step in metrics if key in step])
 
-    found = {"training": line("loss"), "held out": line("validation_loss")}
+    before = [(0.0, step[BEFORE]) for step in metrics[:1] if BEFORE in step]
+    found = {"training": line("loss"), "held out": [*before, *line("validation_loss")]}
     losses = {name: points for name, points in found.items() if points}
     values = [loss for points in losses.values() for _, loss in points]
     log = min(values) > 0 and max(values) > SPAN * min(values)

@@ -111,8 +111,11 @@ def _summary(config: TrainConfig, metrics: Sequence[Mapping[str, Any]], shape: L
     tokens = sum(step["tokens"] for step in metrics)
     words = f"A Llama of {total:,} weights, {share}: {len(metrics):,} steps over {tokens:,} tokens, in {config.dtype}."
     best = Best.of_records(metrics)
-    if best.rose:
+    if best.evaluations_since and config.keep_last:
         words += f" Note that {best.in_words().replace(' now', ' at the end')}."
+    elif best.evaluations_since:
+        lowest = f"where the validation loss was lowest: {best.loss:.4f}. At the end it was {best.last:.4f}."
+        words += f" final/ is {best.model_in_words()}, {lowest}"
     return f"<p>{text(words)}</p>"
 
 
