@@ -1,12 +1,15 @@
-"""Train for hours: test whether memory grows, files stay open, or a run that is killed many times loses anything.
+"""Train for hours: test whether memory grows, files stay open, or a run that is disturbed many times loses anything.
 
 The bundled job is trained twice at once, with the same seed and one thread each. One run is undisturbed, and its memory
-and open files are sampled every few seconds. The other is killed (SIGKILL) at random moments and resumed, until it has
-finished too. Both save and evaluate regularly. At the end their `metrics.jsonl`, except for the times in it, and their
-weights must be the same.
+and open files are sampled every few seconds. The other is disturbed at random moments, and resumed until it has
+finished too: it is killed (SIGKILL), interrupted (Ctrl-C) once or twice, its disk is full, or somebody else starts the
+same run. Each of these ends must be said in one line, with the exit code that belongs to it. Both runs save and
+evaluate regularly. At the end their `metrics.jsonl`, except for the times in it, and their weights must be the same.
 
     python -m benchmarks soak                          # two hours
-    python -m benchmarks soak --minutes 10 --kills 4
+    python -m benchmarks soak --minutes 10 --blows 8
+
+A disk is full at FULL bytes of any file (RLIMIT_FSIZE): metrics can be written for some time, and no checkpoint can.
 
 Memory is read from /proc, so this needs Linux. A minute's memory is the largest sample in it, because an evaluation
 takes more than a step.
@@ -17,6 +20,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -33,14 +38,23 @@ from minift.values import size
 
 WARM_UP = 0.1  # share of the time that does not count: caches and the allocator fill up
 LOOK = 2.0  # seconds between two samples of a process
+FULL = 1_000_000  # bytes
+PATIENCE = 120.0  # seconds in which a disturbed run must have ended
+# How a run ends when it is disturbed: its exit code, and the last line that it prints.
+ENDS = {
+    "interrupted once": (1, r"stopped and saved; continue with: .*"),
+    "interrupted twice": (1, r"stopped and saved; continue with: .*"),
+    "full disk": (1, r"minift: error: .*(cannot be written: )?File too large.*"),
+    "started twice": (2, r"minift: error: .*another run is writing it.*"),
+}
 TIMES = ("seconds", "tokens_per_second")  # keys of a line of metrics that differ from run to run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     parser.add_argument("--minutes", type=float, default=120, metavar="N", help="of undisturbed training (%(default)s)")
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="of the other run (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the kills' moments (%(default)s)")
+    parser.add_argument("--blows", type=int, default=20, metavar="N", help="to the other run (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the blows and their moments (%(default)s)")
     arguments.add_json(parser)
 
 
@@ -52,16 +66,16 @@ def run(options: argparse.Namespace) -> None:
         folder = Path(scratch)
         steps = _steps(folder, options.minutes)
         print(f"{steps:,} steps, which should take about {options.minutes:g} minutes", flush=True)
-        alone, killed = Run(folder / "alone", steps, 0), Run(folder / "killed", steps, 1)
-        kills = _train_both(alone, killed, options)
+        alone, disturbed = Run(folder / "alone", steps, 0), Run(folder / "disturbed", steps, 1)
+        blows = _train_both(alone, disturbed, options)
         result: dict[str, Any] = {
             "steps": steps,
             "minutes": (alone.ended - alone.began) / 60,
-            "kills": kills,
+            "blows": blows,
             "memory": flatness([(when, resident) for when, resident, _ in alone.looks]),
             "open_files": flatness([(when, files) for when, _, files in alone.looks]),
-            "same_metrics": metrics(alone.out) == metrics(killed.out),
-            "same_weights": checksum(alone.out) == checksum(killed.out),
+            "same_metrics": metrics(alone.out) == metrics(disturbed.out),
+            "same_weights": checksum(alone.out) == checksum(disturbed.out),
         }
     memory, files = result["memory"], result["open_files"]
     print(f"left alone for {result['minutes']:.0f} minutes; the most of each minute, after a tenth of them:")
@@ -69,10 +83,11 @@ def run(options: argparse.Namespace) -> None:
         first, last = (size(seen[key]) if seen is memory else seen[key] for key in ("first", "last"))
         print(f"  {what}: {first} at first, {last} at last, never more than {seen['off']:.2%} off the median")
     same = {key: "the same" if result[f"same_{key}"] else "NOT the same" for key in ("metrics", "weights")}
-    print(f"killed {kills} times, the other has {same['metrics']} metrics and {same['weights']} weights")
+    shown = ", ".join(f"{what} {count} times" for what, count in blows.items())
+    print(f"the other, {shown}, has {same['metrics']} metrics and {same['weights']} weights")
     record.write(options.json, {"benchmark": "soak", **record.environment(), **result})
     if not (result["same_metrics"] and result["same_weights"]):
-        raise InputError("the run that was killed is not the one that was left alone")
+        raise InputError("the run that was disturbed is not the one that was left alone")
 
 
 class Run:
@@ -103,20 +118,35 @@ class Run:
         self.began, self.ended = time.monotonic(), 0.0
         self._start(self._words)
 
-    def _start(self, words: list[str]) -> None:
+    def _start(self, words: list[str], full: bool = False) -> None:
+        self._child = self._process(words, full)
+
+    def _process(self, words: list[str], full: bool = False) -> "subprocess.Popen[bytes]":
+        """Return a process that writes to the run's log; on a disk that is full, if so asked."""
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with (self.out.parent / f"{self.out.name}.log").open("ab") as log:
-            self._child = subprocess.Popen([sys.executable, "-m", "minift", *words], stdout=log, stderr=log, env=env)
+        command = [sys.executable, "-m", "minift", *words]
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, FULL))) if full else None
+        with self.log.open("ab") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=log, env=env, preexec_fn=limit)
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(self._child.pid, {cores[self._core % len(cores)]})
+        os.sched_setaffinity(child.pid, {cores[self._core % len(cores)]})
+        return child
+
+    @property
+    def log(self) -> Path:
+        """Return the file of what it prints."""
+        return self.out.parent / f"{self.out.name}.log"
+
+    def _last_line(self) -> str:
+        text = self.log.read_text(errors="replace").replace("\r", "\n").strip()
+        return text.splitlines()[-1] if text else ""
 
     def done(self) -> bool:
         """Return whether it has ended. Raise InputError with the last line of its log when it failed."""
         if self._child.poll() is None:
             return False
         if self._child.returncode:
-            last = (self.out.parent / f"{self.out.name}.log").read_text(errors="replace").strip().splitlines()[-1]
-            raise InputError(f"{self.out.name} ended with {self._child.returncode}: {last}")
+            raise InputError(f"{self.out.name} ended with {self._child.returncode}: {self._last_line()}")
         self.ended = self.ended or time.monotonic()
         return True
 
@@ -131,12 +161,41 @@ class Run:
             resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
             self.looks.append((time.monotonic() - self.began, resident, files))
 
-    def kill(self) -> None:
-        """Kill it, as if the power were lost, and resume it."""
-        self._child.send_signal(signal.SIGKILL)
-        self._child.wait()
-        begun = (self.out / "config.json").exists()
-        self._start(["finetune", "--resume", "--out", str(self.out)] if begun else self._words)
+    def disturb(self, blow: str, draw: random.Random) -> None:
+        """Deal it a blow, and resume it where that has ended it.
+
+        Raises:
+            InputError: when it does not end as it should.
+        """
+        again = ["finetune", "--resume", "--out", str(self.out)] if (self.out / "config.json").exists() else self._words
+        if blow == "started twice":
+            self._check_end(self._process(again), blow)
+            return
+        if blow.startswith("interrupted"):
+            self._child.send_signal(signal.SIGINT)
+            if blow == "interrupted twice":
+                time.sleep(draw.uniform(0, 0.3))
+                self._child.send_signal(signal.SIGINT)
+            self._check_end(self._child, blow)
+        else:
+            self._child.kill()
+            self._child.wait()
+        if blow == "full disk":
+            self._check_end(self._process(again, full=True), blow)
+        if self._child.returncode:
+            again = ["finetune", "--resume", "--out", str(self.out)] if (self.out / "config.json").exists() else again
+            self._start(again)
+
+    def _check_end(self, process: "subprocess.Popen[bytes]", blow: str) -> None:
+        """Raise InputError unless a process ends with the code and the line that ENDS has, or is complete."""
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise InputError(f"{blow}: has not ended after {PATIENCE:g} seconds") from None
+        expected, line = ENDS[blow]
+        last = self._last_line()
+        if code and (code != expected or not re.fullmatch(line, last)):
+            raise InputError(f"{blow}: ended with {code}: {last}")
 
 
 def _steps(folder: Path, minutes: float) -> int:
@@ -148,20 +207,21 @@ def _steps(folder: Path, minutes: float) -> int:
     return max(150, int(60 * minutes / (sum(seconds[50:]) / len(seconds[50:]))))
 
 
-def _train_both(alone: Run, killed: Run, options: argparse.Namespace) -> int:
-    """Wait until both runs are done. Return how often the second was killed."""
+def _train_both(alone: Run, disturbed: Run, options: argparse.Namespace) -> dict[str, int]:
+    """Wait until both runs are done. Return how often the second was dealt each blow."""
     draw = random.Random(options.seed)
-    moments = sorted(draw.uniform(0, 60 * options.minutes) for _ in range(options.kills))
-    kills = 0
-    while not (alone.done() and killed.done()):
+    moments = sorted(draw.uniform(0, 60 * options.minutes) for _ in range(options.blows))
+    blows = dict.fromkeys(("killed", *ENDS), 0)
+    while not (alone.done() and disturbed.done()):
         alone.look()
-        if moments and time.monotonic() - killed.began > moments[0] and not killed.done():
+        if moments and time.monotonic() - disturbed.began > moments[0] and not disturbed.done():
             del moments[0]
-            killed.kill()
-            kills += 1
-            print(f"killed at {time.monotonic() - killed.began:,.0f} s", flush=True)
+            blow = draw.choice(list(blows))
+            disturbed.disturb(blow, draw)
+            blows[blow] += 1
+            print(f"{blow} at {time.monotonic() - disturbed.began:,.0f} s", flush=True)
         time.sleep(LOOK)
-    return kills
+    return blows
 
 
 def flatness(looks: list[tuple[float, int]]) -> dict[str, Any]:
