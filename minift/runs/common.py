@@ -10,13 +10,16 @@ from minift.checkpoint import load_weights, save_model
 from minift.config import LlamaConfig, TrainConfig
 from minift.distributed.world import World, restarted
 from minift.errors import InputError, need
+from minift.formats.open import check_model_files
 from minift.formats.peft import write_peft
 from minift.lora import LoRAConfig, adapter_weights, merge
 from minift.model import Llama
 from minift.pack import Batch
-from minift.runs.folder import FinetuneJob, Job, check_free, cut_metrics, newest_whole_step, start_folder
+from minift.runs.contents import contents
+from minift.runs.folder import FinetuneJob, Job, check_free, check_made_from, newest_whole_step, start_folder
 from minift.runs.loop import run_steps
 from minift.runs.machine import check_compiler, choose_device, choose_dtype
+from minift.runs.metrics import cut_metrics
 from minift.runs.progress import Best
 from minift.runs.steps import load_step
 from minift.storage.atomic import remove_leftovers, write_folder
@@ -107,12 +110,16 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
     """
     if run.config.patience and not (run.validation and run.config.eval_every):
         raise InputError("--patience needs held-out data to be evaluated on, and --eval-every above 0")
+    made_from = contents(vars(run.job), run.config, run.tokenizer, run.validation, state)
+    if resume:
+        check_made_from(made_from, run.job, run.config, run.out)
     if resume and (run.out / "final").is_dir():
+        state.world.agreed(_check_finished, run, state)
         return True
     if resume:
         _resume(run, state)
     elif state.world.is_main:
-        start_folder(run.job, run.config, run.out)
+        start_folder(run.job, run.config, run.out, made_from)
     state.world.wait()  # until the main rank has prepared the folder
     steps, warmup = run.plan.steps, run.config.warmup
     if state.step == 0 and warmup >= steps:
@@ -130,9 +137,21 @@ def _resume(run: Run, state: TrainState) -> None:
     folder = newest_whole_step(run.out)
     if folder is not None:
         load_step(folder, state)
-    if state.world.is_main:
-        cut_metrics(run.out / "metrics.jsonl", state.step)
+    state.world.agreed(_mend_metrics, run, state, -1 if folder is None else state.step)
     print(f"{run.out}: continues after step {state.step} of {run.plan.steps}")
+
+
+def _mend_metrics(run: Run, state: TrainState, step: int | None) -> None:
+    """Cut a run's metrics after step `step`, and say what was lost of them. Only the main rank does it."""
+    if state.world.is_main and (loss := cut_metrics(run.out / "metrics.jsonl", step)):
+        print(loss)
+
+
+def _check_finished(run: Run, state: TrainState) -> None:
+    """Raise InputError when `final/` is damaged. Mend the metrics, which the report is made from."""
+    if state.world.is_main:
+        check_model_files(run.out / "final")
+        _mend_metrics(run, state, None)
 
 
 def _save_final(run: Run, state: TrainState) -> None:
