@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
-from minift.checkpoint import load_weights, save_model
+from minift.checkpoint import save_model
 from minift.config import LlamaConfig, TrainConfig
 from minift.distributed.world import World, restarted
 from minift.errors import InputError, need
-from minift.formats.open import check_model_files
 from minift.formats.peft import write_peft
 from minift.lora import LoRAConfig, adapter_weights, merge
 from minift.model import Llama
@@ -21,8 +20,9 @@ from minift.runs.loop import run_steps
 from minift.runs.machine import check_compiler, choose_device, choose_dtype
 from minift.runs.metrics import cut_metrics
 from minift.runs.progress import Best
-from minift.runs.steps import load_step
+from minift.runs.steps import load_best, load_step
 from minift.storage.atomic import remove_leftovers, write_folder
+from minift.storage.checksums import check_model
 from minift.tokenizer.base import Tokenizer
 from minift.train import Plan, TrainState
 
@@ -53,6 +53,8 @@ def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torc
     """
     if plain and config.compile and not resume:
         raise InputError("--plain runs the code as it is read, and --compile compiles it; give one of them")
+    if resume and not torch.cuda.is_available() and (config.device == "cuda" or config.dtype == "float16"):
+        raise InputError("the run was begun on a GPU, and torch finds none: resume it where there is one")
     device = choose_device(config)
     if not plain:
         check_compiler(config, device)
@@ -114,7 +116,8 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
     if resume:
         check_made_from(made_from, run.job, run.config, run.out)
     if resume and (run.out / "final").is_dir():
-        state.world.agreed(_check_finished, run, state)
+        state.world.agreed(_check_files, run.out / "final", state, "to have it made again")
+        state.world.agreed(_mend_metrics, run, state, None)
         return True
     if resume:
         _resume(run, state)
@@ -138,6 +141,8 @@ def _resume(run: Run, state: TrainState) -> None:
     if folder is not None:
         load_step(folder, state)
     state.world.agreed(_mend_metrics, run, state, -1 if folder is None else state.step)
+    if (run.out / "best").exists():  # now, not after the last step
+        state.world.agreed(_check_files, run.out / "best", state, "to go on without the best model so far")
     print(f"{run.out}: continues after step {state.step} of {run.plan.steps}")
 
 
@@ -147,11 +152,13 @@ def _mend_metrics(run: Run, state: TrainState, step: int | None) -> None:
         print(loss)
 
 
-def _check_finished(run: Run, state: TrainState) -> None:
-    """Raise InputError when `final/` is damaged. Mend the metrics, which the report is made from."""
-    if state.world.is_main:
-        check_model_files(run.out / "final")
-        _mend_metrics(run, state, None)
+def _check_files(folder: Path, state: TrainState, purpose: str) -> None:
+    """Raise InputError when a folder of this run is damaged. Only the main rank looks."""
+    try:
+        if state.world.is_main:
+            check_model(folder)
+    except InputError as error:
+        raise InputError(f"{error}; or remove {folder} {purpose}") from None
 
 
 def _save_final(run: Run, state: TrainState) -> None:
@@ -163,8 +170,11 @@ def _save_final(run: Run, state: TrainState) -> None:
         if state.step < run.plan.steps:
             waited = f"{run.config.patience} evaluations without a lower loss"
             print(f"stopped after step {state.step} of {run.plan.steps}: {waited}")
-        print(f"final/ is the model of step {best.step}, whose validation loss was the lowest: {best.loss:.4f}")
-        load_weights(run.out / "best", state.model)
+        try:
+            load_best(run.out / "best", state.model)
+            print(f"final/ is the model of step {best.step}, whose validation loss was the lowest: {best.loss:.4f}")
+        except InputError as error:  # the steps are taken, and must not be lost
+            print(f"note: {error}; so final/ is the model of step {state.step}")
     if run.config.lora_rank:
         _save_adapter(run, state)
         merge(state.model)  # one matrix after another; `save_model` would keep all of them twice

@@ -28,6 +28,7 @@ from minift.pack import PADDING, Batch
 from minift.runs.inputs import DATA, is_path
 from minift.tokenizer.base import Tokenizer
 from minift.train import TrainState
+from minift.values import read_json
 
 REMEDY = "restore it, or start a new run"
 
@@ -81,6 +82,23 @@ def check_contents(
     for name in ("torch", "device"):
         if saved.get(name, now[name]) != now[name]:
             print(f"note: the run began with {name} {saved[name]}, now it is {now[name]}: last digits may differ")
+
+
+def run_id(out: Path) -> str | None:
+    """Return a checksum of all that decides a run's steps, by which its folders are known; None where it has none.
+
+    The places of files are not part of it, nor the machine: the same run may be resumed with others.
+    """
+    try:
+        run = read_json(out / "config.json")
+    except InputError:
+        return None
+    train, saved = run.get("train"), run.get("contents")
+    if not isinstance(train, dict) or not isinstance(saved, dict):
+        return None
+    settings = {name: value for name, value in train.items() if name != "template"}
+    made_from = {name: value for name, value in saved.items() if name not in ("minift", "torch", "device", "files")}
+    return _checksum(json.dumps([run.get("job"), settings, made_from], sort_keys=True).encode())
 
 
 def _differences(

@@ -73,6 +73,8 @@ def cut_metrics(file: Path, step: int | None) -> str:
     content = b"".join(line + b"\n" for line in kept)
     if lines and content != file.read_bytes():
         write_file(file, lambda partial: partial.write_bytes(content))
+    if step is None and not lines:
+        return f"{file}: missing or empty; the report shows no steps"
     missing = sorted(set(range(1, 1 + (last if step is None else step))) - set(steps))
     return _loss_in_words(file, damaged, missing)
 
