@@ -155,7 +155,7 @@ def _documents(batches: Sequence[Batch]) -> str:
 def _weights(model: Llama, world: World) -> str:
     """Return a checksum of a model's weights without adapters, however they are sharded. Call on all ranks."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    sums = [_sum_of_bits(local_shard(tensor)) for tensor in weights.values()]
+    sums = [sum_of_bits(local_shard(tensor)) for tensor in weights.values()]
     if world.parallel == "fsdp":
         sums = [sum(parts) for parts in zip(*world.gather(sums), strict=True)]
     lines = (
@@ -165,12 +165,15 @@ def _weights(model: Llama, world: World) -> str:
     return _checksum("".join(lines).encode())
 
 
-def _sum_of_bits(tensor: Tensor) -> int:
+def sum_of_bits(tensor: Tensor) -> int:
     """Return the sum of a tensor's bits, read as integers, modulo 2⁶⁴. Where it can be, eight bytes are read as one.
 
     (A row is never parted between ranks, so the sum is that of their sums.)
     """
-    if tensor.ndim > 1 and tensor.shape[-1] * tensor.element_size() % 8 == 0:
+    joined = 8 // tensor.element_size()
+    if tensor.ndim > 1 and tensor.shape[-1] % joined == 0:
+        if tensor.storage_offset() % joined or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
         return int(tensor.view(torch.int64).sum())
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    integers = {1: torch.int64, 2: torch.int32, 4: torch.int16}[joined]
     return int(tensor.view(integers).sum(dtype=torch.int64))

@@ -20,6 +20,7 @@ from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.formats.convert import convert
 from minift.runs import machine
+from minift.runs.contents import sum_of_bits
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
 from minift.values import read_json
@@ -170,6 +171,20 @@ def test_what_changes_no_content_is_no_difference(made: Path, place: Path) -> No
         shutil.copy(place / "native" / name, place / "base")
     assert main(["finetune", "--resume", "--out", str(place / "finetune")]) == 0
     assert same_end(place, made, "finetune")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_checksum_of_weights_does_not_depend_on_where_they_lie(dtype: torch.dtype) -> None:
+    """A file that is mapped has them at any place; in a sharded run each rank sums its own rows."""
+    for shape in ((6, 8), (6, 7), (9,)):
+        tensor = torch.randn(shape).to(dtype)
+        shifted = torch.cat((torch.zeros(1, dtype=dtype), tensor.flatten()))[1:].view(shape)
+        transposed = tensor.T.contiguous().T
+        parts = sum_of_bits(tensor[:5]) + sum_of_bits(tensor[5:])
+        sums = {value % 2**64 for value in (*map(sum_of_bits, (tensor, shifted, transposed)), parts)}
+        assert len(sums) == 1
+        tensor.flatten()[3] += 0.01
+        assert sum_of_bits(tensor) % 2**64 not in sums
 
 
 def test_pages_that_were_copied_are_the_same(made: Path, place: Path) -> None:
