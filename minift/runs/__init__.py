@@ -7,8 +7,11 @@ start.py      the state before the first step
 machine.py    the device and the dtype to compute in, and whether a compiler pays
 loop.py       step after step: saving, patience, signals
 progress.py   what a run reports of each step
+metrics.py    `metrics.jsonl`, read and mended
 stop.py       Ctrl-C and SIGTERM
 folder.py     a run's folder: its settings, its lock, its report
+inputs.py     the paths of a run's inputs, as any folder understands them
+contents.py   what its inputs held: another base, another file is refused by name
 steps.py      `step_NNNNNN/`: the state that a resumed run continues from
 
     minift finetune --steps 100 --out runs/first

@@ -179,7 +179,7 @@ def test_a_checksum_of_weights_does_not_depend_on_where_they_lie(dtype: torch.dt
     for shape in ((6, 8), (6, 7), (9,)):
         tensor = torch.randn(shape).to(dtype)
         shifted = torch.cat((torch.zeros(1, dtype=dtype), tensor.flatten()))[1:].view(shape)
-        transposed = tensor.T.contiguous().T
+        transposed = tensor.t().contiguous().t()
         parts = sum_of_bits(tensor[:5]) + sum_of_bits(tensor[5:])
         sums = {value % 2**64 for value in (*map(sum_of_bits, (tensor, shifted, transposed)), parts)}
         assert len(sums) == 1
