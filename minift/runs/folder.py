@@ -2,7 +2,7 @@
 
     config.json      what was asked for: the job, its inputs and the TrainConfig, enough to start the run again; and
                      checksums of what the inputs held
-    metrics.jsonl    one object for each optimizer step
+    metrics.jsonl    one object for each optimizer step (what was damaged of it is in metrics.jsonl.damaged)
     step_NNNNNN/     a resumable checkpoint (`steps.py`)
     best/            with --patience: the model of the lowest validation loss so far (of a LoRA run, its adapters)
     final/           the trained model, a minift checkpoint (with --save-format hf, a Hugging Face folder)
@@ -10,7 +10,7 @@
     compare.json     for finetuning: both models on the held-out questions
     report.html      all of this on one page; curves.png, its curves, where the `plot` extra is installed
 
-So `--resume` needs nothing but the folder.
+So `--resume` needs nothing but the folder, from wherever one stands.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Name a run's inputs such that it is resumed from any folder: their paths are recorded as absolute ones.
 
-What is no place on this disk stays as it is: a preset, "bundled", a name on Hugging Face's hub, standard input. (A pipe
-cannot be read twice, so a run on one cannot be resumed unless the same data come again.)
+What is no place on this disk stays as it is: a preset, "bundled", a name on Hugging Face's hub, standard input. On this
+a run can be resumed only if the same data come again.
 """
 
 import glob
@@ -44,8 +44,13 @@ def same_input(name: str, one: Any, other: Any) -> bool:
 
 
 def check_there(inputs: Mapping[str, Any], settings: Path) -> None:
-    """Raise InputError unless the files that a run was begun with are where its config.json, `settings`, says."""
+    """Raise InputError unless the files that a run was begun with are where its config.json, `settings`, says.
+
+    Where one is standard input, print what is expected there.
+    """
     for name, value in inputs.items():
+        if name in DATA and "-" in value:
+            print("note: the run reads standard input, and needs the same data there again, from the first record on")
         for text in [value] if isinstance(value, str) else value or ():
             if not is_path(name, text) or os.path.exists(text) or (name in DATA and glob.glob(text, recursive=True)):
                 continue

@@ -228,10 +228,10 @@ def load_step(folder: Path, state: TrainState) -> None:
 
 def _check_run(folder: Path, training: dict[str, Any]) -> None:
     """Raise InputError unless a step folder was saved by the run that it is in, after the step of its name."""
-    own = run_id(folder.parent)
+    own, number = run_id(folder.parent), int(folder.name[5:])
     if None not in (own, saved := training.get("run")) and saved != own:  # earlier versions recorded none
         raise InputError(f"{folder}: was saved by another run than that of {folder.parent}; put it back, or remove it")
-    if (step := training.get("step")) != int(folder.name[5:]):
+    if (step := training.get("step", number)) != number:
         raise InputError(f"{folder}: holds the state after step {step}; give it that name, or remove it")
 
 

@@ -155,6 +155,30 @@ def test_inputs_that_were_moved_may_be_named_in_the_config(
     assert_done(stopped, home)
 
 
+@pytest.mark.parametrize("stopped", ["finetune"], indirect=True)
+@pytest.mark.parametrize("change", ["the same", "other", "none"])
+def test_standard_input_must_give_the_same_again(
+    stopped: Path, home: Path, change: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = stopped / "config.json"
+    file.write_text(file.read_text().replace(str(home / "pairs.jsonl"), "-"))
+    data = (home / "pairs.jsonl").read_bytes()
+    read, write = os.pipe()
+    os.write(write, {"the same": data, "other": data.replace(b"number", b"digit"), "none": b""}[change])
+    os.close(write)
+    with os.fdopen(read) as opened:
+        monkeypatch.setattr("sys.stdin", opened)
+        assert main(["finetune", "--resume", "--out", str(stopped)]) == (0 if change == "the same" else 2)
+    shown = capsys.readouterr()
+    assert "note: the run reads standard input, and needs the same data there again" in shown.out
+    if change == "the same":
+        assert_done(stopped, home)
+    else:
+        (message,) = shown.err.splitlines()
+        assert message.startswith("minift: error: -: ")
+        assert ("the data has changed since" if change == "other" else "holds no records") in message
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
