@@ -199,6 +199,7 @@ def _settings_of(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[st
             run. Only those of FREE may differ.
     """
     from minift.runs.folder import read_run
+    from minift.runs.inputs import check_there, same_input
 
     found, inputs, config = read_run(out)
     if found != name:
@@ -208,8 +209,9 @@ def _settings_of(name: str, out: Path, options: dict[str, Any]) -> tuple[dict[st
     for flag, value in options.items():
         if flag == "model":
             value = str(model_path(value))
-        if settings[flag] != value:
+        if not same_input(flag, settings[flag], value):
             raise InputError(f"--{flag.replace('_', '-')} is {value}, but the run in {out} has {settings[flag]}")
+    check_there({**inputs, "template": config.template}, out / "config.json")
     return inputs, config
 
 

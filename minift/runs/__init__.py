@@ -3,14 +3,18 @@
 finetune.py   from files of pairs to a finished run
 pretrain.py   from files of pages to a finished run
 common.py     what both do: own the folder, start or resume, take the steps, write `final/`
+final.py      the end of a run: `final/`, of the best weights
 start.py      the state before the first step
 machine.py    the device and the dtype to compute in, and whether a compiler pays
 loop.py       step after step: saving, patience, signals
 clock.py      when an evaluation, a save and the end are due
 progress.py   what a run reports of each step
+metrics.py    `metrics.jsonl`, read and mended
 stop.py       Ctrl-C and SIGTERM
 folder.py     a run's folder: its settings, its lock, its report
 space.py      the space on the disk that saves need
+inputs.py     the paths of a run's inputs, as any folder understands them
+contents.py   what its inputs held: another base, another file is refused by name
 steps.py      `step_NNNNNN/`: the state that a resumed run continues from
 
     minift finetune --steps 100 --out runs/first

@@ -1,50 +1,27 @@
 """What both jobs do: choose the machine, own the folder, and take the steps that lead to `final/`."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from minift.checkpoint import load_weights, save_model
 from minift.config import LlamaConfig, TrainConfig
-from minift.distributed.sharding import copy_into
 from minift.distributed.world import World, restarted
 from minift.errors import InputError, need
-from minift.formats.peft import write_peft
-from minift.lora import LoRAConfig, adapter_weights, merge
 from minift.model import Llama
-from minift.pack import Batch
 from minift.runs.clock import is_evaluated
-from minift.runs.folder import FinetuneJob, Job, check_free, cut_metrics, newest_whole_step, start_folder
+from minift.runs.contents import contents
+from minift.runs.final import Run, remove_saves, save_final
+from minift.runs.folder import check_free, check_made_from, newest_whole_step, start_folder
 from minift.runs.loop import run_steps
 from minift.runs.machine import check_compiler, choose_device, choose_dtype
+from minift.runs.metrics import cut_metrics
 from minift.runs.progress import Best
 from minift.runs.space import bytes_of_saves, check_space
-from minift.runs.steps import load_step, remove_older, save_best
-from minift.storage.atomic import remove_folder, remove_leftovers, write_file, write_folder
-from minift.tokenizer.base import Tokenizer
-from minift.train import Plan, TrainState, validation_loss
-
-
-@dataclass(frozen=True)
-class Run:
-    """All of a run but its state: what was asked for, how long it is, what it is evaluated on, and its folder.
-
-    Attributes:
-        first_weights: gives those that the run begins with, by name, each to be used before the next one is made.
-    """
-
-    job: Job
-    config: TrainConfig
-    plan: Plan
-    tokenizer: Tokenizer
-    validation: Sequence[Batch]
-    out: Path
-    first_weights: Callable[[], Iterator[tuple[str, Tensor]]]
-
+from minift.runs.steps import load_step, save_best
+from minift.storage.atomic import remove_leftovers, write_file
+from minift.storage.checksums import check_model
+from minift.train import TrainState, validation_loss
 
 # Before the first step ------------------------------------------------------------------------------------------------
 
@@ -58,6 +35,8 @@ def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torc
     """
     if plain and config.compile and not resume:
         raise InputError("--plain runs the code as it is read, and --compile compiles it; give one of them")
+    if resume and not torch.cuda.is_available() and (config.device == "cuda" or config.dtype == "float16"):
+        raise InputError("the run was begun on a GPU, and torch finds none: resume it where there is one")
     device = choose_device(config)
     if not plain:
         check_compiler(config, device)
@@ -115,14 +94,19 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
     """
     if run.config.patience and not (run.validation and run.config.eval_every):
         raise InputError("--patience needs held-out data to be evaluated on, and --eval-every above 0")
+    made_from = contents(vars(run.job), run.config, run.tokenizer, run.validation, state)
+    if resume:
+        check_made_from(made_from, run.job, run.config, run.out)
     if resume and (run.out / "final").is_dir():
-        _remove_saves(run, state)
+        state.world.agreed(_check_files, run.out / "final", state, "to have it made again")
+        state.world.agreed(_mend_metrics, run, state, None)
+        remove_saves(run, state)
         return True
     if resume:
         _resume(run, state)
         _evaluate_again(run, state)
     elif state.world.is_main:
-        start_folder(run.job, run.config, run.out)
+        start_folder(run.job, run.config, run.out, made_from)
     needed = bytes_of_saves(state.model, run.plan, run.config, evaluated=bool(run.validation))
     state.world.agreed(check_space, *((run.out, needed) if state.world.is_main else (None, 0)))
     steps, warmup = run.plan.steps, run.config.warmup
@@ -130,8 +114,8 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
         print(f"note: the run of {steps} steps ends within its warm-up of {warmup}, below --lr")
     if not run_steps(state, run.plan, run.config, run.tokenizer, run.validation, run.out):
         return False
-    _save_final(run, state)
-    _remove_saves(run, state)
+    save_final(run, state)
+    remove_saves(run, state)
     return True
 
 
@@ -142,8 +126,9 @@ def _resume(run: Run, state: TrainState) -> None:
     folder = newest_whole_step(run.out)
     if folder is not None:
         load_step(folder, state)
-    if state.world.is_main:
-        cut_metrics(run.out / "metrics.jsonl", state.step)
+    state.world.agreed(_mend_metrics, run, state, -1 if folder is None else state.step)
+    if (run.out / "best").exists():  # now, not after the last step
+        state.world.agreed(_check_files, run.out / "best", state, "to go on without the best model so far")
     print(f"{run.out}: continues after step {state.step} of {run.plan.steps}")
 
 
@@ -165,56 +150,16 @@ def _evaluate_again(run: Run, state: TrainState) -> None:
     state.world.wait()
 
 
-def _save_final(run: Run, state: TrainState) -> None:
-    """Write the model of the lowest validation loss or, with --keep-last, of the last step; and adapters, if any.
-
-    What was done is said, where it is not simply the last step of the plan.
-    """
-    best, config = Best.of(run.out / "metrics.jsonl"), run.config
-    if state.step < run.plan.steps:
-        patient = config.patience and best.evaluations_since >= config.patience
-        waited = f"{config.patience} evaluations without a lower loss" if patient else f"{config.max_minutes:g} minutes"
-        print(f"stopped after step {state.step} of {run.plan.steps}: {waited}")
-    if best.evaluations_since and config.keep_last:
-        print(f"note: {best.in_words()}; final/ is the model of the last step, as --keep-last asks")
-    elif best.evaluations_since:
-        print(f"final/ is {best.model_in_words()}, where the validation loss was lowest: {best.loss:.4f}")
-        _load_best(run, state, best)
-    if config.lora_rank:
-        _save_adapter(run, state)
-        merge(state.model)  # one matrix after another; `save_model` would keep all of them twice
-    save_model(run.out / "final", state.model, run.tokenizer, format=config.save_format, world=state.world)
+def _mend_metrics(run: Run, state: TrainState, step: int | None) -> None:
+    """Cut a run's metrics after step `step`, and say what was lost of them. Only the main rank does it."""
+    if state.world.is_main and (loss := cut_metrics(run.out / "metrics.jsonl", step)):
+        print(loss)
 
 
-def _load_best(run: Run, state: TrainState, best: Best) -> None:
-    """Load the weights of the lowest validation loss."""
-    if best.step or run.config.lora_rank:
-        load_weights(run.out / "best", state.model)
-        return
-    parameters = dict(state.model.named_parameters())
-    for name, tensor in run.first_weights():
-        copy_into(parameters[name], tensor)
-
-
-def _remove_saves(run: Run, state: TrainState) -> None:
-    """Remove what a complete run needs no more: step folders without --keep, and best/ where it is final/."""
-    if state.world.is_main:
-        if run.config.keep is None:
-            remove_older(run.out, run.plan.steps, 0)
-        if not run.config.keep_last or not Best.of(run.out / "metrics.jsonl").evaluations_since:
-            remove_folder(run.out / "best")
-    state.world.wait()
-
-
-def _save_adapter(run: Run, state: TrainState) -> None:
-    """Write the adapters as the `peft` package stores them: with the tokenizer, and the name of their model."""
-    assert isinstance(run.job, FinetuneJob)
-    base = str(Path(run.job.model).resolve())
-    adapter = adapter_weights(state.model)  # on all ranks: where the model is sharded, each has a part
-
-    def write(partial: Path) -> None:
-        write_peft(partial, adapter, LoRAConfig.of(run.config), base)
-        run.tokenizer.save(partial)
-
-    if state.world.is_main:
-        write_folder(run.out / "adapter", write)
+def _check_files(folder: Path, state: TrainState, purpose: str) -> None:
+    """Raise InputError when a folder of this run is damaged. Only the main rank looks."""
+    try:
+        if state.world.is_main:
+            check_model(folder)
+    except InputError as error:
+        raise InputError(f"{error}; or remove {folder} {purpose}") from None

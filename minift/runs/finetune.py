@@ -39,7 +39,8 @@ from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
-from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
+from minift.runs.common import check_length, check_out, choose_machine, complete, describe
+from minift.runs.final import Run
 from minift.runs.folder import FinetuneJob, own_folder, write_report
 from minift.runs.start import start_state
 from minift.runs.stop import ended_by_signals

@@ -1,7 +1,8 @@
 """A run's folder: what was asked for, what was measured, and what came of it.
 
-    config.json      what was asked for: the job, its inputs and the TrainConfig; enough to start the run again
-    metrics.jsonl    one object for each optimizer step
+    config.json      what was asked for: the job, its inputs and the TrainConfig, enough to start the run again; and
+                     checksums of what the inputs held
+    metrics.jsonl    one object for each optimizer step (what was damaged of it is in metrics.jsonl.damaged)
     step_NNNNNN/     a resumable checkpoint (`steps.py`)
     best/            until the run is complete: the model of the lowest validation loss so far (of a LoRA run, adapters)
     final/           that model, a minift checkpoint (with --save-format hf, a Hugging Face folder)
@@ -9,12 +10,12 @@
     compare.json     for finetuning: both models on the held-out questions
     report.html      all of this on one page; curves.png, its curves, where the `plot` extra is installed
 
-So `--resume` needs nothing but the folder.
+So `--resume` needs nothing but the folder, from wherever one stands.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,10 @@ from minift.config import TrainConfig
 from minift.distributed.world import World
 from minift.errors import InputError
 from minift.look.pages.curves import png
-from minift.look.pages.run import read_metrics, run_page
+from minift.look.pages.run import run_page
+from minift.runs.contents import check_contents
+from minift.runs.inputs import from_anywhere
+from minift.runs.metrics import read_metrics
 from minift.runs.steps import check_step, step_folders
 from minift.storage.atomic import write_file
 from minift.storage.links import check_name
@@ -103,9 +107,12 @@ def own_folder(out: Path, resume: bool, world: World) -> Iterator[None]:
         yield
 
 
-def start_folder(job: Job, config: TrainConfig, out: Path) -> None:
-    """Write config.json: what was asked for, as `read_run` reads it."""
-    settings = {"job": job.name, "inputs": vars(job), "train": config.to_dict()}
+def start_folder(job: Job, config: TrainConfig, out: Path, contents: Mapping[str, Any]) -> None:
+    """Write config.json: what was asked for, as `read_run` reads it from any folder, and what the inputs held."""
+    inputs, train = (
+        {name: from_anywhere(name, value) for name, value in part.items()} for part in (vars(job), config.to_dict())
+    )
+    settings = {"job": job.name, "inputs": inputs, "train": train, "contents": contents}
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     content = text.encode(errors="backslashreplace")  # a path that is not UTF-8 is read back as it was
     write_file(out / "config.json", lambda partial: partial.write_bytes(content))
@@ -125,10 +132,26 @@ def read_run(out: Path) -> tuple[str, dict[str, Any], TrainConfig]:
     if not isinstance(name, str) or name not in JOBS or not isinstance(inputs, dict) or not isinstance(train, dict):
         raise InputError(f"{where}: not the settings of a run (job, inputs, train)")
     _check_inputs(name, inputs, where)
+    if not isinstance(run.get("contents", {}), dict):
+        raise InputError(f"{where}: contents is {run['contents']!r}; it must be an object")
     config = TrainConfig.from_dict(train, where=f"{where}: train")
     if config.dtype == "auto":
         raise InputError(f"{where}: dtype is 'auto'; the settings of a run that has begun name one")
     return name, inputs, config
+
+
+def check_made_from(contents: Mapping[str, Any], job: Job, config: TrainConfig, out: Path) -> None:
+    """Compare what the run in `out` was made from with the `contents` of now.
+
+    Raises:
+        InputError: for a difference, by name.
+    """
+    where = out / "config.json"
+    saved = read_json(where).get("contents")
+    if saved is None:
+        print(f"note: {where} has no checksums of what the run was made from: the inputs are taken as they are now")
+    else:
+        check_contents(saved, contents, vars(job), config.template, where)
 
 
 def _check_inputs(name: str, inputs: dict[str, Any], where: Path) -> None:
@@ -168,16 +191,9 @@ def newest_whole_step(out: Path) -> Path | None:
     return None
 
 
-def cut_metrics(file: Path, step: int) -> None:
-    """Drop the lines after step `step`: the resumed run takes those steps again."""
-    if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_file(file, lambda partial: partial.write_text("".join(lines[:step]), encoding="utf-8"))
-
-
 def write_report(out: Path) -> None:
     """Write a finished run's report.html and, where the `plot` extra is installed, its curves as a picture."""
     page = run_page(out).encode(errors="backslashreplace")  # paths in it need not be UTF-8
     write_file(out / "report.html", lambda partial: partial.write_bytes(page))
-    if find_spec("matplotlib") is not None:
-        write_file(out / "curves.png", partial(png, read_metrics(out)))
+    if find_spec("matplotlib") is not None and (metrics := read_metrics(out / "metrics.jsonl")):
+        write_file(out / "curves.png", partial(png, metrics))

@@ -30,7 +30,8 @@ from minift.formats.open import shape_named
 from minift.formats.shapes import model_without_weights
 from minift.model import Llama
 from minift.pack import Batch
-from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
+from minift.runs.common import check_length, check_out, choose_machine, complete, describe
+from minift.runs.final import Run
 from minift.runs.folder import PretrainJob, own_folder, write_report
 from minift.runs.machine import choose_compile
 from minift.runs.start import start_state

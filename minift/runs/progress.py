@@ -1,6 +1,5 @@
 """What a run shows of each step: a line of `metrics.jsonl`, a progress bar, and whether its loss is the lowest yet."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm  # in a notebook, its own kind of bar
 from minift.costs.flops import data_sheet_flops, training_flops_per_token
 from minift.distributed.world import World
 from minift.pack import PADDING
+from minift.runs.metrics import read_metrics
 from minift.train import Step, TrainState
 
 BEFORE = "validation_loss_before"  # of the first step's record: the validation loss before that step
@@ -46,8 +46,7 @@ class Best:
     @classmethod
     def of(cls, metrics: Path) -> "Best":
         """Return the best of a run's `metrics.jsonl`, which holds only the steps that were taken."""
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-        return cls.of_records(map(json.loads, lines))
+        return cls.of_records(read_metrics(metrics))
 
     @classmethod
     def of_records(cls, records: Iterable[Mapping[str, Any]]) -> "Best":

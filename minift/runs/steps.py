@@ -21,9 +21,18 @@ from minift.errors import InputError, one_line
 from minift.formats.peft import write_adapter
 from minift.formats.pt_file import load_pt
 from minift.lora import adapter_weights, base_checksum, has_adapter, merged_weights
+from minift.model import Llama
 from minift.optim import moments_of
+from minift.runs.contents import run_id
 from minift.storage.atomic import partial_name, remove_folder, write_folder
-from minift.storage.checksums import CHECKSUMS, check_files, read_checksums, readable_checksums, write_checksums
+from minift.storage.checksums import (
+    CHECKSUMS,
+    check_files,
+    check_model,
+    read_checksums,
+    readable_checksums,
+    write_checksums,
+)
 from minift.storage.links import check_links
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import save_tokenizer
@@ -49,7 +58,7 @@ def save_step(run: Path, state: TrainState, tokenizer: Tokenizer | None, keep: i
 
     def write(partial: Path) -> None:
         _write_weights(partial, state, tokenizer)
-        _save(_training_values(state, random_states), partial / "training.pt")
+        _save({"run": run_id(run), **_training_values(state, random_states)}, partial / "training.pt")
         write_checksums(partial)
 
     if world.is_main:
@@ -131,10 +140,25 @@ def save_best(folder: Path, state: TrainState, tokenizer: Tokenizer | None) -> N
     """
     if has_adapter(state.model):
         adapter = adapter_weights(state.model)
+
+        def write(partial: Path) -> None:
+            write_adapter(partial, adapter)
+            write_checksums(partial)
+
         if state.world.is_main:
-            write_folder(folder, lambda partial: write_adapter(partial, adapter))
+            write_folder(folder, write)
     else:
         save_model(folder, state.model, tokenizer, world=state.world)
+
+
+def load_best(folder: Path, model: Llama) -> None:
+    """Copy the weights that `save_best` wrote into a model. Call on all ranks.
+
+    Raises:
+        InputError: when a file is missing or damaged, or the weights are not of this model.
+    """
+    check_model(folder)
+    load_weights(folder, model)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -172,7 +196,7 @@ def load_step(folder: Path, state: TrainState) -> None:
     Call it on all ranks; there may be more or fewer of them than when the folder was written.
 
     Raises:
-        InputError: when a file is missing or damaged, or the weights are not of this model.
+        InputError: when a file is missing or damaged, or the weights are not of this model, or of another run.
     """
     sharded = is_sharded(folder)
     if sharded:
@@ -182,6 +206,7 @@ def load_step(folder: Path, state: TrainState) -> None:
     else:
         load_weights(folder, state.model)
     training = load_pt(folder / "training.pt")
+    _check_run(folder, training)
     if has_adapter(state.model) and not sharded and state.world.parallel != "fsdp":
         _check_base(folder, training.get("base"), state)
     try:
@@ -195,6 +220,15 @@ def load_step(folder: Path, state: TrainState) -> None:
             load_random_state(states[state.world.rank])
     except (KeyError, ValueError) as error:
         raise InputError(f"{folder / 'training.pt'}: not the state of such a run: {error}") from None
+
+
+def _check_run(folder: Path, training: dict[str, Any]) -> None:
+    """Raise InputError unless a step folder was saved by the run that it is in, after the step of its name."""
+    own, number = run_id(folder.parent), int(folder.name[5:])
+    if None not in (own, saved := training.get("run")) and saved != own:  # earlier versions recorded none
+        raise InputError(f"{folder}: was saved by another run than that of {folder.parent}; put it back, or remove it")
+    if (step := training.get("step", number)) != number:
+        raise InputError(f"{folder}: holds the state after step {step}; give it that name, or remove it")
 
 
 def _check_base(folder: Path, checksum: Any, state: TrainState) -> None:

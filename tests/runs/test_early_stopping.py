@@ -35,7 +35,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
     """Return a run's folder, with all that it has saved on the way: a complete run removes it."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "_remove_saves", lambda run, state: None)
+        patch.setattr(common, "remove_saves", lambda run, state: None)
         assert (
             main([*words, "--out", str(out), "--steps", "300", "--patience", "3", "--save-every", "4", "--keep", "0"])
             == 0

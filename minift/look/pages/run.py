@@ -8,7 +8,6 @@ page can be made again at any time, and says nothing that the files do not say.
 """
 
 import dataclasses
-import json
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from minift.look.pages.curves import curves_of, svg
 from minift.look.pages.document import document, table, text
 from minift.look.report import CUT, LABELS, number
 from minift.lora import LoRAConfig
+from minift.runs.metrics import read_metrics
 from minift.runs.progress import Best
 from minift.values import read_json, size
 
@@ -40,7 +40,7 @@ def run_page(folder: Path) -> str:
     """
     run = read_json(folder / "config.json")
     config = TrainConfig.from_dict(run["train"])
-    metrics = read_metrics(folder)
+    metrics = read_metrics(folder / "metrics.jsonl")
     shape = open_model(folder / "final").config
     trained = None
     if config.lora_rank:  # A has a column for each column of the matrix, B a row for each of its rows
@@ -75,11 +75,6 @@ def comparison_page(result: Mapping[str, Any], shapes: Sequence[LlamaConfig], co
         _inference_ledger(shapes),
     ]
     return _page("Before and after", sections)
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def run_command(run: Mapping[str, Any], out: Path) -> str:
