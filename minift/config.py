@@ -396,3 +396,6 @@ class TrainConfig:
 # base was made.
 FINETUNE = TrainConfig(epochs=10, batch_size=32, lr=1e-4, schedule="linear", warmup=10, eval_every=50)
 PRETRAIN = TrainConfig(steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_length=256, min_lr=0.05, weight_decay=0.1)
+# Pretraining that continues from a model: at the rate for random weights it would forget much of what it knows, and at
+# a much lower one it learns little of the new pages (Ibrahim et al., arXiv 2403.08763).
+CONTINUED = PRETRAIN.replace(lr=PRETRAIN.lr / 10)

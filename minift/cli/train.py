@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain, add_reading, check_fields
 from minift.cli.streams import outlive_reader
-from minift.config import FINETUNE, PRETRAIN, TrainConfig
+from minift.config import CONTINUED, FINETUNE, PRETRAIN, TrainConfig
 from minift.errors import InputError
 from minift.look.report import samples, table, worse_line
 from minift.storage.names import model_path
@@ -48,23 +48,28 @@ def add_finetune(commands: Any) -> None:
 
 
 PRETRAIN_MORE = """\
---config, --data and --tokenizer are needed, unless --resume continues a run. The run's folder gets the
-model (final/), the loss of each step (metrics.jsonl), and a page to look at (report.html).
+--config, --data and --tokenizer are needed, unless --resume continues a run; or --model and --data: then
+the training of that model continues, with its own tokenizer. The run's folder gets the model (final/),
+the loss of each step (metrics.jsonl), and a page to look at (report.html).
 
-example:
-  minift pretrain --config bundled --data 'data/pages/*.json.gz' --tokenizer data/base --steps 20"""
+examples:
+  minift pretrain --config bundled --data 'data/pages/*.json.gz' --tokenizer data/base --steps 20
+  minift pretrain --model bundled --data 'data/pages/*.json.gz' --steps 20"""
 
 
 def add_pretrain(commands: Any) -> None:
     """Add `minift pretrain`."""
-    text = "train a model with random weights on pages of text"
+    text = "train a model on pages of text, from random weights or from where another training ended"
     command = add_command(commands, "pretrain", _pretrain, text, PRETRAIN_MORE)
     given = argparse.SUPPRESS
     text = "the shape of the model: the name of a preset, or a config.json"
     command.add_argument("--config", default=given, metavar="NAME|FILE", help=text)
+    text = "continue the training of this model, in place of --config: " + MODEL_HELP
+    text += f" (--lr is then {CONTINUED.lr:g} by default: at a higher one it forgets more)"
+    command.add_argument("--model", default=given, metavar="DIR", help=text)
     text = "train on these pages: JSON Lines or text, compressed or not"
     command.add_argument("--data", nargs="+", default=given, metavar="GLOB", help=text)
-    text = "encode the pages with this tokenizer: a tokenizer.model, or its folder"
+    text = "encode the pages with this tokenizer: a tokenizer.model, or its folder (default: that of --model)"
     command.add_argument("--tokenizer", default=given, metavar="FILE", help=text)
     text = "evaluate on these pages, which are held out of training (default: none)"
     command.add_argument("--validation", nargs="+", default=given, metavar="GLOB", help=text)
@@ -159,10 +164,7 @@ def _pretrain(options: dict[str, Any]) -> int:
     if resume:
         inputs, config = _settings_of("pretrain", out, options)
     else:
-        config = PRETRAIN.replace(**train_options(options))
-        for name in ("config", "data", "tokenizer"):
-            if name not in options:
-                raise InputError(f"pretrain needs --{name} (see minift pretrain --help)")
+        config = (CONTINUED if "model" in options else PRETRAIN).replace(**train_options(options))
         inputs = options
     if not jobs.pretrain(jobs.pretrain_job(**inputs), config, out, resume, plain):
         return _say_how_to_resume("pretrain", out, plain)

@@ -1,7 +1,7 @@
 """Finetuning, from files of pairs to a finished run folder: the pages of the root, called in order.
 
 read_data    prompts.py, data/conversations.py        files → pairs to train on, pairs held out, the template of both
-open_model    checkpoint.py, lora.py           the model, with adapters if they are asked for
+open_model    runs/model.py, lora.py           the model, with adapters if they are asked for
 encode        pack.py                          pairs → examples: token ids, of which the answer's are learned
 announce                                       what the run is going to do
 start_state   optim.py, runs/start.py          the state before the first step
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from minift import kernels
-from minift.checkpoint import load_model, model_without_memory, weights_of
+from minift.checkpoint import load_model
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
 from minift.data.conversations import Reading, read_all_conversations
@@ -30,23 +30,21 @@ from minift.data.examples import encode_conversations
 from minift.data.records import Skipped, find_files
 from minift.data.split import held_out_places
 from minift.data.templates import choose_template, passes_over_own, template_named
-from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluation.evaluate import compare
-from minift.formats.open import check_model_files
-from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
-from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
+from minift.runs.common import Run, check_out, choose_machine, complete, describe
 from minift.runs.folder import FinetuneJob, own_folder, write_report
+from minift.runs.model import fill_shards, open_model
 from minift.runs.start import start_state
 from minift.storage.atomic import write_file
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat import ChatTemplate, has_chat_template, stop_at_turns
-from minift.tokenizer.load import check_fit, load_tokenizer
+from minift.tokenizer.load import load_tokenizer
 from minift.train import Plan, TrainState
 
 
@@ -110,7 +108,7 @@ def _prepare(
     plan = Plan.make(config, len(batches))
     state = start_state(model, batches, config, world, plain)
     if world.parallel == "fsdp":  # each rank has room for its part now
-        _fill_shards(job.model, model, config, world)
+        fill_shards(job.model, model, config, world)
     validation = _validation_batches(encoded.held_out, tokenizer, config)
     return Run(job, config, plan, tokenizer, validation, out), state
 
@@ -222,43 +220,6 @@ def _validation_batches(held_out: list[Example], tokenizer: Tokenizer, config: T
 
 
 # Model ----------------------------------------------------------------------------------------------------------------
-
-
-def open_model(name: str, tokenizer: Tokenizer, config: TrainConfig, world: World) -> Llama:
-    """Return a model, with new adapters if `config.lora_rank` asks for them.
-
-    In a sharded run (fsdp) the model is on "meta", without memory: `_fill_shards` reads the weights.
-
-    Raises:
-        InputError: when its files are missing or damaged, or do not fit together, or its positions are too few.
-    """
-    _check_files(name, world)
-    model = (
-        model_without_memory(name) if world.parallel == "fsdp" else load_model(name, device=world.device, check=False)
-    )
-    check_fit(model.config, tokenizer)
-    check_length(config, model.config)
-    if config.lora_rank:
-        add_lora(model, LoRAConfig.of(config), torch.Generator().manual_seed(config.seed))
-    return model
-
-
-def _check_files(name: str, world: World) -> None:
-    """Compare a model's files with their checksums before hours of training; the main rank does it for all."""
-    failure = None
-    if world.is_main:
-        try:
-            check_model_files(name)
-        except InputError as error:
-            failure = error
-    world.agree(failure)
-
-
-def _fill_shards(name: str, model: Llama, config: TrainConfig, world: World) -> None:
-    """Read this rank's part of the weights, and draw that of new adapters."""
-    fill(model, world, weights_of(name))
-    if config.lora_rank:
-        init_adapters(model, torch.Generator().manual_seed(config.seed))
 
 
 def fit_to_template(model: Llama, split: Split) -> None:

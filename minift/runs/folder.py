@@ -53,7 +53,7 @@ class FinetuneJob:
 class PretrainJob:
     """What to pretrain: a preset or config file, pages, a tokenizer, and held-out pages (none: no evaluation).
 
-    `encoding` is that of all pages.
+    `encoding` is that of all pages. `model` is the one whose training continues; `config` is "" then.
     """
 
     name: ClassVar[str] = "pretrain"
@@ -63,6 +63,7 @@ class PretrainJob:
     validation: tuple[str, ...] = ()
     text_field: str = "text"
     encoding: str = "utf-8"
+    model: str = ""
 
 
 Job: TypeAlias = FinetuneJob | PretrainJob
@@ -138,12 +139,15 @@ def _check_inputs(name: str, inputs: dict[str, Any], where: Path) -> None:
     inputs.setdefault("encoding", "utf-8")  # runs of earlier versions read no other
     if "fields" in names:
         inputs.setdefault("fields", [])
+    else:
+        inputs.setdefault("model", "")  # earlier versions had none here
     if set(inputs) != names:
         raise InputError(f"{where}: inputs are {sorted(inputs)}; a {name} run has {sorted(names)}")
     for item in fields:
         value, is_list = inputs[item.name], item.type is not str
         texts = value if is_list and isinstance(value, list) else [None if is_list else value]
         missing = item.default is dataclasses.MISSING and not value
+        missing = missing and not (item.name == "config" and inputs.get("model"))
         if missing or not all(isinstance(text, str) and "\0" not in text for text in texts):
             kind = "a list of texts" if is_list else "a text"
             raise InputError(f"{where}: {item.name} is {value!r}; it must be {kind}")
