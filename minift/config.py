@@ -322,6 +322,7 @@ class TrainConfig:
         0, "number of processes that encode text; 0 encodes it between the steps (no result depends on it)", least=0
     )
     strict: bool = _flag(False, "stop at the first unusable record, instead of skipping up to 1 % of them")
+    limit: int | None = _flag(None, "number of records of --data to use, the first ones (default: all)", least=1)
     eval_every: int = _flag(0, "number of steps between evaluations on the held-out split; 0: only at the end", least=0)
     patience: int = _flag(
         0,

@@ -133,6 +133,7 @@ class Split:
     tokenizer: Tokenizer
     skipped: Skipped
     tested: bool = False  # whether those held out are from files of their own
+    found: int = 0  # those that --limit leaves out are counted, too
 
     @property
     def refuse_held_out(self) -> Callable[[InputError], object] | None:
@@ -176,19 +177,20 @@ def read_data(job: FinetuneJob, config: TrainConfig) -> Split:
         read_all_conversations(files, faults, Reading(job.encoding, job.fields), print) if files else []
         for files, faults in ((job.data, skipped), (job.test, None))
     )
+    count, found = len(found), found[: config.limit]
     training, held_out = (found, test) if job.test else _hold_out(found, config.seed)
     tokenizer = load_tokenizer(job.model)
     template = choose_template(config.template, training, tokenizer, config.rendered)  # chats held out change nothing
     if template != "chat":
         name = template if any(isinstance(one, Chat) for one in held_out) else config.template
         template = choose_template(name, [*training, *held_out], tokenizer, config.rendered)
-    return Split(training, held_out, template, tokenizer, skipped, tested=bool(job.test))
+    return Split(training, held_out, template, tokenizer, skipped, tested=bool(job.test), found=count)
 
 
 def _hold_out(pairs: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
     """Hold some of the pairs out; return the others, and those, in file order."""
     if len(pairs) < 2:
-        raise InputError(f"{pairs[0].where}: a single record cannot be split; give at least 2, or --test")
+        raise InputError(f"{pairs[0].where}: one record cannot be split; give at least 2 (--limit, too), or --test")
     drawn = held_out_places(len(pairs), seed)
     left = set(range(len(pairs))) - set(drawn)
     return [pairs[i] for i in sorted(left)], [pairs[i] for i in drawn]
@@ -247,10 +249,17 @@ def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, con
     left_out = f"{encoded.cut} cut to {config.max_length} tokens, {encoded.dropped} dropped"
     held_out = f"{len(split.held_out):,} {split.kind} held out ({encoded.held_out_dropped} without a target)"
     print(describe(model, job.model, share, config, world))
+    if config.limit:
+        print(f"--limit: {limited(config.limit, split.found, split.kind)}")
     print(f"{len(encoded.examples):,} {split.kind} to train on ({left_out})")
     print(f"{held_out}; template {split.template}{template_note(split)}")
     if split.skipped.skipped:
         print(split.skipped)
+
+
+def limited(limit: int, found: int, kind: str) -> str:
+    """Return which records a limit leaves, in words."""
+    return f"the first {limit:,} of {found:,} {kind}" if limit < found else f"all {found:,} {kind}"
 
 
 def print_findings(split: Split, encoded: Encoded, config: TrainConfig) -> None:

@@ -101,6 +101,8 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         print(describe(model, job.model or job.config, _share(job), config, world))
         if job.model and config.lr == CONTINUED.lr:
             print(f"learning rate up to {config.lr:g}, a tenth of that for random weights: it forgets less (--lr)")
+        if config.limit:
+            print(f"--limit: no more than the first {config.limit:,} documents")
         print(f"{plan.steps:,} steps, {flops:.2g} FLOPs" + (", compiled" if config.compile and not plain else ""))
         state = start_state(model, batches, config, world, plain)
         if world.parallel == "fsdp":  # each rank has room for its part now
@@ -157,7 +159,8 @@ def open_pages(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig, worl
     find_files([*job.data, *job.validation], say=None)
     find_files(job.data, say=print)
     skipped = Skipped(config.strict, quiet=not world.is_main)
-    stream = DocumentStream(job.data, job.text_field, None, config.seed, config.shuffle_buffer, skipped, job.encoding)
+    order = (None, config.seed, config.shuffle_buffer)
+    stream = DocumentStream(job.data, job.text_field, *order, skipped, job.encoding, config.limit)
     options = (config.batch_size, config.max_length, config.isolate, config.workers, world.rank, world.size)
     batches = PageBatches(stream, tokenizer, *options)
     if stream.pipe is None:
@@ -179,7 +182,7 @@ def make_plan(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig) -> Pl
     if config.steps:
         return Plan.make(config, 0.0)
     skipped = Skipped(config.strict, quiet=True)
-    stream = DocumentStream(job.data, job.text_field, epochs=1, skipped=skipped, encoding=job.encoding)
+    stream = DocumentStream(job.data, job.text_field, 1, 0, 0, skipped, job.encoding, config.limit)
     if stream.pipe is not None:
         reason = "can be read only once, so the length of an epoch is unknown; give --steps"
         raise InputError(f"{pipe_in_words(stream.pipe)} {reason}")
