@@ -338,6 +338,9 @@ class TrainConfig:
         "format of final/: native, or a Hugging Face folder (which needs the hf extra)",
         choices=SAVE_FORMATS,
     )
+    freeze: tuple[str, ...] = _flag(
+        (), "parameters that are not trained, by names or patterns such as 'embed_tokens*', 'layers.0.*' or '*norm*'"
+    )
     lora_rank: int = _flag(
         0, "rank of the adapters that are trained while the weights are frozen (LoRA); 0: train the weights", least=0
     )
@@ -372,6 +375,11 @@ class TrainConfig:
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         if changed and not self.lora_rank:
             raise InputError(f"{changed[0]} is given, but no lora_rank: all the weights would be trained")
+        object.__setattr__(self, "freeze", (self.freeze,) if isinstance(self.freeze, str) else tuple(self.freeze))
+        if not all(isinstance(pattern, str) for pattern in self.freeze):
+            raise InputError(f"freeze is {list(self.freeze)!r}; it must be names or patterns")
+        if self.freeze and self.lora_rank:
+            raise InputError("--freeze is for weights, and --lora-rank freezes all of them; choose by --lora-targets")
         if self.steps is not None and self.epochs is not None:
             raise InputError("give --steps or --epochs, not both: each sets the length of the run")
 
@@ -386,11 +394,12 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> "TrainConfig":
         """Build settings from the values of a run's `config.json`. Raises InputError for a wrong key or value."""
-        return build(TrainConfig, values, where)
+        freeze = values.get("freeze")
+        return build(TrainConfig, {**values, "freeze": tuple(freeze)} if isinstance(freeze, list) else values, where)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "freeze": list(self.freeze)}
 
 
 # The defaults of the two jobs. Finetuning: about 1,000 short pairs, each seen 10 times. Pretraining: how the bundled

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain, add_reading, check_fields
 from minift.cli.streams import outlive_reader
@@ -96,13 +96,15 @@ def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, wi
         if item.name in without:
             continue
         flag, default = "--" + item.name.replace("_", "-"), getattr(defaults, item.name)
-        text = item.metadata["help"].replace("%", "%%") + ("" if default is None else f" (default: {default})")
+        text = item.metadata["help"].replace("%", "%%") + ("" if default in (None, ()) else f" (default: {default})")
         kind = next(kind for kind in (*get_args(hints[item.name]), hints[item.name]) if kind is not type(None))
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
+            several = get_origin(hints[item.name]) is tuple
             metavar = "|".join(item.metadata["choices"] or ()) or {int: "N", float: "X", str: "NAME"}[kind]
-            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
+            shape: dict[str, Any] = {"nargs": "+", "metavar": "PATTERN"} if several else {"metavar": metavar}
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, **shape)
 
 
 # Commands -------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
 from minift.runs.common import Run, check_out, choose_machine, complete, describe
 from minift.runs.folder import FinetuneJob, own_folder, write_report
+from minift.runs.freeze import trained_in_words
 from minift.runs.model import fill_shards, open_model
 from minift.runs.start import start_state
 from minift.storage.atomic import write_file
@@ -245,7 +246,7 @@ def template_note(split: Split) -> str:
 def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, config: TrainConfig, world: World) -> None:
     """Print what the run is going to do: with which model, on which pairs, and what is left out."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else "all of them trained"
+    share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else trained_in_words(model)
     left_out = f"{encoded.cut} cut to {config.max_length} tokens, {encoded.dropped} dropped"
     held_out = f"{len(split.held_out):,} {split.kind} held out ({encoded.held_out_dropped} without a target)"
     print(describe(model, job.model, share, config, world))

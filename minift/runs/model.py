@@ -16,17 +16,19 @@ from minift.formats.shapes import model_without_weights
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.runs.common import check_length
+from minift.runs.freeze import freeze
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import check_fit
 
 
 def open_model(name: str, tokenizer: Tokenizer, config: TrainConfig, world: World) -> Llama:
-    """Return a model, with new adapters if `config.lora_rank` asks for them.
+    """Return a model, with new adapters if `config.lora_rank` asks for them; `config.freeze` leaves parts as they are.
 
     In a sharded run (fsdp) the model is on "meta", without memory: `fill_shards` reads the weights.
 
     Raises:
-        InputError: when its files are missing or damaged, or do not fit together, or its positions are too few.
+        InputError: when its files are missing or damaged, or do not fit together, its positions are too few, or it has
+            no parameter to freeze or to train.
     """
     _check_files(name, world)
     model = (
@@ -36,16 +38,19 @@ def open_model(name: str, tokenizer: Tokenizer, config: TrainConfig, world: Worl
     check_length(config, model.config)
     if config.lora_rank:
         add_lora(model, LoRAConfig.of(config), torch.Generator().manual_seed(config.seed))
+    freeze(model, config.freeze)
     return model
 
 
 def random_model(shape: LlamaConfig, config: TrainConfig, world: World) -> Llama:
     """Return a model with random weights; in a sharded run (fsdp) one on "meta", without memory."""
-    if world.parallel == "fsdp":
-        return model_without_weights(shape)
-    model = Llama(shape)
-    model.init_weights(torch.Generator().manual_seed(config.seed))
-    return model.to(world.device)
+    sharded = world.parallel == "fsdp"
+    model = model_without_weights(shape) if sharded else Llama(shape)
+    if not sharded:
+        model.init_weights(torch.Generator().manual_seed(config.seed))
+        model = model.to(world.device)
+    freeze(model, config.freeze)
+    return model
 
 
 def fill_shards(name: str, model: Llama, config: TrainConfig, world: World) -> None:

@@ -32,6 +32,7 @@ from minift.model import Llama
 from minift.pack import Batch
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
 from minift.runs.folder import PretrainJob, own_folder, write_report
+from minift.runs.freeze import trained_in_words
 from minift.runs.machine import choose_compile
 from minift.runs.model import fill_shards, open_model, random_model
 from minift.runs.start import start_state
@@ -98,7 +99,9 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         flops = tokens * training_flops_per_token(shape, config.max_length)
         config = config.replace(compile=choose_compile(config, world.device, flops))
         model = begin_model(job, shape, tokenizer, config, world)
-        print(describe(model, job.model or job.config, _share(job), config, world))
+        share = trained_in_words(model) if job.model or config.freeze else ""
+        share = "from random weights" * (not job.model) + ", " * (bool(share) and not job.model) + share
+        print(describe(model, job.model or job.config, share, config, world))
         if job.model and config.lr == CONTINUED.lr:
             print(f"learning rate up to {config.lr:g}, a tenth of that for random weights: it forgets less (--lr)")
         if config.limit:
@@ -197,11 +200,6 @@ def begin_model(job: PretrainJob, shape: LlamaConfig, tokenizer: Tokenizer, conf
         InputError: when the model's files are missing or damaged.
     """
     return open_model(job.model, tokenizer, config, world) if job.model else random_model(shape, config, world)
-
-
-def _share(job: PretrainJob) -> str:
-    """Return which of the parameters are trained, in words."""
-    return "all of them trained" if job.model else "from random weights"
 
 
 def _validation_rows(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig, world: World) -> list[Batch]:
