@@ -99,8 +99,9 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
         flops = tokens * training_flops_per_token(shape, config.max_length)
         config = config.replace(compile=choose_compile(config, world.device, flops))
         model = begin_model(job, shape, tokenizer, config, world)
-        share = trained_in_words(model) if job.model or config.freeze else ""
-        share = "from random weights" * (not job.model) + ", " * (bool(share) and not job.model) + share
+        share = trained_in_words(model)
+        if not job.model:
+            share = "from random weights" + f", {share}" * bool(config.freeze)
         print(describe(model, job.model or job.config, share, config, world))
         if job.model and config.lr == CONTINUED.lr:
             print(f"learning rate up to {config.lr:g}, a tenth of that for random weights: it forgets less (--lr)")

@@ -105,7 +105,10 @@ def _random_state() -> dict[str, Any]:
 
 
 def _shards(state: TrainState) -> dict[str, Tensor]:
-    """Return this rank's part of the trained weights and of their moments, by name. Moments are made if need be."""
+    """Return this rank's part of the weights (of a LoRA run, of the adapters), and of the moments of those trained.
+
+    Moments are made if need be.
+    """
     shards: dict[str, Tensor] = {}
     adapted = has_adapter(state.model)
     for name, parameter in state.model.named_parameters():
