@@ -333,6 +333,7 @@ class TrainConfig:
         0, "number of steps between resumable checkpoints; 0: only when the run is interrupted", least=0
     )
     keep: int = _flag(0, "number of resumable checkpoints to keep, the newest ones; 0: all", least=0)
+    tensorboard: bool = _flag(False, "write the metrics for TensorBoard, too (which needs the tensorboard extra)")
     save_format: str = _flag(
         "native",
         "format of final/: native, or a Hugging Face folder (which needs the hf extra)",

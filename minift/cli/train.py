@@ -17,7 +17,8 @@ from minift.look.report import samples, table, worse_line
 from minift.storage.names import model_path
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
-FREE = ("workers", "keep", "strict", "parallel")  # may differ when a run is resumed: they change no result
+# What may differ when a run is resumed, because it changes no result.
+FREE = ("workers", "keep", "strict", "parallel", "tensorboard")
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ start.py      the state before the first step
 machine.py    the device and the dtype to compute in, and whether a compiler pays
 loop.py       step after step: saving, patience, signals
 progress.py   what a run reports of each step
+events.py     the same for TensorBoard
 stop.py       Ctrl-C and SIGTERM
 folder.py     a run's folder: its settings, its lock, its report
 steps.py      `step_NNNNNN/`: the state that a resumed run continues from

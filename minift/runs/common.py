@@ -56,6 +56,8 @@ def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torc
     if config.save_format == "hf":  # checked now: the run would fail at its end
         need("tokenizers", "hf", "--save-format hf")
         need("safetensors", "hf", "--save-format hf")
+    if config.tensorboard:
+        need("tensorboard", "tensorboard", "--tensorboard")
     return device, config.replace(dtype=choose_dtype(config, device))
 
 

@@ -2,6 +2,7 @@
 
     config.json      what was asked for: the job, its inputs and the TrainConfig; enough to start the run again
     metrics.jsonl    one object for each optimizer step
+    tensorboard/     with --tensorboard: the same numbers as TensorBoard's events (`events.py`)
     step_NNNNNN/     a resumable checkpoint (`steps.py`)
     best/            with --patience: the model of the lowest validation loss so far (of a LoRA run, its adapters)
     final/           the trained model, a minift checkpoint (with --save-format hf, a Hugging Face folder)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from minift.config import TrainConfig
 from minift.distributed.sharding import first_not_finite
 from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from minift.pack import Batch
+from minift.runs.events import open_events
 from minift.runs.progress import Best, metrics_file, progress_bar, record_of, show
 from minift.runs.steps import save_best, save_step
 from minift.runs.stop import StopSignal
@@ -45,10 +47,12 @@ def run_steps(
     if config.patience and best.evaluations_since >= config.patience:
         return True
     try:
-        with StopSignal() as stop, metrics_file(out, state.world) as metrics:
+        events = open_events(config, out, state)
+        with StopSignal() as stop, metrics_file(out, state.world) as metrics, closing(events):
             for record in _records(state, plan, config, validation, stop):
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
+                events.add(record)
                 if best.add(record) and config.patience:
                     save_best(out / "best", state, tokenizer)
                 if best.rose and best.evaluations_since == 1 and state.world.is_main:
