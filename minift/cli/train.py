@@ -83,9 +83,12 @@ def add_pretrain(commands: Any) -> None:
 
 def _add_run_flags(command: argparse.ArgumentParser, out: str) -> None:
     """Add the flags that are not part of a run's settings."""
-    command.add_argument("--out", default=out, metavar="DIR", help=f"make the run's folder here (default: {out})")
-    text = "continue the run in --out from its last checkpoint, with the settings that it has"
+    text = f"make the run's folder here (default: {out}, or where that holds a run {out}-2, {out}-3 …)"
+    command.add_argument("--out", metavar="DIR", help=text)
+    text = "continue the run in --out (default: the newest) from its last checkpoint, with the settings that it has"
     command.add_argument("--resume", action="store_true", help=text)
+    text = "replace an earlier run in --out: it is removed when all that this run reads has been read"
+    command.add_argument("--overwrite", action="store_true", help=text)
     add_plain(command, trains=True)
 
 
@@ -115,7 +118,7 @@ def _finetune(options: dict[str, Any]) -> int:
     from minift.runs import finetune as jobs
 
     outlive_reader()
-    out, resume, plain = Path(options.pop("out")), options.pop("resume"), options.pop("plain")
+    out, resume, overwrite, plain = _take_run_flags(options, "runs/finetune")
     if resume:
         inputs, config = _settings_of("finetune", out, options)
         job = jobs.finetune_job(**inputs)
@@ -128,7 +131,7 @@ def _finetune(options: dict[str, Any]) -> int:
             options.get("encoding", "utf-8"),
             check_fields(options.get("fields", ())),
         )
-    result = jobs.finetune(job, config, out, resume, plain)
+    result = jobs.finetune(job, config, out, resume, plain, overwrite)
     if result is None:
         return _say_how_to_resume("finetune", out, plain)
     if result:  # of several processes, only the main one has it
@@ -163,18 +166,50 @@ def _pretrain(options: dict[str, Any]) -> int:
     from minift.runs import pretrain as jobs
 
     outlive_reader()
-    out, resume, plain = Path(options.pop("out")), options.pop("resume"), options.pop("plain")
+    out, resume, overwrite, plain = _take_run_flags(options, "runs/pretrain")
     if resume:
         inputs, config = _settings_of("pretrain", out, options)
     else:
         config = (CONTINUED if "model" in options else PRETRAIN).replace(**train_options(options))
         inputs = options
-    if not jobs.pretrain(jobs.pretrain_job(**inputs), config, out, resume, plain):
+    if not jobs.pretrain(jobs.pretrain_job(**inputs), config, out, resume, plain, overwrite):
         return _say_how_to_resume("pretrain", out, plain)
     if is_main_process():
         print(f"saved: {out / 'final'} (the model), {out / 'metrics.jsonl'}")
         print(f"look at it: {out / 'report.html'}")
     return 0
+
+
+def _take_run_flags(options: dict[str, Any], default: str) -> tuple[Path, bool, bool, bool]:
+    """Take the flags of `_add_run_flags` out of `options`; return the run's folder, resume, overwrite and plain.
+
+    Raises:
+        InputError: for both --resume and --overwrite.
+    """
+    resume, overwrite, plain = (options.pop(name) for name in ("resume", "overwrite", "plain"))
+    if resume and overwrite:
+        raise InputError("--resume continues the run in --out, and --overwrite removes it; give one of them")
+    given = options.pop("out")
+    out = Path(given) if given is not None else _default_folder(Path(default), resume, overwrite)
+    return out, resume, overwrite, plain
+
+
+def _default_folder(default: Path, resume: bool, overwrite: bool) -> Path:
+    """Return the folder of a run without --out, and print which one it is, if that is not `default` alone."""
+    from minift.distributed.world import is_main_process, may_restart
+    from minift.runs.place import is_free, newest_run, next_name
+
+    out, said = default, ""
+    if resume:
+        out, count = newest_run(default)
+        said = f"--resume: {out}, the newest of {count} runs" if count > 1 else ""
+    # A process that torchrun starts again looks for its run in the same place.
+    elif not (overwrite or may_restart() or is_free(default)):
+        out = next_name(default)
+        said = f"{default} is taken; this run's folder is {out}"
+    if said and is_main_process():
+        print(said)
+    return out
 
 
 def train_options(options: dict[str, Any]) -> dict[str, Any]:

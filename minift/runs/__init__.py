@@ -11,6 +11,7 @@ loop.py       step after step: saving, patience, signals
 progress.py   what a run reports of each step
 events.py     the same for TensorBoard
 stop.py       Ctrl-C and SIGTERM
+place.py      a run's place: free, numbered, or that of an earlier run
 folder.py     a run's folder: its settings, its lock, its report
 steps.py      `step_NNNNNN/`: the state that a resumed run continues from
 

@@ -8,7 +8,7 @@ import torch
 
 from minift.checkpoint import load_weights, save_model
 from minift.config import LlamaConfig, TrainConfig
-from minift.distributed.world import World, restarted
+from minift.distributed.world import World, may_restart, restarted
 from minift.errors import InputError, need
 from minift.formats.peft import write_peft
 from minift.lora import LoRAConfig, adapter_weights, merge
@@ -17,6 +17,7 @@ from minift.pack import Batch
 from minift.runs.folder import FinetuneJob, Job, check_free, cut_metrics, newest_whole_step, start_folder
 from minift.runs.loop import run_steps
 from minift.runs.machine import check_compiler, choose_device, choose_dtype
+from minift.runs.place import check_replaceable
 from minift.runs.progress import Best
 from minift.runs.steps import load_step
 from minift.storage.atomic import remove_leftovers, write_folder
@@ -61,16 +62,27 @@ def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torc
     return device, config.replace(dtype=choose_dtype(config, device))
 
 
-def check_out(out: Path, resume: bool, world: World) -> bool:
+def check_out(
+    out: Path, resume: bool, world: World, overwrite: bool = False, inputs: Sequence[str | Path] = ()
+) -> bool:
     """Check that a new run can begin in `out`. Return True if a run is to be resumed there. Call it on all ranks.
 
     It is also resumed when `torchrun --max-restarts` has started the command again, in the words that began it.
 
+    Args:
+        overwrite: let it begin where an earlier run is.
+        inputs: what it reads.
+
     Raises:
         InputError: when a new run cannot begin there.
     """
+    if overwrite and (resume or may_restart()):
+        other = "--resume" if resume else "torchrun's --max-restarts, which goes on with the run in --out,"
+        raise InputError(f"--overwrite begins a new run, and {other} continues one; give one of them")
     resume = resume or (restarted() and (out / "config.json").is_file())
-    if not resume:
+    if overwrite:
+        check_replaceable(out, inputs)
+    elif not resume:
         check_free(out)
     world.wait()  # until every rank has looked: then the main one may write
     return resume

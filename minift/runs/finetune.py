@@ -37,7 +37,7 @@ from minift.model import Llama
 from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
 from minift.runs.common import Run, check_out, choose_machine, complete, describe
-from minift.runs.folder import FinetuneJob, own_folder, write_report
+from minift.runs.folder import FinetuneJob, inputs_of, own_folder, write_report
 from minift.runs.freeze import trained_in_words
 from minift.runs.model import fill_shards, open_model
 from minift.runs.start import start_state
@@ -64,12 +64,18 @@ def finetune_job(
 
 
 def finetune(
-    job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = False, plain: bool = False
+    job: FinetuneJob,
+    config: TrainConfig,
+    out: Path,
+    resume: bool = False,
+    plain: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Finetune a model on pairs, then compare it with what it was before.
 
     Args:
-        out: the run's folder. It must not hold a run, unless `resume` continues that one.
+        out: the run's folder. It must not hold a run, unless `resume` continues that one, or `overwrite` removes it,
+            when all inputs of this run have been read.
         plain: run the pages as they are read: no faster code of `kernels/` is installed.
 
     Returns:
@@ -82,12 +88,12 @@ def finetune(
     """
     device, config = choose_machine(config, resume, plain)
     with join(config.parallel, device) as world:
-        resume = check_out(out, resume, world)
+        resume = check_out(out, resume, world, overwrite, inputs_of(job, config))
         split = read_data(job, config)
         # By default not compiled: no two batches have the same shape, and each new one would be compiled again.
         config = config.replace(template=split.template, compile=bool(config.compile))
         prepared = [_prepare(job, split, config, out, plain, world)]
-        with own_folder(out, resume, world):
+        with own_folder(out, resume, world, overwrite):
             # Taken out of the list: what the steps need of memory makes room for the two models of the comparison.
             if not complete(*prepared.pop(), resume):
                 return None

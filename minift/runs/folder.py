@@ -10,7 +10,7 @@
     compare.json     for finetuning: both models on the held-out questions
     report.html      all of this on one page; curves.png, its curves, where the `plot` extra is installed
 
-So `--resume` needs nothing but the folder.
+So `--resume` needs nothing but the folder. `--overwrite` removes this and nothing else (`place.py`).
 """
 
 import dataclasses
@@ -28,10 +28,11 @@ from minift.distributed.world import World
 from minift.errors import InputError
 from minift.look.pages.curves import png
 from minift.look.pages.run import read_metrics, run_page
+from minift.runs.place import check_replaceable, is_free, next_name, remove_run
 from minift.runs.steps import check_step, step_folders
 from minift.storage.atomic import write_file
 from minift.storage.links import check_name
-from minift.storage.lock import LOCK, locked
+from minift.storage.lock import locked
 from minift.values import read_json
 
 
@@ -75,19 +76,23 @@ def check_free(out: Path) -> None:
     """Raise InputError unless a new run can begin in `out`: it is free, and its name is one that a model may have."""
     check_name(out)
     if out.is_dir() and (out / "config.json").exists():
-        raise InputError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
-    if out.exists() and (not out.is_dir() or any(not _is_leftover(file) for file in out.iterdir())):
+        ways = f"continue it with --resume, replace it with --overwrite, or give --out {next_name(out)}"
+        raise InputError(f"{out}: already holds a run; {ways}")
+    if not is_free(out):
         raise InputError(f"{out}: exists and is not an empty folder; choose another --out")
 
 
-def _is_leftover(file: Path) -> bool:
-    """Return True for a file of a run that was killed before it had written its config.json."""
-    return file.name.endswith(".partial") or file.name == LOCK
+def inputs_of(job: Job, config: TrainConfig) -> list[str]:
+    """Return what a run is asked to read: files, folders and globs, among names that are none."""
+    values = [config.template, *vars(job).values()]
+    return [text for value in values for text in ([value] if isinstance(value, str) else value)]
 
 
 @contextmanager
-def own_folder(out: Path, resume: bool, world: World) -> Iterator[None]:
+def own_folder(out: Path, resume: bool, world: World, overwrite: bool = False) -> Iterator[None]:
     """Lock a run's folder: no other run can write into it. Call it on all ranks; the main one holds the lock.
+
+    With `overwrite`, an earlier run there is removed.
 
     Raises:
         InputError: on every rank, when another run holds the lock, or the folder cannot be made.
@@ -97,12 +102,22 @@ def own_folder(out: Path, resume: bool, world: World) -> Iterator[None]:
         if world.is_main:
             try:
                 stack.enter_context(locked(out))
-                if not resume:
+                if overwrite:
+                    _replace(out)
+                elif not resume:
                     check_free(out)  # again: another run may have begun since the first check
             except InputError as error:
                 failure = error
         world.agree(failure)
         yield
+
+
+def _replace(out: Path) -> None:
+    """Remove an earlier run. Raises InputError when `out` holds anything else."""
+    check_replaceable(out)  # again: something may have been put there since the first check
+    if not is_free(out):
+        remove_run(out)
+        print(f"{out}: the earlier run is removed")
 
 
 def start_folder(job: Job, config: TrainConfig, out: Path) -> None:

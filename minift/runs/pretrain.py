@@ -31,7 +31,7 @@ from minift.formats.open import shape_named
 from minift.model import Llama
 from minift.pack import Batch
 from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
-from minift.runs.folder import PretrainJob, own_folder, write_report
+from minift.runs.folder import PretrainJob, inputs_of, own_folder, write_report
 from minift.runs.freeze import trained_in_words
 from minift.runs.machine import choose_compile
 from minift.runs.model import fill_shards, open_model, random_model
@@ -74,11 +74,19 @@ def pretrain_job(
     return PretrainJob(config, *files, text_field, check_encoding(encoding), path)
 
 
-def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = False, plain: bool = False) -> bool:
+def pretrain(
+    job: PretrainJob,
+    config: TrainConfig,
+    out: Path,
+    resume: bool = False,
+    plain: bool = False,
+    overwrite: bool = False,
+) -> bool:
     """Train a model with random weights on pages, or continue the training of one.
 
     Args:
-        out: the run's folder. It must not hold a run, unless `resume` continues that one.
+        out: the run's folder. It must not hold a run, unless `resume` continues that one, or `overwrite` removes it,
+            when all inputs of this run have been looked at.
         plain: run the pages as they are read: no faster code of `kernels/` is installed.
 
     Returns:
@@ -90,7 +98,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
     """
     device, config = choose_machine(config, resume, plain)
     with join(config.parallel, device) as world:
-        resume = check_out(out, resume, world)
+        resume = check_out(out, resume, world, overwrite, inputs_of(job, config))
         shape, tokenizer = open_shape(job, config)
         batches = open_pages(job, tokenizer, config, world)
         validation = _validation_rows(job, tokenizer, config, world)
@@ -114,7 +122,7 @@ def pretrain(job: PretrainJob, config: TrainConfig, out: Path, resume: bool = Fa
                 fill_shards(job.model, model, config, world)
             else:
                 fill(model, world, model.random_weights(torch.Generator().manual_seed(config.seed)))
-        with own_folder(out, resume, world):
+        with own_folder(out, resume, world, overwrite):
             done = complete(Run(job, config, plan, tokenizer, validation, out), state, resume)
             _report_skipped(batches)
             if done and world.is_main:
