@@ -143,7 +143,7 @@ def test_what_one_process_does_imports_neither_the_compiler_nor_what_many_need(
     """Each of these takes as long to import as torch does."""
     code = f"import sys; from minift.cli import main\nstatus = main({words!r})\n"
     code += "heavy = ['torch._dynamo', 'torch._inductor', 'torch.distributed.checkpoint', 'torch.distributed.tensor']\n"
-    code += "heavy += ['jinja2', 'pyarrow', 'tokenizers', 'minift.tokenizer.jinja']\n"  # of extras
+    code += "heavy += ['jinja2', 'pyarrow', 'tokenizers', 'tensorboard', 'minift.tokenizer.jinja']\n"  # of extras
     code += "print('heavy:', [name for name in heavy if name in sys.modules], 'torch' in sys.modules); sys.exit(status)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from minift.cli import main
+from minift.config import TrainConfig
 from minift.distributed.world import World
 from minift.errors import InputError
+from minift.runs.finetune import finetune, finetune_job
 from minift.runs.folder import own_folder
 from minift.runs.place import check_replaceable, is_free, is_run, newest_run, next_name, remove_run
 from minift.storage.lock import LOCK, locked
 from tests.helpers import write_jsonl
+from tests.runs.ranks import by_two
 
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--steps", "2"]
 
@@ -139,6 +142,15 @@ def test_a_run_with_all_that_it_may_write_can_be_replaced(
     assert json.loads((out / "config.json").read_text())["train"]["seed"] == 2
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     assert main([*words, "--out", str(tmp_path / "new"), "--overwrite"]) == 0  # where there is none, it begins
+
+
+def test_one_of_several_processes_removes_it(words: list[str], tmp_path: Path) -> None:
+    job = finetune_job(words[words.index("--model") + 1], [words[words.index("--data") + 1]])
+    config = TrainConfig(steps=2, batch_size=4, dtype="float32", device="cpu", parallel="ddp", save_every=1)
+    out = make_run(tmp_path / "run")
+    by_two(finetune, job, config, out, False, False, True)
+    assert (out / "compare.json").is_file()
+    assert not (out / "step_000003").exists()
 
 
 @pytest.mark.parametrize(
