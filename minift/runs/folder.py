@@ -92,7 +92,7 @@ def inputs_of(job: Job, config: TrainConfig) -> list[str]:
 def own_folder(out: Path, resume: bool, world: World, overwrite: bool = False) -> Iterator[None]:
     """Lock a run's folder: no other run can write into it. Call it on all ranks; the main one holds the lock.
 
-    With `overwrite`, an earlier run there is removed.
+    With `overwrite`, an earlier run may be there, which `start_folder` removes.
 
     Raises:
         InputError: on every rank, when another run holds the lock, or the folder cannot be made.
@@ -103,7 +103,7 @@ def own_folder(out: Path, resume: bool, world: World, overwrite: bool = False) -
             try:
                 stack.enter_context(locked(out))
                 if overwrite:
-                    _replace(out)
+                    check_replaceable(out)  # again: something may have been put there since the first check
                 elif not resume:
                     check_free(out)  # again: another run may have begun since the first check
             except InputError as error:
@@ -112,16 +112,16 @@ def own_folder(out: Path, resume: bool, world: World, overwrite: bool = False) -
         yield
 
 
-def _replace(out: Path) -> None:
-    """Remove an earlier run. Raises InputError when `out` holds anything else."""
-    check_replaceable(out)  # again: something may have been put there since the first check
-    if not is_free(out):
+def start_folder(job: Job, config: TrainConfig, out: Path) -> None:
+    """Write config.json: what was asked for, as `read_run` reads it. An earlier run is removed first.
+
+    Raises:
+        InputError: when that cannot be removed.
+        RunError: when the disk refuses.
+    """
+    if not is_free(out):  # `own_folder` has let it pass
         remove_run(out)
         print(f"{out}: the earlier run is removed")
-
-
-def start_folder(job: Job, config: TrainConfig, out: Path) -> None:
-    """Write config.json: what was asked for, as `read_run` reads it."""
     settings = {"job": job.name, "inputs": vars(job), "train": config.to_dict()}
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     content = text.encode(errors="backslashreplace")  # a path that is not UTF-8 is read back as it was

@@ -16,7 +16,7 @@ from minift.config import TrainConfig
 from minift.distributed.world import World
 from minift.errors import InputError
 from minift.runs.finetune import finetune, finetune_job
-from minift.runs.folder import own_folder
+from minift.runs.folder import own_folder, start_folder
 from minift.runs.place import check_replaceable, is_free, is_run, newest_run, next_name, remove_run
 from minift.storage.lock import LOCK, locked
 from tests.helpers import write_jsonl
@@ -162,6 +162,7 @@ def test_one_of_several_processes_removes_it(words: list[str], tmp_path: Path) -
         (["--freeze", "nothing"], "matches no parameter"),
         (["--resume"], "give one of them"),
         (["--lr", "-1"], "lr is -1"),
+        (["--patience", "2", "--eval-every", "0"], "--patience needs held-out data"),
     ],
 )
 def test_a_mistake_costs_no_earlier_run(
@@ -292,7 +293,10 @@ def test_what_came_in_between_is_found_under_the_lock(tmp_path: Path) -> None:
     assert (out / "metrics.jsonl").exists()
     (out / "notes.txt").unlink()
     with own_folder(out, False, World(), True):
-        assert os.listdir(out) == [LOCK]
+        assert (out / "metrics.jsonl").exists()  # there are more checks to come
+        job = finetune_job("bundled")
+        start_folder(job, TrainConfig(), out)
+        assert sorted(os.listdir(out)) == [LOCK, "config.json"]
 
 
 def test_a_removal_that_is_cut_short_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
