@@ -119,7 +119,8 @@ class DocumentStream:
                 raise InputError(f"{self.files[0]}: the corpus holds no documents")
             if (pipe := self.pipe) is not None and self.epochs != self.epoch + 1:
                 name = "standard input" if pipe == STDIN else str(pipe)
-                raise InputError(f"{name} ended after {self._yielded:,} documents, and cannot be read again")
+                how = "was read to --limit" if self._yielded == self.limit else "ended"
+                raise InputError(f"{name} {how} after {self._yielded:,} documents, and cannot be read again")
             self.epoch += 1
             self._start_epoch()
 

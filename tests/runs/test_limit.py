@@ -1,7 +1,9 @@
 """The promise of `--limit N`: the first N records of the data and no other, announced, and kept by a resume."""
 
 import json
+import os
 import shutil
+import threading
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -52,6 +54,18 @@ def test_the_files_after_the_limit_are_not_opened(files: list[Path]) -> None:
     files[1].write_bytes(b"{broken")
     files[2].write_bytes(b"\xff")
     assert list(DocumentStream(files, epochs=2, limit=10)) == [f"page {i}" for i in range(10)] * 2
+
+
+def test_a_pipe_that_was_read_to_the_limit_has_not_ended(tmp_path: Path) -> None:
+    pipe = tmp_path / "pages.jsonl"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b'{"text": "a page"}\n' * 9,))
+    writer.start()
+    texts = iter(DocumentStream([pipe], limit=4))
+    assert list(islice(texts, 4)) == ["a page"] * 4
+    with pytest.raises(InputError, match="was read to --limit after 4 documents, and cannot be read again"):
+        next(texts)
+    writer.join()
 
 
 @pytest.mark.parametrize("buffer", [0, 4, 1_000])
