@@ -83,7 +83,7 @@ def add_pretrain(commands: Any) -> None:
 
 def _add_run_flags(command: argparse.ArgumentParser, out: str) -> None:
     """Add the flags that are not part of a run's settings."""
-    text = f"make the run's folder here (default: {out}, or where that holds a run {out}-2, {out}-3 …)"
+    text = f"make the run's folder here (default: {out}, or where that holds a run {out}-2 and so on)"
     command.add_argument("--out", metavar="DIR", help=text)
     text = "continue the run in --out (default: the newest) from its last checkpoint, with the settings that it has"
     command.add_argument("--resume", action="store_true", help=text)
