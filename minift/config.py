@@ -326,6 +326,7 @@ class TrainConfig:
         0, "number of processes that encode text; 0 encodes it between the steps (no result depends on it)", least=0
     )
     strict: bool = _flag(False, "stop at the first unusable record, instead of skipping up to 1 % of them")
+    limit: int | None = _flag(None, "number of records of --data to use, the first ones (default: all)", least=1)
     eval_every: int | None = _flag(
         None,
         "number of steps between evaluations on the held-out split (default: a tenth of the run); 0: only before the "
@@ -351,10 +352,14 @@ class TrainConfig:
     compare: int = _flag(
         250, "number of held-out pairs that both models answer at the end, evenly spaced; 0: no comparison", least=0
     )
+    tensorboard: bool = _flag(False, "write the metrics for TensorBoard, too (which needs the tensorboard extra)")
     save_format: str = _flag(
         "native",
         "format of final/: native, or a Hugging Face folder (which needs the hf extra)",
         choices=SAVE_FORMATS,
+    )
+    freeze: tuple[str, ...] = _flag(
+        (), "parameters that are not trained, by names or patterns such as 'embed_tokens*', 'layers.0.*' or '*norm*'"
     )
     lora_rank: int = _flag(
         0, "rank of the adapters that are trained while the weights are frozen (LoRA); 0: train the weights", least=0
@@ -398,6 +403,11 @@ class TrainConfig:
                 )
         else:
             check_number("save_every", self.save_every, least=0)
+        object.__setattr__(self, "freeze", (self.freeze,) if isinstance(self.freeze, str) else tuple(self.freeze))
+        if not all(isinstance(pattern, str) for pattern in self.freeze):
+            raise InputError(f"freeze is {list(self.freeze)!r}; it must be names or patterns")
+        if self.freeze and self.lora_rank:
+            raise InputError("--freeze is for weights, and --lora-rank freezes all of them; choose by --lora-targets")
         if self.steps is not None and self.epochs is not None:
             raise InputError("give --steps or --epochs, not both: each sets the length of the run")
 
@@ -417,14 +427,18 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> "TrainConfig":
         """Build settings from the values of a run's `config.json`. Raises InputError for a wrong key or value."""
-        return build(TrainConfig, values, where)
+        freeze = values.get("freeze")
+        return build(TrainConfig, {**values, "freeze": tuple(freeze)} if isinstance(freeze, list) else values, where)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "freeze": list(self.freeze)}
 
 
 # The defaults of the two jobs. Finetuning: about 1,000 short pairs, each seen 10 times. Pretraining: how the bundled
 # base was made.
 FINETUNE = TrainConfig(epochs=10, batch_size=32, lr=1e-4, schedule="linear", warmup=10)
 PRETRAIN = TrainConfig(steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_length=256, min_lr=0.05, weight_decay=0.1)
+# Pretraining that continues from a model: at the rate for random weights it would forget much of what it knows, and at
+# a much lower one it learns little of the new pages (Ibrahim et al., arXiv 2403.08763).
+CONTINUED = PRETRAIN.replace(lr=PRETRAIN.lr / 10)

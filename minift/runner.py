@@ -213,7 +213,7 @@ class BasicModelRunner:
             InputError: when there are fewer than two pairs, for an unknown option or a value out of bounds.
             RunError: when training cannot go on, or was interrupted.
         """
-        known = [item.name for item in dataclasses.fields(TrainConfig)]
+        known = [item.name for item in dataclasses.fields(TrainConfig) if item.name != "limit"]
         if unknown := sorted(set(options) - set(known)):
             raise InputError(f"train has no option {unknown[0]!r}; known: limit, out, {', '.join(known)}")
         if limit is not None:

@@ -70,7 +70,8 @@ def build(cls: type[_Fields], values: dict[str, Any], where: str) -> _Fields:
     if unknown:
         raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(hints)}")
     for name, value in values.items():
-        kinds = get_args(hints[name]) or (hints[name],)
+        is_tuple = get_origin(hints[name]) is tuple  # of texts, which the class itself looks at
+        kinds = (tuple,) if is_tuple else get_args(hints[name]) or (hints[name],)
         allowed: tuple[type, ...] = tuple(get_origin(kind) or kind for kind in kinds)  # tuple[int, ...]: tuple
         if float in allowed:
             allowed = (*allowed, int)

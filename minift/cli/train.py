@@ -7,18 +7,18 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain, add_reading, check_fields
 from minift.cli.streams import outlive_reader
-from minift.config import FINETUNE, PRETRAIN, TrainConfig
+from minift.config import CONTINUED, FINETUNE, PRETRAIN, TrainConfig
 from minift.errors import InputError
 from minift.look.report import samples, table, worse_line
 from minift.storage.names import model_path
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 # May differ when a run is resumed: they change no weight, or only how long it goes on.
-FREE = ("workers", "keep", "strict", "parallel", "save_every", "max_minutes", "compare")
+FREE = ("workers", "keep", "strict", "parallel", "save_every", "max_minutes", "compare", "tensorboard")
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -49,23 +49,28 @@ def add_finetune(commands: Any) -> None:
 
 
 PRETRAIN_MORE = """\
---config, --data and --tokenizer are needed, unless --resume continues a run. The run's folder gets the
-model (final/), the loss of each step (metrics.jsonl), and a page to look at (report.html).
+--config, --data and --tokenizer are needed, unless --resume continues a run; or --model and --data: then
+the training of that model continues, with its own tokenizer. The run's folder gets the model (final/),
+the loss of each step (metrics.jsonl), and a page to look at (report.html).
 
-example:
-  minift pretrain --config bundled --data 'data/pages/*.json.gz' --tokenizer data/base --steps 20"""
+examples:
+  minift pretrain --config bundled --data 'data/pages/*.json.gz' --tokenizer data/base --steps 20
+  minift pretrain --model bundled --data 'data/pages/*.json.gz' --steps 20"""
 
 
 def add_pretrain(commands: Any) -> None:
     """Add `minift pretrain`."""
-    text = "train a model with random weights on pages of text"
+    text = "train a model on pages of text, from random weights or from where another training ended"
     command = add_command(commands, "pretrain", _pretrain, text, PRETRAIN_MORE)
     given = argparse.SUPPRESS
     text = "the shape of the model: the name of a preset, or a config.json"
     command.add_argument("--config", default=given, metavar="NAME|FILE", help=text)
+    text = "continue the training of this model, in place of --config: " + MODEL_HELP
+    text += f" (--lr is then {CONTINUED.lr:g} by default: at a higher one it forgets more)"
+    command.add_argument("--model", default=given, metavar="DIR", help=text)
     text = "train on these pages: JSON Lines or text, compressed or not"
     command.add_argument("--data", nargs="+", default=given, metavar="GLOB", help=text)
-    text = "encode the pages with this tokenizer: a tokenizer.model, or its folder"
+    text = "encode the pages with this tokenizer: a tokenizer.model, or its folder (default: that of --model)"
     command.add_argument("--tokenizer", default=given, metavar="FILE", help=text)
     text = "evaluate on these pages, which are held out of training (default: none)"
     command.add_argument("--validation", nargs="+", default=given, metavar="GLOB", help=text)
@@ -79,9 +84,12 @@ def add_pretrain(commands: Any) -> None:
 
 def _add_run_flags(command: argparse.ArgumentParser, out: str) -> None:
     """Add the flags that are not part of a run's settings."""
-    command.add_argument("--out", default=out, metavar="DIR", help=f"make the run's folder here (default: {out})")
-    text = "continue the run in --out from its last checkpoint, with the settings that it has"
+    text = f"make the run's folder here (default: {out}, or where that holds a run {out}-2 and so on)"
+    command.add_argument("--out", metavar="DIR", help=text)
+    text = "continue the run in --out (default: the newest) from its last checkpoint, with the settings that it has"
     command.add_argument("--resume", action="store_true", help=text)
+    text = "replace an earlier run in --out: it is removed when all that this run reads has been read"
+    command.add_argument("--overwrite", action="store_true", help=text)
     add_plain(command, trains=True)
 
 
@@ -93,7 +101,7 @@ def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, wi
         if item.name in without:
             continue
         flag, default = "--" + item.name.replace("_", "-"), getattr(defaults, item.name)
-        text = item.metadata["help"].replace("%", "%%") + ("" if default is None else f" (default: {default})")
+        text = item.metadata["help"].replace("%", "%%") + ("" if default in (None, ()) else f" (default: {default})")
         kinds = [kind for kind in get_args(hints[item.name]) or (hints[item.name],) if kind is not type(None)]
         kind = kinds[0]
         if kinds == [int, str]:
@@ -101,8 +109,10 @@ def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, wi
         elif kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
+            several = get_origin(hints[item.name]) is tuple
             metavar = "|".join(item.metadata["choices"] or ()) or {int: "N", float: "X", str: "NAME"}[kind]
-            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
+            shape: dict[str, Any] = {"nargs": "+", "metavar": "PATTERN"} if several else {"metavar": metavar}
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, **shape)
 
 
 def _number_or_text(word: str) -> int | str:
@@ -117,7 +127,7 @@ def _finetune(options: dict[str, Any]) -> int:
     from minift.runs import finetune as jobs
 
     outlive_reader()
-    out, resume, plain = Path(options.pop("out")), options.pop("resume"), options.pop("plain")
+    out, resume, overwrite, plain = _take_run_flags(options, "runs/finetune")
     if resume:
         inputs, config = _settings_of("finetune", out, options)
         job = jobs.finetune_job(**inputs)
@@ -130,7 +140,7 @@ def _finetune(options: dict[str, Any]) -> int:
             options.get("encoding", "utf-8"),
             check_fields(options.get("fields", ())),
         )
-    result = jobs.finetune(job, config, out, resume, plain)
+    result = jobs.finetune(job, config, out, resume, plain, overwrite)
     if result is None:
         return _say_how_to_resume("finetune", out, plain)
     if is_main_process():
@@ -169,21 +179,50 @@ def _pretrain(options: dict[str, Any]) -> int:
     from minift.runs import pretrain as jobs
 
     outlive_reader()
-    out, resume, plain = Path(options.pop("out")), options.pop("resume"), options.pop("plain")
+    out, resume, overwrite, plain = _take_run_flags(options, "runs/pretrain")
     if resume:
         inputs, config = _settings_of("pretrain", out, options)
     else:
-        config = PRETRAIN.replace(**train_options(options))
-        for name in ("config", "data", "tokenizer"):
-            if name not in options:
-                raise InputError(f"pretrain needs --{name} (see minift pretrain --help)")
+        config = (CONTINUED if "model" in options else PRETRAIN).replace(**train_options(options))
         inputs = options
-    if not jobs.pretrain(jobs.pretrain_job(**inputs), config, out, resume, plain):
+    if not jobs.pretrain(jobs.pretrain_job(**inputs), config, out, resume, plain, overwrite):
         return _say_how_to_resume("pretrain", out, plain)
     if is_main_process():
         print(f"saved: {out / 'final'} (the model), {out / 'metrics.jsonl'}")
         print(f"look at it: {out / 'report.html'}")
     return 0
+
+
+def _take_run_flags(options: dict[str, Any], default: str) -> tuple[Path, bool, bool, bool]:
+    """Take the flags of `_add_run_flags` out of `options`; return the run's folder, resume, overwrite and plain.
+
+    Raises:
+        InputError: for both --resume and --overwrite.
+    """
+    resume, overwrite, plain = (options.pop(name) for name in ("resume", "overwrite", "plain"))
+    if resume and overwrite:
+        raise InputError("--resume continues the run in --out, and --overwrite removes it; give one of them")
+    given = options.pop("out")
+    out = Path(given) if given is not None else _default_folder(Path(default), resume, overwrite)
+    return out, resume, overwrite, plain
+
+
+def _default_folder(default: Path, resume: bool, overwrite: bool) -> Path:
+    """Return the folder of a run without --out, and print which one it is, if that is not `default` alone."""
+    from minift.distributed.world import is_main_process, may_restart
+    from minift.runs.place import is_free, newest_run, next_name
+
+    out, said = default, ""
+    if resume:
+        out, count = newest_run(default)
+        said = f"--resume: {out}, the newest of {count} runs" if count > 1 else ""
+    # A process that torchrun starts again looks for its run in the same place.
+    elif not (overwrite or may_restart() or is_free(default)):
+        out = next_name(default)
+        said = f"{default} is taken; this run's folder is {out}"
+    if said and is_main_process():
+        print(said)
+    return out
 
 
 def train_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class DocumentStream:
         shuffle_buffer: documents from which the next one is drawn; 0 keeps the order of the files.
         skipped: counts what cannot be used; by default the first such record is raised.
         encoding: that of the files.
+        limit: documents of an epoch: the first ones of the files, in their order. None takes all, and `shuffle_buffer`
+            then also draws the order of the files.
 
     Iterating yields texts. `state_dict()` taken between two documents, given to `load_state_dict()` of a stream over
     the same sources, continues with the next document.
@@ -66,6 +68,7 @@ class DocumentStream:
         shuffle_buffer: int = 0,
         skipped: Skipped | None = None,
         encoding: str = UTF8,
+        limit: int | None = None,
     ):
         self.files = find_files(sources, say=None)
         if tables := [file for file in self.files if is_table(file)]:
@@ -76,6 +79,7 @@ class DocumentStream:
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
         self.skipped = skipped or Skipped(strict=True)
+        self.limit = limit
         self.epoch = 0
         self._complete: dict[int, tuple[int, int]] = {}  # of each file read to its end: records, their checksum
         self._loaded_state: dict[str, Any] | None = None  # a state whose files have not been read yet
@@ -86,10 +90,15 @@ class DocumentStream:
         """The first of the files that can be read only once: standard input, or a pipe with a name."""
         return next(filter(is_pipe, self.files), None)
 
+    @property
+    def _draws_shards(self) -> bool:
+        """Return whether several shards are read at the same time, in an order that is drawn."""
+        return self.shuffle_buffer > 0 and self.limit is None
+
     def _start_epoch(self) -> None:
         self._random = random.Random(f"{self.seed}, epoch {self.epoch}")
         self._order = list(range(len(self.files)))
-        if self.shuffle_buffer:
+        if self._draws_shards:
             self._random.shuffle(self._order)
         self._opened = 0  # shards of the order that have been opened
         self._shards: list[Shard] = []  # those that are being read
@@ -110,7 +119,8 @@ class DocumentStream:
                 raise InputError(f"{self.files[0]}: the corpus holds no documents")
             if (pipe := self.pipe) is not None and self.epochs != self.epoch + 1:
                 name = "standard input" if pipe == STDIN else str(pipe)
-                raise InputError(f"{name} ended after {self._yielded:,} documents, and cannot be read again")
+                how = "was read to --limit" if self._yielded == self.limit else "ended"
+                raise InputError(f"{name} {how} after {self._yielded:,} documents, and cannot be read again")
             self.epoch += 1
             self._start_epoch()
 
@@ -130,7 +140,7 @@ class DocumentStream:
 
     def _read(self) -> bool:
         """Read one more document into the buffer. Return False when the epoch has no more."""
-        while True:
+        while self.limit is None or self._yielded + len(self._texts) < self.limit:
             self._open_shards()
             if not self._shards:
                 return False
@@ -151,9 +161,10 @@ class DocumentStream:
             self._texts.append(text)
             self._characters += len(text)
             return True
+        return False
 
     def _open_shards(self) -> None:
-        while self._opened < len(self.files) and len(self._shards) < (OPEN_SHARDS if self.shuffle_buffer else 1):
+        while self._opened < len(self.files) and len(self._shards) < (OPEN_SHARDS if self._draws_shards else 1):
             index = self._order[self._opened]
             self._check_same(index)
             self._shards.append(self._open(index))
@@ -198,7 +209,7 @@ class DocumentStream:
         if self._loaded_state is not None:
             return self._loaded_state
         skipped = self.skipped
-        names = ("seed", "shuffle_buffer", "text_field", "encoding")
+        names = ("seed", "shuffle_buffer", "text_field", "encoding", "limit")
         return {
             "settings": {name: getattr(self, name) for name in names},
             "files": self._fingerprints,
@@ -225,7 +236,7 @@ class DocumentStream:
         Raises:
             InputError: when the files or a setting have changed; it names what differs.
         """
-        saved = {"encoding": UTF8, **state["settings"]}  # the only one that there was in earlier versions
+        saved = {"encoding": UTF8, "limit": None, **state["settings"]}  # all that there was in earlier versions
         check_settings(saved, self.state_dict()["settings"])
         if state["files"] != self._fingerprints:
             raise InputError(_difference(state["files"], self._fingerprints))

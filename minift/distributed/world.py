@@ -127,6 +127,11 @@ def restarted() -> bool:
     return started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def may_restart() -> bool:
+    """Return whether `torchrun --max-restarts` starts the command again, in the same words, when a process dies."""
+    return started_by_torchrun() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 @contextmanager
 def join(parallel: str, device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun has started; without it, give a world of one.

@@ -1,12 +1,13 @@
 """What both jobs do: choose the machine, own the folder, and take the steps that lead to `final/`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from minift.config import LlamaConfig, TrainConfig
-from minift.distributed.world import World, restarted
+from minift.distributed.world import World, may_restart, restarted
 from minift.errors import InputError, need
 from minift.model import Llama
 from minift.runs.clock import is_evaluated
@@ -15,7 +16,8 @@ from minift.runs.final import Run, remove_saves, save_final
 from minift.runs.folder import check_free, check_made_from, newest_whole_step, start_folder
 from minift.runs.loop import run_steps
 from minift.runs.machine import check_compiler, choose_device, choose_dtype
-from minift.runs.metrics import cut_metrics
+from minift.runs.metrics import cut_metrics, read_metrics
+from minift.runs.place import check_replaceable
 from minift.runs.progress import Best
 from minift.runs.space import bytes_of_saves, check_space
 from minift.runs.steps import load_step, save_best
@@ -43,19 +45,32 @@ def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torc
     if config.save_format == "hf":  # checked now: the run would fail at its end
         need("tokenizers", "hf", "--save-format hf")
         need("safetensors", "hf", "--save-format hf")
+    if config.tensorboard:
+        need("tensorboard", "tensorboard", "--tensorboard")
     return device, config.replace(dtype=choose_dtype(config, device))
 
 
-def check_out(out: Path, resume: bool, world: World) -> bool:
+def check_out(
+    out: Path, resume: bool, world: World, overwrite: bool = False, inputs: Sequence[str | Path] = ()
+) -> bool:
     """Check that a new run can begin in `out`. Return True if a run is to be resumed there. Call it on all ranks.
 
     It is also resumed when `torchrun --max-restarts` has started the command again, in the words that began it.
 
+    Args:
+        overwrite: let it begin where an earlier run is.
+        inputs: what it reads.
+
     Raises:
         InputError: when a new run cannot begin there.
     """
+    if overwrite and (resume or may_restart()):
+        other = "--resume" if resume else "torchrun's --max-restarts, which goes on with the run in --out,"
+        raise InputError(f"--overwrite begins a new run, and {other} continues one; give one of them")
     resume = resume or (restarted() and (out / "config.json").is_file())
-    if not resume:
+    if overwrite:
+        check_replaceable(out, inputs)
+    elif not resume:
         check_free(out)
     world.wait()  # until every rank has looked: then the main one may write
     return resume
@@ -92,7 +107,7 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
         InputError: when all its step folders are damaged, or --patience has nothing to evaluate.
         RunError: when training cannot go on.
     """
-    if run.config.patience and not (run.validation and run.config.eval_every):
+    if run.config.patience and (run.config.eval_every == 0 or not run.validation):
         raise InputError("--patience needs held-out data to be evaluated on, and --eval-every above 0")
     made_from = contents(vars(run.job), run.config, run.tokenizer, run.validation, state)
     if resume:
@@ -102,13 +117,13 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
         state.world.agreed(_mend_metrics, run, state, None)
         remove_saves(run, state)
         return True
+    needed = bytes_of_saves(state.model, run.plan, run.config, evaluated=bool(run.validation))
+    state.world.agreed(check_space, run.out if state.world.is_main else None, needed)
     if resume:
         _resume(run, state)
         _evaluate_again(run, state)
     elif state.world.is_main:
         start_folder(run.job, run.config, run.out, made_from)
-    needed = bytes_of_saves(state.model, run.plan, run.config, evaluated=bool(run.validation))
-    state.world.agreed(check_space, *((run.out, needed) if state.world.is_main else (None, 0)))
     steps, warmup = run.plan.steps, run.config.warmup
     if state.step == 0 and warmup >= steps:
         print(f"note: the run of {steps} steps ends within its warm-up of {warmup}, below --lr")
@@ -135,17 +150,17 @@ def _resume(run: Run, state: TrainState) -> None:
 def _evaluate_again(run: Run, state: TrainState) -> None:
     """Make the evaluation that is due after the newest step, where a signal has interrupted it. Call on all ranks."""
     file = run.out / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    record = json.loads(lines[-1]) if lines else {}
-    due = state.step and run.validation and is_evaluated(state.step, run.plan, run.config)
-    if not state.world.any(bool(due and "validation_loss" not in record)):
+    records = read_metrics(file)
+    due = run.validation and is_evaluated(state.step, run.plan, run.config)
+    lacking = due and records and records[-1]["step"] == state.step and "validation_loss" not in records[-1]
+    if not state.world.any(bool(lacking)):
         return
-    best = Best.of(file)
-    record["validation_loss"] = validation_loss(state, run.validation)
-    if best.add(record):
+    best = Best.of_records(records)
+    records[-1]["validation_loss"] = validation_loss(state, run.validation)
+    if best.add(records[-1]):
         save_best(run.out / "best", state, run.tokenizer)
     if state.world.is_main:
-        text = "".join(f"{line}\n" for line in [*lines[:-1], json.dumps(record)])
+        text = "".join(f"{json.dumps(record)}\n" for record in records)
         write_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
     state.world.wait()
 

@@ -1,7 +1,7 @@
 """Finetuning, from files of pairs to a finished run folder: the pages of the root, called in order.
 
 read_data    prompts.py, data/conversations.py        files → pairs to train on, pairs held out, the template of both
-open_model    checkpoint.py, lora.py           the model, with adapters if they are asked for
+open_model    runs/model.py, lora.py           the model, with adapters if they are asked for
 encode        pack.py                          pairs → examples: token ids, of which the answer's are learned
 announce                                       what the run is going to do
 start_state   optim.py, runs/start.py          the state before the first step
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from minift import kernels
-from minift.checkpoint import load_model, model_without_memory, weights_of
+from minift.checkpoint import load_model, weights_of
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
 from minift.data.conversations import Reading, read_all_conversations
@@ -30,25 +30,24 @@ from minift.data.examples import encode_conversations
 from minift.data.records import Skipped, find_files
 from minift.data.split import held_out_places
 from minift.data.templates import choose_template, passes_over_own, template_named
-from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluation.evaluate import compare
-from minift.formats.open import check_model_files
-from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
-from minift.runs.common import check_length, check_out, choose_machine, complete, describe
+from minift.runs.common import check_out, choose_machine, complete, describe
 from minift.runs.final import Run
-from minift.runs.folder import FinetuneJob, own_folder, write_report
+from minift.runs.folder import FinetuneJob, inputs_of, own_folder, write_report
+from minift.runs.freeze import trained_in_words
+from minift.runs.model import fill_shards, open_model
 from minift.runs.start import start_state
 from minift.runs.stop import ended_by_signals
 from minift.storage.atomic import write_file
 from minift.storage.names import bundled, model_path
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.chat import ChatTemplate, has_chat_template, stop_at_turns
-from minift.tokenizer.load import check_fit, load_tokenizer
+from minift.tokenizer.load import load_tokenizer
 from minift.train import Plan, TrainState
 
 
@@ -67,12 +66,18 @@ def finetune_job(
 
 
 def finetune(
-    job: FinetuneJob, config: TrainConfig, out: Path, resume: bool = False, plain: bool = False
+    job: FinetuneJob,
+    config: TrainConfig,
+    out: Path,
+    resume: bool = False,
+    plain: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Finetune a model on pairs, then compare it with what it was before.
 
     Args:
-        out: the run's folder. It must not hold a run, unless `resume` continues that one.
+        out: the run's folder. It must not hold a run, unless `resume` continues that one, or `overwrite` removes it,
+            when all inputs of this run have been read.
         plain: run the pages as they are read: no faster code of `kernels/` is installed.
 
     Returns:
@@ -85,12 +90,12 @@ def finetune(
     """
     device, config = choose_machine(config, resume, plain)
     with join(config.parallel, device) as world:
-        resume = check_out(out, resume, world)
+        resume = check_out(out, resume, world, overwrite, inputs_of(job, config))
         split = read_data(job, config)
         # By default not compiled: no two batches have the same shape, and each new one would be compiled again.
         config = config.replace(template=split.template, compile=bool(config.compile))
         prepared = [_prepare(job, split, config, out, plain, world)]
-        with own_folder(out, resume, world):
+        with own_folder(out, resume, world, overwrite):
             # Taken out of the list: what the steps need of memory makes room for the two models of the comparison.
             if not complete(*prepared.pop(), resume):
                 return None
@@ -116,7 +121,7 @@ def _prepare(
     plan = Plan.make(config, len(batches))
     state = start_state(model, batches, config, world, plain)
     if world.parallel == "fsdp":  # each rank has room for its part now
-        _fill_shards(job.model, model, config, world)
+        fill_shards(job.model, model, config, world)
     validation = _validation_batches(encoded.held_out, tokenizer, config)
     return Run(job, config, plan, tokenizer, validation, out, lambda: weights_of(job.model)), state
 
@@ -147,6 +152,7 @@ class Split:
     tokenizer: Tokenizer
     skipped: Skipped
     tested: bool = False  # whether those held out are from files of their own
+    found: int = 0  # those that --limit leaves out are counted, too
 
     @property
     def refuse_held_out(self) -> Callable[[InputError], object] | None:
@@ -190,19 +196,20 @@ def read_data(job: FinetuneJob, config: TrainConfig) -> Split:
         read_all_conversations(files, faults, Reading(job.encoding, job.fields), print) if files else []
         for files, faults in ((job.data, skipped), (job.test, None))
     )
+    count, found = len(found), found[: config.limit]
     training, held_out = (found, test) if job.test else _hold_out(found, config.seed)
     tokenizer = load_tokenizer(job.model)
     template = choose_template(config.template, training, tokenizer, config.rendered)  # chats held out change nothing
     if template != "chat":
         name = template if any(isinstance(one, Chat) for one in held_out) else config.template
         template = choose_template(name, [*training, *held_out], tokenizer, config.rendered)
-    return Split(training, held_out, template, tokenizer, skipped, tested=bool(job.test))
+    return Split(training, held_out, template, tokenizer, skipped, tested=bool(job.test), found=count)
 
 
 def _hold_out(pairs: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
     """Hold some of the pairs out; return the others, and those, in file order."""
     if len(pairs) < 2:
-        raise InputError(f"{pairs[0].where}: a single record cannot be split; give at least 2, or --test")
+        raise InputError(f"{pairs[0].where}: one record cannot be split; give at least 2 (--limit, too), or --test")
     drawn = held_out_places(len(pairs), seed)
     left = set(range(len(pairs))) - set(drawn)
     return [pairs[i] for i in sorted(left)], [pairs[i] for i in drawn]
@@ -236,43 +243,6 @@ def _validation_batches(held_out: list[Example], tokenizer: Tokenizer, config: T
 # Model ----------------------------------------------------------------------------------------------------------------
 
 
-def open_model(name: str, tokenizer: Tokenizer, config: TrainConfig, world: World) -> Llama:
-    """Return a model, with new adapters if `config.lora_rank` asks for them.
-
-    In a sharded run (fsdp) the model is on "meta", without memory: `_fill_shards` reads the weights.
-
-    Raises:
-        InputError: when its files are missing or damaged, or do not fit together, or its positions are too few.
-    """
-    _check_files(name, world)
-    model = (
-        model_without_memory(name) if world.parallel == "fsdp" else load_model(name, device=world.device, check=False)
-    )
-    check_fit(model.config, tokenizer)
-    check_length(config, model.config)
-    if config.lora_rank:
-        add_lora(model, LoRAConfig.of(config), torch.Generator().manual_seed(config.seed))
-    return model
-
-
-def _check_files(name: str, world: World) -> None:
-    """Compare a model's files with their checksums before hours of training; the main rank does it for all."""
-    failure = None
-    if world.is_main:
-        try:
-            check_model_files(name)
-        except InputError as error:
-            failure = error
-    world.agree(failure)
-
-
-def _fill_shards(name: str, model: Llama, config: TrainConfig, world: World) -> None:
-    """Read this rank's part of the weights, and draw that of new adapters."""
-    fill(model, world, weights_of(name))
-    if config.lora_rank:
-        init_adapters(model, torch.Generator().manual_seed(config.seed))
-
-
 def fit_to_template(model: Llama, split: Split) -> None:
     """Let the model stop where a chat template ends a turn, and save a template of the user's own with it."""
     tokenizer = split.tokenizer
@@ -294,14 +264,21 @@ def template_note(split: Split) -> str:
 def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, config: TrainConfig, world: World) -> None:
     """Print what the run is going to do: with which model, on which pairs, and what is left out."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else "all of them trained"
+    share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else trained_in_words(model)
     left_out = f"{encoded.cut} cut to {config.max_length} tokens, {encoded.dropped} dropped"
     held_out = f"{len(split.held_out):,} {split.kind} held out ({encoded.held_out_dropped} without a target)"
     print(describe(model, job.model, share, config, world))
+    if config.limit:
+        print(f"--limit: {limited(config.limit, split.found, split.kind)}")
     print(f"{len(encoded.examples):,} {split.kind} to train on ({left_out})")
     print(f"{held_out}; template {split.template}{template_note(split)}")
     if split.skipped.skipped:
         print(split.skipped)
+
+
+def limited(limit: int, found: int, kind: str) -> str:
+    """Return which records a limit leaves, in words."""
+    return f"the first {limit:,} of {found:,} {kind}" if limit < found else f"all {found:,} {kind}"
 
 
 def print_findings(split: Split, encoded: Encoded, config: TrainConfig) -> None:

@@ -3,6 +3,7 @@
     config.json      what was asked for: the job, its inputs and the TrainConfig, enough to start the run again; and
                      checksums of what the inputs held
     metrics.jsonl    one object for each optimizer step (what was damaged of it is in metrics.jsonl.damaged)
+    tensorboard/     with --tensorboard: the same numbers as TensorBoard's events (`events.py`)
     step_NNNNNN/     a resumable checkpoint (`steps.py`)
     best/            until the run is complete: the model of the lowest validation loss so far (of a LoRA run, adapters)
     final/           that model, a minift checkpoint (with --save-format hf, a Hugging Face folder)
@@ -10,7 +11,8 @@
     compare.json     for finetuning: both models on the held-out questions
     report.html      all of this on one page; curves.png, its curves, where the `plot` extra is installed
 
-So `--resume` needs nothing but the folder, from wherever one stands.
+So `--resume` needs nothing but the folder, from wherever one stands. `--overwrite` removes this and nothing else
+(`place.py`).
 """
 
 import dataclasses
@@ -31,10 +33,11 @@ from minift.look.pages.run import run_page
 from minift.runs.contents import check_contents
 from minift.runs.inputs import from_anywhere
 from minift.runs.metrics import read_metrics
+from minift.runs.place import check_replaceable, is_free, next_name, remove_run
 from minift.runs.steps import check_step, step_folders
 from minift.storage.atomic import write_file
 from minift.storage.links import check_name
-from minift.storage.lock import LOCK, locked
+from minift.storage.lock import locked
 from minift.values import read_json
 
 
@@ -57,7 +60,7 @@ class FinetuneJob:
 class PretrainJob:
     """What to pretrain: a preset or config file, pages, a tokenizer, and held-out pages (none: no evaluation).
 
-    `encoding` is that of all pages.
+    `encoding` is that of all pages. `model` is the one whose training continues; `config` is "" then.
     """
 
     name: ClassVar[str] = "pretrain"
@@ -67,6 +70,7 @@ class PretrainJob:
     validation: tuple[str, ...] = ()
     text_field: str = "text"
     encoding: str = "utf-8"
+    model: str = ""
 
 
 Job: TypeAlias = FinetuneJob | PretrainJob
@@ -77,19 +81,23 @@ def check_free(out: Path) -> None:
     """Raise InputError unless a new run can begin in `out`: it is free, and its name is one that a model may have."""
     check_name(out)
     if out.is_dir() and (out / "config.json").exists():
-        raise InputError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
-    if out.exists() and (not out.is_dir() or any(not _is_leftover(file) for file in out.iterdir())):
+        ways = f"continue it with --resume, replace it with --overwrite, or give --out {next_name(out)}"
+        raise InputError(f"{out}: already holds a run; {ways}")
+    if not is_free(out):
         raise InputError(f"{out}: exists and is not an empty folder; choose another --out")
 
 
-def _is_leftover(file: Path) -> bool:
-    """Return True for a file of a run that was killed before it had written its config.json."""
-    return file.name.endswith(".partial") or file.name == LOCK
+def inputs_of(job: Job, config: TrainConfig) -> list[str]:
+    """Return what a run is asked to read: files, folders and globs, among names that are none."""
+    values = [config.template, *vars(job).values()]
+    return [text for value in values for text in ([value] if isinstance(value, str) else value)]
 
 
 @contextmanager
-def own_folder(out: Path, resume: bool, world: World) -> Iterator[None]:
+def own_folder(out: Path, resume: bool, world: World, overwrite: bool = False) -> Iterator[None]:
     """Lock a run's folder: no other run can write into it. Call it on all ranks; the main one holds the lock.
+
+    With `overwrite`, an earlier run may be there, which `start_folder` removes.
 
     Raises:
         InputError: on every rank, when another run holds the lock, or the folder cannot be made.
@@ -99,7 +107,9 @@ def own_folder(out: Path, resume: bool, world: World) -> Iterator[None]:
         if world.is_main:
             try:
                 stack.enter_context(locked(out))
-                if not resume:
+                if overwrite:
+                    check_replaceable(out)  # again: something may have been put there since the first check
+                elif not resume:
                     check_free(out)  # again: another run may have begun since the first check
             except InputError as error:
                 failure = error
@@ -108,7 +118,17 @@ def own_folder(out: Path, resume: bool, world: World) -> Iterator[None]:
 
 
 def start_folder(job: Job, config: TrainConfig, out: Path, contents: Mapping[str, Any]) -> None:
-    """Write config.json: what was asked for, as `read_run` reads it from any folder, and what the inputs held."""
+    """Write config.json: what was asked for, as `read_run` reads it from any folder, and what the inputs held.
+
+    An earlier run is removed first.
+
+    Raises:
+        InputError: when that cannot be removed.
+        RunError: when the disk refuses.
+    """
+    if not is_free(out):  # `own_folder` has let it pass
+        remove_run(out)
+        print(f"{out}: the earlier run is removed")
     inputs, train = (
         {name: from_anywhere(name, value) for name, value in part.items()} for part in (vars(job), config.to_dict())
     )
@@ -161,12 +181,15 @@ def _check_inputs(name: str, inputs: dict[str, Any], where: Path) -> None:
     inputs.setdefault("encoding", "utf-8")  # runs of earlier versions read no other
     if "fields" in names:
         inputs.setdefault("fields", [])
+    else:
+        inputs.setdefault("model", "")  # earlier versions had none here
     if set(inputs) != names:
         raise InputError(f"{where}: inputs are {sorted(inputs)}; a {name} run has {sorted(names)}")
     for item in fields:
         value, is_list = inputs[item.name], item.type is not str
         texts = value if is_list and isinstance(value, list) else [None if is_list else value]
         missing = item.default is dataclasses.MISSING and not value
+        missing = missing and not (item.name == "config" and inputs.get("model"))
         if missing or not all(isinstance(text, str) and "\0" not in text for text in texts):
             kind = "a list of texts" if is_list else "a text"
             raise InputError(f"{where}: {item.name} is {value!r}; it must be {kind}")

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from minift.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from minift.lora import has_adapter
 from minift.pack import Batch
 from minift.runs.clock import Clock, is_evaluated
+from minift.runs.events import open_events
 from minift.runs.progress import BEFORE, Best, metrics_file, progress_bar, record_of, say_what, show
 from minift.runs.steps import load_random_state, random_state, save_best, save_step
 from minift.runs.stop import StopSignal
@@ -52,7 +54,8 @@ def run_steps(
         return True
     with StopSignal(quiet=not world.is_main) as stop:
         try:
-            with metrics_file(out, world) as metrics:
+            events = open_events(config, out, state)
+            with metrics_file(out, world) as metrics, closing(events):
                 for record in _records(state, plan, config, validation, stop, clock):
                     if best.add(record) and _must_be_kept(state, plan):
                         save_best(out / "best", state, tokenizer)
@@ -60,6 +63,7 @@ def run_steps(
                         continue
                     metrics.write(json.dumps(record) + "\n")
                     metrics.flush()
+                    events.add(record)
                     if best.rose and best.evaluations_since == 1 and world.is_main:
                         tqdm.write(f"step {state.step}: {best.in_words()}")
                     if config.patience and best.evaluations_since >= config.patience:

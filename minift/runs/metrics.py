@@ -17,11 +17,6 @@ from minift.storage.atomic import write_file
 OF_STEP = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds")  # numbers in the line of each step
 # Numbers that some lines have; one of step 0 has no others.
 OTHERS = ("validation_loss", "validation_loss_before", "loss_scale", "mfu")
-    "validation_loss",
-    "validation_loss_before",
-    "loss_scale",
-    "mfu",
-)  # numbers that some lines have; one of step 0 has no others
 DAMAGED = ".damaged"  # the end of the name of the file for lines that cannot be used
 SHOWN = 3  # stretches of steps without a line that are named
 

@@ -37,8 +37,14 @@ def bytes_of_saves(model: Llama, plan: Plan, config: TrainConfig, evaluated: boo
     return NUMBER * ((kept + 1) * (saved + 2 * trained) + evaluated * 2 * saved + weights)
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Print the space that saves need in `out`, next to what is free. Raises RunError where that is less."""
+def check_space(out: Path | None, needed: int) -> None:
+    """Print the space that saves need in `out`, next to what is free. Of several processes, one gives `out`.
+
+    Raises:
+        RunError: where less is free.
+    """
+    if out is None:
+        return
     held = sum(file.stat().st_size for file in out.rglob("*") if file.is_file() and not file.is_symlink())
     free = shutil.disk_usage(out).free + held  # a resumed run replaces what it has saved
     words = f"saves need up to {size(needed)} in {out}, where {size(free)} are free"

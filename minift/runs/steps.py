@@ -113,11 +113,16 @@ def random_state() -> dict[str, Any]:
 
 
 def _shards(state: TrainState) -> dict[str, Tensor]:
-    """Return this rank's part of the trained weights and of their moments, by name. Moments are made if need be."""
+    """Return this rank's part of the weights (of a LoRA run, of the adapters), and of the moments of those trained.
+
+    Moments are made if need be.
+    """
     shards: dict[str, Tensor] = {}
+    adapted = has_adapter(state.model)
     for name, parameter in state.model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or not adapted:  # what adapters leave as it is, the base of the run has
             shards[name] = parameter.detach()
+        if parameter.requires_grad:
             shards |= {f"{name} {key}": moment for key, moment in moments_of(state.optimizer, parameter).items()}
     return shards
 

@@ -37,7 +37,7 @@ def chat_source(files: Mapping[str, bytes], path: str | None) -> tuple[str, str]
             return _text(Path(path).read_bytes(), path), path
         except OSError as error:
             raise InputError(one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
-    found = _found(files)
+    found = find_chat_source(files)
     if found is None:
         raise InputError(
             f"the model's folder has no chat template ({', '.join(SOURCES)} were looked for); give a template of your "
@@ -65,7 +65,12 @@ def chat_variables(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: token for name, token in tokens.items() if name.endswith("_token") and isinstance(token, str)}
 
 
-def _found(files: Mapping[str, bytes]) -> tuple[str, str] | None:
+def find_chat_source(files: Mapping[str, bytes]) -> tuple[str, str] | None:
+    """Return the text of the chat template in a tokenizer's files, and the name of its file; None where there is none.
+
+    Raises:
+        InputError: for a damaged file, or several templates without a default.
+    """
     if SOURCES[0] in files:
         return _text(files[SOURCES[0]], SOURCES[0]), SOURCES[0]
     for name in SOURCES[1:]:

@@ -73,8 +73,11 @@ EVERY_FLAG: dict[str, Any] = {
     "shuffle_buffer": 7,
     "workers": 1,
     "strict": True,
+    "limit": 19,
     "eval_every": 5,
     "patience": 5,
+    "tensorboard": True,
+    "freeze": ["*norm*"],  # excludes adapters
     "lora_rank": 2,
     "lora_alpha": 3.0,
     "lora_targets": "q_proj,down_proj",
@@ -105,7 +108,7 @@ def as_flags(values: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            words += [f"--{flag}", str(value)]
+            words += [f"--{flag}", *(value if isinstance(value, list) else [str(value)])]
     return words
 
 
@@ -143,7 +146,7 @@ def test_what_one_process_does_imports_neither_the_compiler_nor_what_many_need(
     """Each of these takes as long to import as torch does."""
     code = f"import sys; from minift.cli import main\nstatus = main({words!r})\n"
     code += "heavy = ['torch._dynamo', 'torch._inductor', 'torch.distributed.checkpoint', 'torch.distributed.tensor']\n"
-    code += "heavy += ['jinja2', 'pyarrow', 'tokenizers', 'minift.tokenizer.jinja']\n"  # of extras
+    code += "heavy += ['jinja2', 'pyarrow', 'tokenizers', 'tensorboard', 'minift.tokenizer.jinja']\n"  # of extras
     code += "print('heavy:', [name for name in heavy if name in sys.modules], 'torch' in sys.modules); sys.exit(status)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -204,7 +207,7 @@ def test_every_field_is_in_the_help_with_its_default(
         assert f"--{item.name.replace('_', '-')} " in text or f"--{item.name.replace('_', '-')}," in text
         assert item.metadata["help"] in text
         default = getattr(defaults, item.name)
-        assert default is None or f"{item.metadata['help']} (default: {default})" in text
+        assert default in (None, ()) or f"{item.metadata['help']} (default: {default})" in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +245,8 @@ def test_every_field_is_a_flag(words: dict[str, list[str]], tmp_path: Path, comm
     pytest.importorskip("tokenizers")
     assert set(EVERY_FLAG) == {item.name for item in dataclasses.fields(TrainConfig)}
     defaults = FINETUNE if command == "finetune" else PRETRAIN
-    without = (*NOT_OF[command], *(("patience",) if command == "pretrain" else ()))  # this run has no held-out pages
+    pytest.importorskip("tensorboard")
+    without = (*NOT_OF[command], "patience" if command == "pretrain" else "freeze")  # it has no held-out pages
     given = {name: value for name, value in EVERY_FLAG.items() if name not in without}
     for name, value in given.items():
         assert name in ("compile", "epochs", "parallel") or value != getattr(defaults, name)

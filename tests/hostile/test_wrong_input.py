@@ -344,6 +344,7 @@ BAD = {
     "clip": ["-1"],
     "loss_chunk": ["0", "-1"],
     "seed": ["-1", HUGE],
+    "limit": ["0", "-1"],
     "eval_every": ["-1"],
     "save_every": ["-1"],
     "keep": ["-1"],

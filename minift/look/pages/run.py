@@ -8,6 +8,7 @@ page can be made again at any time, and says nothing that the files do not say.
 """
 
 import dataclasses
+import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from minift.look.pages.curves import curves_of, svg
 from minift.look.pages.document import document, table, text
 from minift.look.report import CUT, LABELS, number
 from minift.lora import LoRAConfig
+from minift.runs.freeze import frozen_names
 from minift.runs.metrics import read_metrics
 from minift.runs.progress import Best
 from minift.values import read_json, size
@@ -86,12 +88,12 @@ def run_command(run: Mapping[str, Any], out: Path) -> str:
             words += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
     for item in dataclasses.fields(TrainConfig):
         value, flag = run["train"].get(item.name), item.name.replace("_", "-")
-        if value == getattr(defaults, item.name) or value is None:
+        if value == getattr(defaults, item.name) or value is None or value == []:
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", str(value)]
+            words += [f"--{flag}", *(value if isinstance(value, list) else [str(value)])]
     return shlex.join([*words, "--out", str(out)])
 
 
@@ -102,7 +104,10 @@ def _page(title: str, sections: Sequence[str]) -> str:
 
 def _summary(config: TrainConfig, metrics: Sequence[Mapping[str, Any]], shape: LlamaConfig, trained: int | None) -> str:
     total = count_parameters(shape).total
-    share = "all of them trained" if trained is None else f"with {trained:,} numbers of adapters trained in their place"
+    sizes = {name: math.prod(size) for name, size in parameter_shapes(shape).items()}
+    left = total - sum(sizes[name] for name in frozen_names(sizes, config.freeze))
+    share = f"{left:,} of them trained" if config.freeze else "all of them trained"
+    share = share if trained is None else f"with {trained:,} numbers of adapters trained in their place"
     tokens = sum(step["tokens"] for step in metrics)
     words = f"A Llama of {total:,} weights, {share}: {len(metrics):,} steps over {tokens:,} tokens, in {config.dtype}."
     best = Best.of_records(metrics)
@@ -203,6 +208,7 @@ def _settings(config: TrainConfig) -> str:
     rows = []
     for item in dataclasses.fields(TrainConfig):
         value = getattr(config, item.name)
-        shown = "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        value = " ".join(value) if isinstance(value, tuple) else value
+        shown = "-" if value in (None, "") else str(value).lower() if isinstance(value, bool) else str(value)
         rows.append([f"<code>{item.name}</code>", text(shown), text(item.metadata["help"])])
     return "<h2>Settings</h2>\n" + table(["name", "value", "meaning"], rows, "All settings of the run")
