@@ -10,13 +10,14 @@ from minift.checkpoint import load_weights, save_model
 from minift.config import LlamaConfig, TrainConfig
 from minift.distributed.world import World, restarted
 from minift.errors import InputError, need
+from minift.formats.carried import Carried
 from minift.formats.peft import write_peft
 from minift.lora import LoRAConfig, adapter_weights, merge
 from minift.model import Llama
 from minift.pack import Batch
 from minift.runs.folder import FinetuneJob, Job, check_free, cut_metrics, newest_whole_step, start_folder
 from minift.runs.loop import run_steps
-from minift.runs.machine import check_compiler, choose_device, choose_dtype
+from minift.runs.machine import check_compiler, choose_device, choose_dtype, choose_save_format
 from minift.runs.progress import Best
 from minift.runs.steps import load_step
 from minift.storage.atomic import remove_leftovers, write_folder
@@ -28,7 +29,10 @@ PATIENCE = 3  # evaluations, where one is advised
 
 @dataclass(frozen=True)
 class Run:
-    """All of a run but its state: what was asked for, how long it is, what it is evaluated on, and its folder."""
+    """All of a run but its state: what was asked for, how long it is, what it is evaluated on, and its folder.
+
+    `carried` is what `final/` gets besides its weights, where a Hugging Face folder is made of another one.
+    """
 
     job: Job
     config: TrainConfig
@@ -36,13 +40,19 @@ class Run:
     tokenizer: Tokenizer
     validation: Sequence[Batch]
     out: Path
+    carried: Carried | None = None
 
 
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torch.device, TrainConfig]:
-    """Return the device to train on, and the config with its dtype chosen.
+def choose_machine(
+    config: TrainConfig, resume: bool, plain: bool, model: str | None = None
+) -> tuple[torch.device, TrainConfig]:
+    """Return the device to train on, and the config with its dtype and the format of `final/` chosen.
+
+    Args:
+        model: what is trained, if it is not from random weights.
 
     Raises:
         InputError: for a device, dtype, compiler or package that this machine does not have, and for a new run that is
@@ -53,6 +63,7 @@ def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torc
     device = choose_device(config)
     if not plain:
         check_compiler(config, device)
+    config = config.replace(save_format=choose_save_format(config, model))
     if config.save_format == "hf":  # checked now: the run would fail at its end
         need("tokenizers", "hf", "--save-format hf")
         need("safetensors", "hf", "--save-format hf")
@@ -149,7 +160,7 @@ def _save_final(run: Run, state: TrainState) -> None:
     if run.config.lora_rank:
         _save_adapter(run, state)
         merge(state.model)  # one matrix after another; `save_model` would keep all of them twice
-    save_model(run.out / "final", state.model, run.tokenizer, format=run.config.save_format, world=state.world)
+    save_model(run.out / "final", state.model, run.tokenizer, None, run.config.save_format, state.world, run.carried)
 
 
 def _save_adapter(run: Run, state: TrainState) -> None:

@@ -34,7 +34,9 @@ from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluation.evaluate import compare
-from minift.formats.open import check_model_files
+from minift.formats.carried import Carried
+from minift.formats.huggingface import check_shape
+from minift.formats.open import carried_from, check_model_files
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.pack import Batch, Example, collate
@@ -81,7 +83,7 @@ def finetune(
         InputError: for wrong input; nothing is written before all of it has been read.
         RunError: when training cannot go on.
     """
-    device, config = choose_machine(config, resume, plain)
+    device, config = choose_machine(config, resume, plain, job.model)
     with join(config.parallel, device) as world:
         resume = check_out(out, resume, world)
         split = read_data(job, config)
@@ -103,6 +105,7 @@ def _prepare(
     encoded = encode(split, config)
     fit_to_template(model, split)
     announce(job, model, split, encoded, config, world)
+    carried = carried_over(job, model, config)
     if world.is_main:
         print_findings(split, encoded, config)
     ranks = (world.rank, world.size)
@@ -112,7 +115,7 @@ def _prepare(
     if world.parallel == "fsdp":  # each rank has room for its part now
         _fill_shards(job.model, model, config, world)
     validation = _validation_batches(encoded.held_out, tokenizer, config)
-    return Run(job, config, plan, tokenizer, validation, out), state
+    return Run(job, config, plan, tokenizer, validation, out, carried), state
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -268,6 +271,22 @@ def fit_to_template(model: Llama, split: Split) -> None:
     stop_at_turns(model, template, tokenizer)
     if isinstance(template, ChatTemplate) and split.template != "chat":  # a program that asks the model needs it
         tokenizer.files = {**tokenizer.files, "chat_template.jinja": Path(split.template).read_bytes()}
+
+
+def carried_over(job: FinetuneJob, model: Llama, config: TrainConfig) -> Carried | None:
+    """Return what `final/` will have of the model's folder; None unless both are Hugging Face's. Print what it will be.
+
+    Raises:
+        InputError: for a damaged file of that folder; for another format's model, if `transformers` refuses its shape.
+    """
+    if config.save_format != "hf":
+        return None
+    carried = carried_from(job.model)
+    if carried is None:
+        check_shape(model.config)
+    else:
+        print(carried.in_words())
+    return carried
 
 
 def template_note(split: Split) -> str:
