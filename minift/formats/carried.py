@@ -88,7 +88,7 @@ class Carried:
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
         ends = {"config": self.config.ids(LlamaConfig.eos_token_id)}
-        ends["generation"] = self.generation.ids(None) if self.generation else []
+        ends["generation"] = (self.generation and self.generation.ids(None)) or ends["config"]
         added = [id for id in self.ends if id not in ends["config"] and id not in ends["generation"]]
         if self.generation is not None:
             (folder / GENERATION_FILE).write_bytes(self.generation.changed(_ends(ends["generation"], added)))

@@ -4,7 +4,8 @@
     metrics.jsonl    one object for each optimizer step
     step_NNNNNN/     a resumable checkpoint (`steps.py`)
     best/            with --patience: the model of the lowest validation loss so far (of a LoRA run, its adapters)
-    final/           the trained model, a minift checkpoint (with --save-format hf, a Hugging Face folder)
+    final/           the trained model: a minift checkpoint or, of a Hugging Face folder, such a folder with all in it
+                     that training did not change (`formats/carried.py`); --save-format says otherwise
     adapter/         with --lora-rank: the adapters, as the `peft` package stores them; in final/ they are merged
     compare.json     for finetuning: both models on the held-out questions
     report.html      all of this on one page; curves.png, its curves, where the `plot` extra is installed
