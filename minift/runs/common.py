@@ -11,6 +11,7 @@ from minift.config import LlamaConfig, TrainConfig
 from minift.distributed.world import World, restarted
 from minift.errors import InputError, need
 from minift.formats.carried import Carried
+from minift.formats.huggingface import check_shape
 from minift.formats.peft import write_peft
 from minift.lora import LoRAConfig, adapter_weights, merge
 from minift.model import Llama
@@ -22,6 +23,7 @@ from minift.runs.progress import Best
 from minift.runs.steps import load_step
 from minift.storage.atomic import remove_leftovers, write_folder
 from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.save import json_file
 from minift.train import Plan, TrainState
 
 PATIENCE = 3  # evaluations, where one is advised
@@ -90,6 +92,13 @@ def check_length(config: TrainConfig, shape: LlamaConfig) -> None:
     if config.max_length > shape.max_position_embeddings:
         positions = shape.max_position_embeddings
         raise InputError(f"max_length {config.max_length} is more than the model's {positions} positions; lower it")
+
+
+def check_export(config: TrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raise InputError where `final/` is to be a Hugging Face folder, and that cannot hold this model or tokenizer."""
+    if config.save_format == "hf":
+        check_shape(shape)
+        json_file(tokenizer)
 
 
 def describe(model: Llama, source: str, trained: str, config: TrainConfig, world: World) -> str:

@@ -35,13 +35,12 @@ from minift.distributed.world import World, join
 from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluation.evaluate import compare
 from minift.formats.carried import Carried
-from minift.formats.huggingface import check_shape
 from minift.formats.open import carried_from, check_model_files
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
 from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
-from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
+from minift.runs.common import Run, check_export, check_length, check_out, choose_machine, complete, describe
 from minift.runs.folder import FinetuneJob, own_folder, write_report
 from minift.runs.start import start_state
 from minift.storage.atomic import write_file
@@ -105,7 +104,7 @@ def _prepare(
     encoded = encode(split, config)
     fit_to_template(model, split)
     announce(job, model, split, encoded, config, world)
-    carried = carried_over(job, model, config)
+    carried = carried_over(job, model, split, config)
     if world.is_main:
         print_findings(split, encoded, config)
     ranks = (world.rank, world.size)
@@ -273,17 +272,15 @@ def fit_to_template(model: Llama, split: Split) -> None:
         tokenizer.files = {**tokenizer.files, "chat_template.jinja": Path(split.template).read_bytes()}
 
 
-def carried_over(job: FinetuneJob, model: Llama, config: TrainConfig) -> Carried | None:
+def carried_over(job: FinetuneJob, model: Llama, split: Split, config: TrainConfig) -> Carried | None:
     """Return what `final/` will have of the model's folder; None unless both are Hugging Face's. Print what it will be.
 
     Raises:
-        InputError: for a damaged file of that folder; for another format's model, if `transformers` refuses its shape.
+        InputError: for a damaged file of that folder; for a model of another format that cannot be one of this format.
     """
-    if config.save_format != "hf":
-        return None
-    carried = carried_from(job.model)
+    carried = carried_from(job.model) if config.save_format == "hf" else None
     if carried is None:
-        check_shape(model.config)
+        check_export(config, model.config, split.tokenizer)
     else:
         print(carried.in_words())
     return carried

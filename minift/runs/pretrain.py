@@ -30,7 +30,7 @@ from minift.formats.open import shape_named
 from minift.formats.shapes import model_without_weights
 from minift.model import Llama
 from minift.pack import Batch
-from minift.runs.common import Run, check_length, check_out, choose_machine, complete, describe
+from minift.runs.common import Run, check_export, check_length, check_out, choose_machine, complete, describe
 from minift.runs.folder import PretrainJob, own_folder, write_report
 from minift.runs.machine import choose_compile
 from minift.runs.start import start_state
@@ -100,6 +100,7 @@ def open_shape(job: PretrainJob, config: TrainConfig) -> tuple[LlamaConfig, Toke
     shape, tokenizer = shape_named(job.config), load_tokenizer(job.tokenizer)
     check_fit(shape, tokenizer, exact=True)
     check_length(config, shape)
+    check_export(config, shape, tokenizer)
     return shape, tokenizer
 
 

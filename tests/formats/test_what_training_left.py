@@ -31,9 +31,11 @@ from minift.formats.convert import convert
 from minift.formats.open import carried_from, open_model
 from minift.runs import machine
 from minift.runs.finetune import finetune, finetune_job
+from minift.runs.pretrain import pretrain, pretrain_job
 from minift.tokenizer.load import load_tokenizer
 from tests.helpers import instruct_model, random_model, write_jsonl
 from tests.runs.ranks import by_two
+from tests.tokenizer.kinds import trained as trained_pieces
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
@@ -290,14 +292,43 @@ def test_without_the_extra_the_result_is_native_with_a_note(
     assert capsys.readouterr().out == line
 
 
-def test_a_shape_that_transformers_refuses_is_refused_before_the_run(data: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer("bundled")
-    shape = {"vocab_size": 2048, "hidden_size": 36, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}
-    save_model(tmp_path / "model", random_model(max_position_embeddings=512, **shape), tokenizer)
-    config = TrainConfig(steps=1, device="cpu", save_format="hf")
-    with pytest.raises(InputError, match="`transformers` refuses hidden_size 36"):
+ODD = {"hidden_size": 36, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "named"),
+    [
+        (ODD, {}, "`transformers` refuses hidden_size 36"),
+        ({}, {"user_defined_symbols": ["Mexico"]}, "cannot be written as a tokenizer.json"),
+    ],
+)
+def test_what_no_folder_of_theirs_can_hold_is_refused_before_the_run(
+    data: Path, tmp_path: Path, shape: dict[str, Any], changes: dict[str, Any], named: str
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(trained_pieces(**changes))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    model = random_model(max_position_embeddings=512, **{"vocab_size": tokenizer.vocab_size, **shape})
+    save_model(tmp_path / "model", model, tokenizer)
+    config = TrainConfig(steps=1, device="cpu", save_format="hf", max_length=32)
+    with pytest.raises(InputError, match=named):
         finetune(finetune_job(str(tmp_path / "model"), [str(data)]), config, tmp_path / "run")
+    shape_file, tokenizer_folder = str(tmp_path / "model" / "config.json"), str(tmp_path / "model")
+    pages = pretrain_job(shape_file, [str(data)], tokenizer_folder, text_field="answer")
+    with pytest.raises(InputError, match=named):
+        pretrain(pages, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistral_stays_one(random_folder: Path, tmp_path: Path) -> None:
+    kind = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    change(random_folder / "config.json", **kind)
+    model = load_model(random_folder)
+    save_model(tmp_path / "new", model, format="hf", carried=carried_from(random_folder))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
+    assert type(theirs) is transformers.MistralForCausalLM
+    tokens = torch.tensor([NUMBERS[:-1]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=0, atol=1e-4)
 
 
 # Dtypes ---------------------------------------------------------------------------------------------------------------
