@@ -16,17 +16,18 @@ run is resumed) is written by `runs/steps.py`.
 Read next: `runner.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minift.config import SAVE_FORMATS
 from minift.distributed.sharding import copy_into, gathered
 from minift.distributed.world import World
 from minift.errors import InputError
-from minift.formats.files import Spec
+from minift.formats.carried import Carried
+from minift.formats.files import Spec, Specs
 from minift.formats.huggingface import write_huggingface
 from minift.formats.native import open_weights, write_native
 from minift.formats.open import check_model_files, open_model
@@ -38,6 +39,8 @@ from minift.storage.atomic import write_folder
 from minift.storage.checksums import write_checksums
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import save_tokenizer
+
+FORMATS = ("native", "hf")  # that a model is saved in; `minift convert` writes others
 
 # Loading --------------------------------------------------------------------------------------------------------------
 
@@ -130,14 +133,17 @@ def save_model(
     dtype: torch.dtype | None = None,
     format: str = "native",
     world: World | None = None,
+    carried: Carried | None = None,
 ) -> None:
     """Write a model and its tokenizer into a folder, which replaces an older one of that name.
 
     Adapters are merged in what is written; the model stays as it is.
 
     Args:
-        dtype: of the weights in the file; by default the model's own.
+        dtype: of the weights in the file; by default the model's own, or those of `carried`.
         format: native, or hf for a Hugging Face folder.
+        carried: for hf: what else the folder gets, and the dtype of each tensor, as in the folder that the model is
+            from. A tensor whose values are beyond the range of float16 stays as it is.
         world: the processes over which the model may be sharded: call on all ranks. The main rank writes all of it, one
             tensor at a time.
 
@@ -145,12 +151,17 @@ def save_model(
         InputError: when the `hf` extra is missing.
         RunError: when the disk refuses.
     """
-    if format not in SAVE_FORMATS:
-        raise InputError(f"format is {format!r}; choose from {', '.join(SAVE_FORMATS)}")
+    if format not in FORMATS:
+        raise InputError(f"format is {format!r}; choose from {', '.join(FORMATS)}")
     weights = merged_weights(model)
+    dtypes = _dtypes_in_range(weights, carried.dtypes) if carried is not None and dtype is None else {}
+    carried = carried and replace(carried, ends=model.config.eos_token_ids)
 
     def write(partial: Path) -> None:
-        write_model(partial, model, weights, tokenizer, dtype, format)
+        specs = {
+            name: Spec(dtypes.get(name, dtype or tensor.dtype), tuple(tensor.shape)) for name, tensor in weights.items()
+        }
+        write_model(partial, model, weights, tokenizer, specs, format, carried)
         write_checksums(partial)
 
     if world is None or world.is_main:
@@ -162,25 +173,42 @@ def save_model(
         world.wait()
 
 
+def _dtypes_in_range(weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Return the dtype in which each tensor is written, all its values being in its range. Call on all ranks."""
+    chosen = dict(dtypes)
+    largest = torch.finfo(torch.float16).max
+    for name in [name for name, dtype in dtypes.items() if dtype == torch.float16]:
+        if gathered(weights[name].detach()).abs().max() > largest:  # bfloat16 has the range of float32
+            chosen[name] = weights[name].dtype
+    return chosen
+
+
 def write_model(
     folder: Path,
     model: Llama,
     weights: dict[str, Tensor],
     tokenizer: Tokenizer | None,
-    dtype: torch.dtype | None = None,
+    specs: Specs | None = None,
     format: str = "native",
+    carried: Carried | None = None,
 ) -> None:
     """Write the files of a model into a folder that is there.
 
     Args:
         weights: the `merged_weights`; where they are sharded, each is gathered when it is written.
+        specs: dtype and shape of each in the file; by default its own.
+        carried: what else a Hugging Face folder gets; a tokenizer's files are then written as they are.
     """
-    specs = {name: Spec(dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+    specs = specs or {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
 
     def read(name: str) -> Tensor:
         return gathered(weights[name].detach()).to("cpu", specs[name].dtype)
 
-    write = {"native": write_native, "hf": write_huggingface}[format]
-    if tokenizer is not None:
+    if tokenizer is not None and carried is None:
         save_tokenizer(folder, tokenizer, format)
-    write(folder, model.config, specs, read)
+    elif tokenizer is not None:
+        tokenizer.save(folder)
+    if format == "native":
+        write_native(folder, model.config, specs, read)
+    else:
+        write_huggingface(folder, model.config, specs, read, carried=carried)

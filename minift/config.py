@@ -27,7 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("auto", "ddp", "fsdp")
 LEARN = ("all", "last")
-SAVE_FORMATS = ("native", "hf")
+SAVE_FORMATS = ("auto", "native", "hf")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("cosine", "linear", "constant")
 LOSS_CHUNK = 1_024  # targets whose logits exist at the same time: fewer are slower on a CPU, more take more memory
@@ -354,8 +354,8 @@ class TrainConfig:
     )
     tensorboard: bool = _flag(False, "write the metrics for TensorBoard, too (which needs the tensorboard extra)")
     save_format: str = _flag(
-        "native",
-        "format of final/: native, or a Hugging Face folder (which needs the hf extra)",
+        "auto",
+        "format of final/: native, hf (a Hugging Face folder; needs the hf extra), or auto: hf where the model is one",
         choices=SAVE_FORMATS,
     )
     freeze: tuple[str, ...] = _flag(

@@ -8,6 +8,7 @@
 * `opened.py`: a model on disk, opened but not read; the two layouts of RoPE
 * `native.py`: minift's own folder
 * `generation.py`: the stop tokens of Hugging Face's folder, and what else it asks of `generate`
+* `carried.py`: what else is in Hugging Face's folder, which training does not change
 * `huggingface.py`: Hugging Face's folder
 * `meta.py`: Meta's folder
 * `llama2c.py`: llama2.c's file

@@ -3,7 +3,7 @@
 Converting is reading and writing: `open.py` opens the source and gives each tensor under minift's name and in minift's
 layout, and the writer of the other format asks for one after the other. So only a few tensors are in memory, whatever
 the model's size, and any two formats go together. The weights' bits are kept, unless a dtype is asked for; an adapter
-is merged into its base.
+is merged into its base. From one Hugging Face folder to another, what else is there is kept, too (`carried.py`).
 
     minift convert bundled my-model --to hf
 
@@ -11,23 +11,25 @@ The result appears complete or not at all: it is written under another name, flu
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from minift.errors import InputError, RunError, did_you_mean
+from minift.formats.carried import Carried
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
 from minift.formats.llama2c import HEADER_BYTES, open_llama2c, write_llama2c
 from minift.formats.meta import SIDECAR, unsaid, write_meta
 from minift.formats.native import write_native
-from minift.formats.open import FORMATS, check_model_files, open_model, recognise
+from minift.formats.open import FORMATS, carried_from, check_model_files, open_model, recognise
 from minift.formats.opened import Opened
 from minift.storage.atomic import write_file, write_folder
 from minift.storage.links import check_name
@@ -103,14 +105,15 @@ def convert(
     source, destination = model_path(source), Path(destination).resolve()
     _check_options(to, shards, version)
     check_name(destination)
-    _check_destination(source.resolve(), destination, to, force)
+    carried = carried_from(source, tokenizer is None) if to == "hf" else None
+    _check_destination(source.resolve(), destination, to, force, carried)
     opened = open_model(source)
     if check:
         check_model_files(source)
     for file in opened.files:  # an adapter's base may be elsewhere
         _check_apart(file.path.parent.resolve() / file.path.name, destination)
     specs = _specs(opened, to, dtype)
-    found, files, notes = _find_tokenizer(source, opened, tokenizer)
+    found, files, notes = _find_tokenizer(source, opened, tokenizer, as_it_is=carried is not None)
     nbytes = sum(spec.nbytes for spec in specs.values())
     if to == "meta" and opened.config.tie_word_embeddings:
         nbytes += specs["embed_tokens.weight"].nbytes  # Meta's format has the head as well
@@ -128,16 +131,16 @@ def convert(
             then = _tokenizer_of_file(destination.parent, save_rest)
             write_file(destination, lambda file: write_llama2c(file, opened.config, read, version), then)
         else:
-            options = {"shards": shards} if to == "meta" else {}
+            own: dict[str, dict[str, Any]] = {"hf": {"carried": carried}, "meta": {"shards": shards}}
 
             def fill(folder: Path) -> None:
                 save_rest(folder)
-                _WRITERS[to](folder, opened.config, specs, read, **options)
+                _WRITERS[to](folder, opened.config, specs, read, **own.get(to, {}))
 
             write_folder(destination, fill)
     if to == "meta":
         notes += unsaid(opened.config)
-    return Converted(opened, specs, (*opened.notes, *notes))
+    return Converted(opened, specs, (*opened.notes, *notes, *(carried.notes if carried else ())))
 
 
 def _check_options(to: str, shards: int, version: int) -> None:
@@ -171,8 +174,8 @@ def _specs(opened: Opened, to: str, dtype: torch.dtype | None) -> dict[str, Spec
 # The destination ------------------------------------------------------------------------------------------------------
 
 
-def _check_destination(source: Path, destination: Path, to: str, force: bool) -> None:
-    """Refuse to write over anything but, with `force`, a checkpoint."""
+def _check_destination(source: Path, destination: Path, to: str, force: bool, carried: Carried | None) -> None:
+    """Refuse to write over anything but, with `force`, a checkpoint, and what is written there again."""
     _check_apart(source, destination)
     if not destination.exists():
         return
@@ -185,7 +188,10 @@ def _check_destination(source: Path, destination: Path, to: str, force: bool) ->
         raise InputError(f"{destination}: is a {kind}; --to {to} does not write one")
     if destination.is_dir() and any(destination.iterdir()) and recognise(destination) is None:
         raise InputError(f"{destination}: holds something that is not a model; --force does not replace that")
+    again = carried.files if carried is not None else {}
     for entry in sorted(destination.iterdir()) if destination.is_dir() else ():
+        if entry.is_file() and entry.name in again and entry.read_bytes() == again[entry.name]:
+            continue
         if entry.is_dir() or not any(fnmatch(entry.name, pattern) for pattern in _BELONGS):
             raise InputError(f"{entry}: is no part of a checkpoint and would be lost; --force does not replace that")
     if destination.is_file():
@@ -211,9 +217,9 @@ def _check_room(destination: Path, nbytes: int) -> None:
 
 
 def _find_tokenizer(
-    source: Path, opened: Opened, named: str | Path | None
-) -> tuple[Tokenizer | None, dict[str, bytes], tuple[str, ...]]:
-    """Return the tokenizer of a model, or its files as they are where it cannot be read here; and notes."""
+    source: Path, opened: Opened, named: str | Path | None, as_it_is: bool
+) -> tuple[Tokenizer | None, Mapping[str, bytes], tuple[str, ...]]:
+    """Return the tokenizer of a model, or its files `as_it_is` or where it cannot be read here; and notes."""
     if named is not None:
         tokenizer = load_tokenizer(named)
         check_fit(opened.config, tokenizer)
@@ -226,7 +232,7 @@ def _find_tokenizer(
     try:
         tokenizer = load_tokenizer(source)
         check_fit(opened.config, tokenizer)
-        return tokenizer, {}, ()
+        return (None, tokenizer.files, ()) if as_it_is else (tokenizer, {}, ())
     except InputError as error:
         if source.is_file():  # the other files of its folder need not belong to it
             return None, {}, (f"the tokenizer next to it is left out: {error}",)

@@ -13,6 +13,7 @@ shapes, and then ask for one after the other.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -47,6 +48,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 Specs = Mapping[str, Spec]
 Read = Callable[[str], Tensor]
+
+
+def widest(specs: Specs) -> torch.dtype:
+    """Return the dtype that holds the values of all tensors."""
+    dtypes = [spec.dtype for spec in specs.values()]
+    return reduce(torch.promote_types, dtypes)
 
 
 class TensorFile:

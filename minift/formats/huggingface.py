@@ -20,6 +20,7 @@ import torch
 
 from minift.config import LlamaConfig
 from minift.errors import InputError
+from minift.formats.carried import Carried
 from minift.formats.files import Read, Specs, TensorFile, dtype_name
 from minift.formats.generation import GENERATION_FILE, read_generation
 from minift.formats.opened import HEAD, Opened, computed_names, named_sources, open_tensors
@@ -288,23 +289,35 @@ def config_json(config: LlamaConfig, dtype: torch.dtype) -> str:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
+def check_shape(config: LlamaConfig) -> None:
+    """Raise InputError for a shape that `transformers` refuses."""
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"`transformers` refuses hidden_size {config.hidden_size} with {config.num_attention_heads} heads, "
+            "whatever their width: it must be a multiple"
+        )
+
+
 def write_huggingface(
-    folder: Path, config: LlamaConfig, specs: Specs, read: Read, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    config: LlamaConfig,
+    specs: Specs,
+    read: Read,
+    shard_bytes: int = SHARD_BYTES,
+    carried: Carried | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
         specs, read: of minift's tensors, by name; one is in memory at a time.
         shard_bytes: a new file is begun when one more tensor would make the last one larger than this.
+        carried: what else the folder gets, where the model is made of a Hugging Face folder.
 
     Raises:
-        InputError: for a shape that `transformers` refuses.
+        InputError: for a shape that `transformers` refuses, unless the model had it in such a folder already.
     """
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"`transformers` refuses hidden_size {config.hidden_size} with {config.num_attention_heads} heads, "
-            "whatever their width: it must be a multiple"
-        )
+    if carried is None:
+        check_shape(config)
     names = table(config)
     ours = {theirs: name for name, theirs in names.items()}
     shards: list[dict[str, Any]] = [{}]
@@ -321,6 +334,9 @@ def write_huggingface(
         total = sum(spec.nbytes for spec in specs.values())
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    if carried is not None:
+        carried.write(folder, specs)
+        return
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     dtype = next(iter(specs.values())).dtype

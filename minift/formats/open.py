@@ -17,6 +17,7 @@ from pathlib import Path
 
 from minift.config import LlamaConfig
 from minift.errors import InputError
+from minift.formats.carried import Carried, read_carried
 from minift.formats.huggingface import has_weights, open_huggingface, read_config
 from minift.formats.llama2c import open_llama2c
 from minift.formats.meta import open_meta
@@ -54,6 +55,32 @@ def open_model(name: str | Path) -> Opened:
     if format is None:
         raise InputError(f"{path}: {_not_a_model(path)}")
     return FORMATS[format](path)
+
+
+def huggingface_folder(name: str | Path) -> Path | None:
+    """Return the Hugging Face folder that a model is or, of an adapter, its base; None for one of another format.
+
+    Raises:
+        InputError: as `open_model`, for what can be told by the names of files, and for an adapter's missing base.
+    """
+    path = model_path(name)
+    while os.path.isdir(path):
+        if not is_adapter(path):
+            return path if recognise(path) == "hf" else None
+        path = base_of(path)
+    return None
+
+
+def carried_from(name: str | Path, own_tokenizer: bool = True) -> Carried | None:
+    """Return what the model's Hugging Face folder holds besides its weights; None for a model of another format.
+
+    `own_tokenizer` says whether the new folder gets the tokenizer of this one.
+
+    Raises:
+        InputError: as `open_model`, and when that folder's side files are damaged.
+    """
+    folder = huggingface_folder(name)
+    return None if folder is None else read_carried(folder, open_model(name).specs, own_tokenizer)
 
 
 def check_model_files(name: str | Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minift.config import LlamaConfig
 from minift.errors import InputError
-from minift.formats.files import FLOATS, WINDOW, Spec, TensorFile, dtype_name
+from minift.formats.files import FLOATS, WINDOW, Spec, TensorFile, dtype_name, widest
 from minift.formats.pt_file import open_pt
 from minift.formats.safetensors_file import open_safetensors
 from minift.formats.shapes import parameter_shapes
@@ -103,10 +103,7 @@ class Opened:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights; the widest, where there are several."""
-        dtype = next(iter(self.specs.values())).dtype
-        for spec in self.specs.values():
-            dtype = torch.promote_types(dtype, spec.dtype)
-        return dtype
+        return widest(self.specs)
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", copy: bool = False

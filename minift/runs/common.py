@@ -9,13 +9,14 @@ import torch
 from minift.config import LlamaConfig, TrainConfig
 from minift.distributed.world import World, may_restart, restarted
 from minift.errors import InputError, need
+from minift.formats.huggingface import check_shape
 from minift.model import Llama
 from minift.runs.clock import is_evaluated
 from minift.runs.contents import contents
 from minift.runs.final import Run, remove_saves, save_final
 from minift.runs.folder import check_free, check_made_from, newest_whole_step, start_folder
 from minift.runs.loop import run_steps
-from minift.runs.machine import check_compiler, choose_device, choose_dtype
+from minift.runs.machine import check_compiler, choose_device, choose_dtype, choose_save_format
 from minift.runs.metrics import cut_metrics, read_metrics
 from minift.runs.place import check_replaceable
 from minift.runs.progress import Best
@@ -23,13 +24,20 @@ from minift.runs.space import bytes_of_saves, check_space
 from minift.runs.steps import load_step, save_best
 from minift.storage.atomic import remove_leftovers, write_file
 from minift.storage.checksums import check_model
+from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.save import json_file
 from minift.train import TrainState, validation_loss
 
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torch.device, TrainConfig]:
-    """Return the device to train on, and the config with its dtype chosen.
+def choose_machine(
+    config: TrainConfig, resume: bool, plain: bool, model: str | None = None
+) -> tuple[torch.device, TrainConfig]:
+    """Return the device to train on, and the config with its dtype and the format of `final/` chosen.
+
+    Args:
+        model: what is trained, if it is not from random weights.
 
     Raises:
         InputError: for a device, dtype, compiler or package that this machine does not have, and for a new run that is
@@ -42,6 +50,7 @@ def choose_machine(config: TrainConfig, resume: bool, plain: bool) -> tuple[torc
     device = choose_device(config)
     if not plain:
         check_compiler(config, device)
+    config = config.replace(save_format=choose_save_format(config, model))
     if config.save_format == "hf":  # checked now: the run would fail at its end
         need("tokenizers", "hf", "--save-format hf")
         need("safetensors", "hf", "--save-format hf")
@@ -81,6 +90,13 @@ def check_length(config: TrainConfig, shape: LlamaConfig) -> None:
     if config.max_length > shape.max_position_embeddings:
         positions = shape.max_position_embeddings
         raise InputError(f"max_length {config.max_length} is more than the model's {positions} positions; lower it")
+
+
+def check_export(config: TrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raise InputError where `final/` is to be a Hugging Face folder, and that cannot hold this model or tokenizer."""
+    if config.save_format == "hf":
+        check_shape(shape)
+        json_file(tokenizer)
 
 
 def describe(model: Llama, source: str, trained: str, config: TrainConfig, world: World) -> str:

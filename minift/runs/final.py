@@ -10,6 +10,7 @@ from minift.checkpoint import save_model
 from minift.config import TrainConfig
 from minift.distributed.sharding import copy_into
 from minift.errors import InputError
+from minift.formats.carried import Carried
 from minift.formats.peft import write_peft
 from minift.lora import LoRAConfig, adapter_weights, merge
 from minift.pack import Batch
@@ -27,6 +28,7 @@ class Run:
 
     Attributes:
         first_weights: gives those that the run begins with, by name, each to be used before the next one is made.
+        carried: what `final/` gets besides its weights, where a Hugging Face folder is made of another one.
     """
 
     job: Job
@@ -36,6 +38,7 @@ class Run:
     validation: Sequence[Batch]
     out: Path
     first_weights: Callable[[], Iterator[tuple[str, Tensor]]]
+    carried: Carried | None = None
 
 
 def save_final(run: Run, state: TrainState) -> None:
@@ -59,7 +62,7 @@ def save_final(run: Run, state: TrainState) -> None:
     if config.lora_rank:
         _save_adapter(run, state)
         merge(state.model)  # one matrix after another; `save_model` would keep all of them twice
-    save_model(run.out / "final", state.model, run.tokenizer, format=config.save_format, world=state.world)
+    save_model(run.out / "final", state.model, run.tokenizer, None, config.save_format, state.world, run.carried)
 
 
 def _load_best(run: Run, state: TrainState, best: Best) -> None:

@@ -33,10 +33,12 @@ from minift.data.templates import choose_template, passes_over_own, template_nam
 from minift.distributed.world import World, join
 from minift.errors import InputError, RunError, is_out_of_memory
 from minift.evaluation.evaluate import compare
+from minift.formats.carried import Carried
+from minift.formats.open import carried_from
 from minift.model import Llama
 from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
-from minift.runs.common import check_out, choose_machine, complete, describe
+from minift.runs.common import check_export, check_out, choose_machine, complete, describe
 from minift.runs.final import Run
 from minift.runs.folder import FinetuneJob, inputs_of, own_folder, write_report
 from minift.runs.freeze import trained_in_words
@@ -88,7 +90,7 @@ def finetune(
         InputError: for wrong input; nothing is written before all of it has been read.
         RunError: when training cannot go on, or the comparison is interrupted (the trained model is saved then).
     """
-    device, config = choose_machine(config, resume, plain)
+    device, config = choose_machine(config, resume, plain, job.model)
     with join(config.parallel, device) as world:
         resume = check_out(out, resume, world, overwrite, inputs_of(job, config))
         split = read_data(job, config)
@@ -114,6 +116,7 @@ def _prepare(
     encoded = encode(split, config)
     fit_to_template(model, split)
     announce(job, model, split, encoded, config, world)
+    carried = carried_over(job, model, split, config)
     if world.is_main:
         print_findings(split, encoded, config)
     ranks = (world.rank, world.size)
@@ -123,7 +126,8 @@ def _prepare(
     if world.parallel == "fsdp":  # each rank has room for its part now
         fill_shards(job.model, model, config, world)
     validation = _validation_batches(encoded.held_out, tokenizer, config)
-    return Run(job, config, plan, tokenizer, validation, out, lambda: weights_of(job.model)), state
+    first_weights = lambda: weights_of(job.model)  # noqa: E731
+    return Run(job, config, plan, tokenizer, validation, out, first_weights, carried), state
 
 
 def evenly_spaced(records: Sequence[Conversation], most: int) -> Sequence[Conversation]:
@@ -250,6 +254,20 @@ def fit_to_template(model: Llama, split: Split) -> None:
     stop_at_turns(model, template, tokenizer)
     if isinstance(template, ChatTemplate) and split.template != "chat":  # a program that asks the model needs it
         tokenizer.files = {**tokenizer.files, "chat_template.jinja": Path(split.template).read_bytes()}
+
+
+def carried_over(job: FinetuneJob, model: Llama, split: Split, config: TrainConfig) -> Carried | None:
+    """Return what `final/` will have of the model's folder; None unless both are Hugging Face's. Print what it will be.
+
+    Raises:
+        InputError: for a damaged file of that folder; for a model of another format that cannot be one of this format.
+    """
+    carried = carried_from(job.model) if config.save_format == "hf" else None
+    if carried is None:
+        check_export(config, model.config, split.tokenizer)
+    else:
+        print(carried.in_words())
+    return carried
 
 
 def template_note(split: Split) -> str:

@@ -6,7 +6,8 @@
     tensorboard/     with --tensorboard: the same numbers as TensorBoard's events (`events.py`)
     step_NNNNNN/     a resumable checkpoint (`steps.py`)
     best/            until the run is complete: the model of the lowest validation loss so far (of a LoRA run, adapters)
-    final/           that model, a minift checkpoint (with --save-format hf, a Hugging Face folder)
+    final/           that model: a minift checkpoint or, of a Hugging Face folder, such a folder with all in it that
+                     training did not change (`formats/carried.py`); --save-format says otherwise
     adapter/         with --lora-rank: the adapters, as the `peft` package stores them; in final/ they are merged
     compare.json     for finetuning: both models on the held-out questions
     report.html      all of this on one page; curves.png, its curves, where the `plot` extra is installed

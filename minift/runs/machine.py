@@ -1,4 +1,4 @@
-"""Choose what a run computes on: its device, its dtype, and whether its model is compiled.
+"""Choose what a run computes on and writes: its device, its dtype, whether its model is compiled, its result's format.
 
 Each is as asked for, or else what is fastest and safe on this machine.
 """
@@ -10,7 +10,9 @@ import shutil
 import torch
 
 from minift.config import TrainConfig
-from minift.errors import InputError
+from minift.distributed.world import is_main_process
+from minift.errors import InputError, need
+from minift.formats.open import huggingface_folder
 from minift.kernels.choice import bfloat16_in_hardware
 
 # Operations (`costs/flops.py`) from which a run is compiled by default. On two cores of an Intel Xeon compiling took 26
@@ -47,6 +49,25 @@ def choose_dtype(config: TrainConfig, device: torch.device) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if bfloat16_in_hardware(device) else "float32"
+
+
+def choose_save_format(config: TrainConfig, model: str | None) -> str:
+    """Return the format of `final/`: the one asked for, or for "auto" hf where the model is a Hugging Face folder.
+
+    On a machine without the `hf` extra, which can read some of those folders but write none, it is native, with a note.
+    """
+    if config.save_format != "auto":
+        return config.save_format
+    if model is None or huggingface_folder(model) is None:
+        return "native"
+    try:
+        for package in ("tokenizers", "safetensors"):
+            need(package, "hf", "a Hugging Face folder")
+    except InputError as error:
+        if is_main_process():
+            print(f"note: final/ will be a minift checkpoint: {error}")
+        return "native"
+    return "hf"
 
 
 def check_compiler(config: TrainConfig, device: torch.device) -> None:

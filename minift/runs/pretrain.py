@@ -27,11 +27,11 @@ from minift.data.unpack import pipe_in_words
 from minift.distributed.sharding import fill
 from minift.distributed.world import World, join
 from minift.errors import InputError
+from minift.formats.open import carried_from, shape_named
 from minift.formats.open import open_model as open_files
-from minift.formats.open import shape_named
 from minift.model import Llama
 from minift.pack import Batch
-from minift.runs.common import check_length, check_out, choose_machine, complete, describe
+from minift.runs.common import check_export, check_length, check_out, choose_machine, complete, describe
 from minift.runs.final import Run
 from minift.runs.folder import PretrainJob, inputs_of, own_folder, write_report
 from minift.runs.freeze import trained_in_words
@@ -98,7 +98,7 @@ def pretrain(
         InputError: for wrong input.
         RunError: when training cannot go on.
     """
-    device, config = choose_machine(config, resume, plain)
+    device, config = choose_machine(config, resume, plain, job.model or None)
     with join(config.parallel, device) as world:
         resume = check_out(out, resume, world, overwrite, inputs_of(job, config))
         shape, tokenizer = open_shape(job, config)
@@ -118,6 +118,9 @@ def pretrain(
         if config.limit:
             print(f"--limit: no more than the first {config.limit:,} documents")
         print(f"{plan.steps:,} steps, {flops:.2g} FLOPs" + (", compiled" if config.compile and not plain else ""))
+        carried = carried_from(job.model) if job.model and config.save_format == "hf" else None
+        if carried is not None and carried.in_words():
+            print(carried.in_words())
         state = start_state(model, batches, config, world, plain)
 
         def first_weights() -> Iterator[tuple[str, torch.Tensor]]:
@@ -127,7 +130,7 @@ def pretrain(
         if world.parallel == "fsdp":  # each rank has room for its part now
             fill(model, world, first_weights())
         with own_folder(out, resume, world, overwrite):
-            run = Run(job, config, plan, tokenizer, validation, out, first_weights)
+            run = Run(job, config, plan, tokenizer, validation, out, first_weights, carried)
             done = complete(run, state, resume)
             _report_skipped(batches)
             if done and world.is_main:
@@ -145,6 +148,7 @@ def open_shape(job: PretrainJob, config: TrainConfig) -> tuple[LlamaConfig, Toke
     tokenizer = load_tokenizer(job.tokenizer)
     check_fit(shape, tokenizer, exact=not job.model)
     check_length(config, shape)
+    check_export(config, shape, tokenizer)
     if job.model and job.tokenizer != job.model:
         _compare_with_own(tokenizer, job)
     return shape, tokenizer
