@@ -1,7 +1,6 @@
 """The loop of a run: `train.train`, with saving, patience, signals and memory that is full around it."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from minift.pack import Batch
 from minift.runs.progress import Best, metrics_file, progress_bar, record_of, show
 from minift.runs.steps import save_best, save_step
 from minift.runs.stop import StopSignal
+from minift.storage.system import flush
 from minift.tokenizer.base import Tokenizer
 from minift.train import Plan, Step, TrainState, train, validation_loss
 
@@ -57,7 +57,7 @@ def run_steps(
                     return True
                 if _due(state.step, config.save_every, None):
                     if state.world.is_main:
-                        os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
+                        flush(metrics.fileno())  # or a step might be saved whose line is lost
                     _check_weights(state)
                     save_step(out, state, tokenizer, config.keep)
                     saved = state.step

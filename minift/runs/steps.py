@@ -26,6 +26,7 @@ from minift.optim import moments_of
 from minift.storage.atomic import partial_name, write_folder
 from minift.storage.checksums import CHECKSUMS, check_files, read_checksums, readable_checksums, write_checksums
 from minift.storage.links import check_links
+from minift.storage.system import MOVES_OPEN_FILES, move
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import save_tokenizer
 from minift.train import TrainState
@@ -121,7 +122,7 @@ def _remove_older(run: Path, step: int, keep: int) -> None:
     for old in folders[keep:] if keep else []:
         renamed = old.with_name(f".{old.name}.old")  # a folder that is half removed must not have the name of a step
         try:
-            old.rename(renamed)
+            move(old, renamed)
         except OSError as error:
             raise RunError(f"{old}: cannot be removed: {error.strerror or error}") from None
         shutil.rmtree(renamed, ignore_errors=True)
@@ -187,7 +188,7 @@ def load_step(folder: Path, state: TrainState) -> None:
         read_shards(folder, _shards(state))
     else:
         load_weights(folder, state.model)
-    training = load_pt(folder / "training.pt")
+    training = load_pt(folder / "training.pt", mapped=MOVES_OPEN_FILES)  # the moments stay as they are loaded
     if has_adapter(state.model) and not sharded and state.world.parallel != "fsdp":
         _check_base(folder, training.get("base"), state)
     try:

@@ -9,7 +9,6 @@ page can be made again at any time, and says nothing that the files do not say.
 
 import dataclasses
 import json
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from minift.look.pages.document import document, table, text
 from minift.look.report import CUT, LABELS, number
 from minift.lora import LoRAConfig
 from minift.runs.progress import Best
+from minift.storage.system import command_line
 from minift.values import read_json, size
 
 SHOWN = 100  # samples on a page; the rest are in the JSON
@@ -97,7 +97,7 @@ def run_command(run: Mapping[str, Any], out: Path) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", str(value)]
-    return shlex.join([*words, "--out", str(out)])
+    return command_line([*words, "--out", str(out)])
 
 
 def _page(title: str, sections: Sequence[str]) -> str:
