@@ -10,7 +10,7 @@ import re
 import shlex
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 try:
     import fcntl
@@ -78,7 +78,7 @@ def move(path: Path, target: Path) -> None:
             time.sleep(0.05)
 
 
-def forbidden_part(path: Path) -> str | None:
+def forbidden_part(path: PurePath) -> str | None:
     """Return the part of a path that Windows would take for something else; None where there is none.
 
     A colon begins a stream of a file, a dot or space at the end is dropped, and some names are devices in every folder.
