@@ -175,7 +175,7 @@ def _template_line(name: str, conversations: "Sequence[Conversation]", tokenizer
 EVALUATE_MORE = """\
 examples:
   minift evaluate --model runs/finetune/final --data data/test.jsonl --mistakes 3
-  minift evaluate --model bundled --data 'data/pages/*.json.gz'"""
+  minift evaluate --data "data/pages/*.json.gz" --model bundled"""
 
 
 def add_evaluate(commands: Any) -> None:

@@ -52,7 +52,7 @@ PRETRAIN_MORE = """\
 model (final/), the loss of each step (metrics.jsonl), and a page to look at (report.html).
 
 example:
-  minift pretrain --config bundled --data 'data/pages/*.json.gz' --tokenizer data/base --steps 20"""
+  minift pretrain --config bundled --data "data/pages/*.json.gz" --tokenizer data/base --steps 20"""
 
 
 def add_pretrain(commands: Any) -> None:
