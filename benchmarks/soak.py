@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import arguments, record
-from benchmarks.process import ROOT
+from benchmarks.process import ROOT, check_system
 from minift.errors import InputError
 from minift.values import size
 
@@ -46,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train both runs, print the result, and write the JSON. Raise InputError when they are not the same."""
+    check_system("sched_setaffinity", "sampling the memory of a run")
     if options.minutes <= 0:
         raise InputError("--minutes must be more than 0")
     with tempfile.TemporaryDirectory() as scratch:
@@ -115,7 +115,8 @@ class Run:
         if self._child.poll() is None:
             return False
         if self._child.returncode:
-            last = (self.out.parent / f"{self.out.name}.log").read_text(errors="replace").strip().splitlines()[-1]
+            log = (self.out.parent / f"{self.out.name}.log").read_text(encoding="utf-8", errors="replace")
+            last = log.strip().splitlines()[-1]
             raise InputError(f"{self.out.name} ended with {self._child.returncode}: {last}")
         self.ended = self.ended or time.monotonic()
         return True
@@ -124,7 +125,7 @@ class Run:
         """Sample its memory and its open files while it trains: what follows `final/` is not training."""
         if (self.out / "metrics.jsonl").exists() and not (self.out / "final").exists():
             try:
-                status = Path(f"/proc/{self._child.pid}/status").read_text()
+                status = Path(f"/proc/{self._child.pid}/status").read_text(encoding="utf-8")
                 files = len(os.listdir(f"/proc/{self._child.pid}/fd"))
             except FileNotFoundError:
                 return
@@ -133,7 +134,7 @@ class Run:
 
     def kill(self) -> None:
         """Kill it, as if the power were lost, and resume it."""
-        self._child.send_signal(signal.SIGKILL)
+        self._child.kill()
         self._child.wait()
         begun = (self.out / "config.json").exists()
         self._start(["finetune", "--resume", "--out", str(self.out)] if begun else self._words)

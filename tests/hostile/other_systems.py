@@ -16,7 +16,7 @@ import io
 import json
 import os
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 OURS = ("minift", "benchmarks")
@@ -41,6 +41,7 @@ SIGNAL_NAMES = {
 }
 IN_USE = "The process cannot access the file because it is being used by another process"
 F_FULLFSYNC = 51
+PEAK = 123_000_000  # bytes that every process of Windows takes
 
 
 class Hiding(ModuleType):
@@ -63,15 +64,16 @@ def become(system: str) -> None:
 
     shown: dict[str, ModuleType] = {
         "signal": Hiding(signal, SIGNAL_NAMES[system]),
-        "ctypes": Hiding(ctypes, "", CDLL=_no_library if system == "windows" else _other_library),
+        "ctypes": Hiding(ctypes, "", CDLL=_other_library),
     }
     if system == "windows":
         shown["os"] = Hiding(os, OS_NAMES[system], name="nt", linesep="\r\n")
+        shown["ctypes"] = Hiding(ctypes, "", CDLL=_no_library, WinDLL=_Kernel)
         shown["msvcrt"] = _msvcrt()
         _hold_open_files()
     else:
         shown["os"] = Hiding(os, OS_NAMES[system])
-        shown["fcntl"] = _fcntl_of_macos()
+        shown["fcntl"], shown["resource"] = _fcntl_of_macos(), _resource_of_macos()
     _spawn()
     _hide_proc(text="cp1252" if system == "windows" else None)
     real_import = builtins.__import__
@@ -102,6 +104,24 @@ def _other_library(name: Any, *rest: Any) -> Any:
     return object()  # without the functions of the GNU C library
 
 
+class _Kernel:
+    """The functions of kernel32.dll that say how much memory a process took."""
+
+    def __init__(self, name: str):
+        assert name == "kernel32"
+
+        def memory(process: int, place: Any, size: int) -> int:
+            import ctypes
+            import struct
+
+            counters = struct.pack("<IIQ7Q", 72, 0, PEAK, *[0] * 7)  # PROCESS_MEMORY_COUNTERS of 64 bits
+            ctypes.memmove(place, counters, size)
+            return int((process, size) == (-1, 72))
+
+        self.K32GetProcessMemoryInfo = memory
+        self.GetCurrentProcess = lambda: -1
+
+
 def _msvcrt() -> ModuleType:
     import fcntl
 
@@ -129,6 +149,15 @@ def _fcntl_of_macos() -> ModuleType:
 
     flushed: list[int] = []
     return Hiding(fcntl, "F_SETPIPE_SZ", fcntl=control, F_FULLFSYNC=F_FULLFSYNC, flushed=flushed)
+
+
+def _resource_of_macos() -> ModuleType:
+    import resource
+
+    def usage(of: int) -> Any:
+        return SimpleNamespace(ru_maxrss=resource.getrusage(of).ru_maxrss * 1024)  # there in bytes
+
+    return Hiding(resource, "RLIMIT_NICE", getrusage=usage)
 
 
 def _spawn() -> None:
@@ -197,7 +226,10 @@ def _hold_open_files() -> None:
         real["replace"](source, target, **options)
 
     def unlink(path: Any, **options: Any) -> None:
-        check(path)
+        if (
+            sys._getframe(1).f_globals["__name__"] != "tempfile"
+        ):  # which asks Windows to remove its file when it is closed
+            check(path)
         real["unlink"](path, **options)
 
     for function, names in {
@@ -328,17 +360,30 @@ def run_commands() -> dict[str, Any]:
     pages += ["--save-every", 2, "--keep", 1]
     run("pretrain", *pages, "--steps", 30, "--out", "runs/pages")
     run_and_stop(Path("runs/pages again"), "pretrain", *pages, "--steps", 30)
-    run("pretrain", "--resume", "--out", "runs/pages again")
+    run("pretrain", "--resume", "--workers", 1, "--out", "runs/pages again")
 
     model = load_model("from hf")
     save_model("from hf", model, load_tokenizer("from hf"))  # replaces the folder that it was loaded from
     with locked(Path("runs/whole")):
         words = [sys.executable, "-m", "minift", "finetune", "--resume", "--out", "runs/whole"]
         refused = subprocess.run(words, capture_output=True, encoding="cp1252")
+    options = [
+        "--config",
+        os.path.abspath("small/config.json"),
+        "--batch-size",
+        "2",
+        "--length",
+        "16",
+        "--device",
+        "cpu",
+    ]
+    words = [sys.executable, "-m", "benchmarks", "ladder", *options, "--rungs", "plain", "--repeats", "1"]
+    ladder = subprocess.run([*words, "--json", "ladder.json"], capture_output=True, encoding="cp1252")
     script = subprocess.run([sys.executable, "script.py"], capture_output=True, encoding="cp1252")
     return {
         "failed": failed,
         "refused": [refused.returncode, refused.stderr],
+        "ladder": [ladder.returncode, ladder.stderr[-2000:]],
         "script": [script.returncode, script.stderr[-2000:]],
         "flushed": len(getattr(sys.modules["minift.storage.system"].fcntl, "flushed", ())),
         "system": os.environ.get("MINIFT_TEST_SYSTEM", ""),

@@ -25,6 +25,7 @@ from minift.storage import links, system
 from tests.helpers import ROOT
 
 SYSTEMS = ("linux", "windows", "macos")
+PEAK = 123_000_000  # bytes that every process of the emulated Windows takes
 PRELUDE = Path(__file__).with_name("other_systems.py")
 ANSWERS = ["Größe → 日本 ✓", "The number {}.", "C:\\Users\\{}"]
 
@@ -129,6 +130,17 @@ def test_a_second_run_is_refused(folders: dict[str, Path], name: str) -> None:
 def test_a_script_needs_no_guard(folders: dict[str, Path], name: str) -> None:
     """Of what is large enough for two processes: elsewhere each of them would begin the script again."""
     assert result(folders[name])["script"] == [0, ""]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_benchmark_measures(folders: dict[str, Path], name: str) -> None:
+    """Time, and memory as the system counts it."""
+    assert result(folders[name])["ladder"] == [0, ""]
+    found = json.loads((folders[name] / "ladder.json").read_text(encoding="utf-8"))
+    for rung in found["rungs"].values():
+        assert 1e8 < rung["peak_bytes"] < 1e10
+        assert (rung["peak_bytes"] == PEAK) is (name == "windows")
 
 
 @pytest.mark.slow
