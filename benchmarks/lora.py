@@ -6,7 +6,7 @@ times as large. Adapters save gradients and AdamW's moments, 12 bytes for each p
 not save activations.
 
     python -m benchmarks lora
-    python -m benchmarks lora --ranks 8 --model models/TinyLlama-1.1B --data my_pairs.jsonl
+    python -m benchmarks lora --ranks 8 --model ./models/TinyLlama-1.1B --data my_pairs.jsonl
 """
 
 import argparse

@@ -49,7 +49,7 @@ def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any]
         write(partial)
         flush_path(partial)
         then()
-        partial.replace(file)
+        move(partial, file, replace=True)
         flush_path(file.parent)
 
 

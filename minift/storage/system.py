@@ -65,12 +65,15 @@ def flush_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def move(path: Path, target: Path) -> None:
-    """Rename a file or folder to a name that is free. On Windows, wait for programs that have it open for a moment."""
+def move(path: Path, target: Path, replace: bool = False) -> None:
+    """Rename a file or folder to a name that is free, or with `replace` a file to one that may be there.
+
+    On Windows, wait for programs that have it open for a moment.
+    """
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            path.rename(target)
+            path.replace(target) if replace else path.rename(target)
             return
         except PermissionError:
             if MOVES_OPEN_FILES or time.monotonic() > end:
