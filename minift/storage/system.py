@@ -4,7 +4,6 @@ The tests run on Linux. `tests/hostile/test_other_systems.py` takes away what Wi
 commands without it. (A terminal's differences are in `cli/streams.py`, that of the C library in `kernels/malloc.py`.)
 """
 
-import multiprocessing
 import os
 import re
 import shlex
@@ -108,6 +107,8 @@ def forks() -> bool:
 
     Where it is not, it takes seconds to import torch, and it imports the user's script again.
     """
+    import multiprocessing
+
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     return method == "fork"
 

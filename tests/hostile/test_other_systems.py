@@ -12,15 +12,21 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from minift.cli import streams
+from minift.config import TrainConfig
+from minift.data import encode
 from minift.errors import InputError
+from minift.runs import machine
 from minift.storage import links, system
 from tests.helpers import ROOT
 
@@ -243,6 +249,23 @@ def test_a_move_waits_for_a_program_that_has_the_file_open(monkeypatch: pytest.M
     monkeypatch.setattr(system, "MOVES_OPEN_FILES", False)
     system.move(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").exists()
+
+
+def test_a_killed_worker_is_told_where_its_signal_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGKILL")
+    ends = {code: encode._end_of(SimpleNamespace(pid=7, exitcode=code)) for code in (-9, -15, 3)}
+    assert "runs out of memory" in ends[-9]
+    assert "killed by signal 15" in ends[-15]
+    assert ends[3] == "process 7 ended with exit code 3"
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_only_linux_compiles_what_was_not_asked_for(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    monkeypatch.setattr(machine, "_can_compile", lambda device: True)
+    monkeypatch.setattr(machine, "sys", SimpleNamespace(platform=platform))
+    config, cpu = TrainConfig(compile=None), torch.device("cpu")
+    assert machine.choose_compile(config, cpu, 1e20) is (platform == "linux")
+    assert machine.choose_compile(config.replace(compile=True), cpu, 1e20)
 
 
 class Console(io.RawIOBase):
