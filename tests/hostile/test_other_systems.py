@@ -216,6 +216,17 @@ def test_a_plain_word_needs_no_quotes() -> None:
     assert system.command_line(["a b", "c"], windows=False) == "'a b' c"
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_a_checkout_on_windows_has_the_bytes_of_the_checksums() -> None:
+    """Git for Windows would end every line of a text in CRLF, and the bundled base would be damaged."""
+    listed = (ROOT / "data" / "base" / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    files = [f"data/base/{line.split('  ')[1]}" for line in listed]
+    assert "data/base/config.json" in files
+    words = ["git", "check-attr", "text", "--", *files]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.stdout.splitlines() == [f"{file}: text: unset" for file in files]
+
+
 @pytest.mark.parametrize(
     "path", [r"C:\runs\mine", r"runs\mine.d\x", r"\\server\share\x", "..", r".\x", "console", "com10"]
 )
