@@ -1,7 +1,7 @@
 """Run one benchmark, `python -m benchmarks NAME [options]`; without a name, run a quick tour."""
 
 import argparse
-import shlex
+import io
 import sys
 
 from benchmarks import (
@@ -26,6 +26,7 @@ from benchmarks import (
     stream,
 )
 from minift.errors import InputError
+from minift.storage.system import command_line
 
 BENCHMARKS = {
     "load": load,
@@ -63,11 +64,14 @@ def main() -> int:
     for name, module in BENCHMARKS.items():
         text = (module.__doc__ or "").splitlines()[0]
         module.add_arguments(names.add_parser(name, help=text, description=text))
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is escaped
     options = parser.parse_args()
     try:
         for words in [sys.argv[1:]] if options.name else TOUR:
             if not options.name:
-                print(f"\npython -m benchmarks {shlex.join(words)}", flush=True)
+                print(f"\npython -m benchmarks {command_line(words)}", flush=True)
             options_of = parser.parse_args(words)
             arguments.check_files(options_of)
             BENCHMARKS[options_of.name].run(options_of)

@@ -69,7 +69,7 @@ def check_files(options: argparse.Namespace) -> None:
             path = Path(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             new = not path.exists()
-            path.open("a").close()
+            path.open("ab").close()
             if new:
                 path.unlink()
         except OSError as error:

@@ -11,7 +11,6 @@ that encode, and reports its peak resident memory and the largest of theirs.
 import argparse
 import json
 import random
-import resource
 import tempfile
 import time
 from collections import Counter
@@ -88,5 +87,5 @@ def _measure(file: str, model: str) -> dict[str, Any]:
         "conversations": result.counts["conversations"],
         "tokens": sum(length * count for length, count in result.lengths.items()),
         "peak_bytes": process.peak(),
-        "worker_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "worker_peak_bytes": process.peak_of_children(),
     }

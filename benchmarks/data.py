@@ -15,7 +15,7 @@ The vocabulary is trained on some of the text and has 32,000 pieces, as Llama 2'
 
     python -m benchmarks data
     python -m benchmarks data --tokenizer bundled                                # with its 2,048 pieces
-    python -m benchmarks data --tokenizer path/to/tokenizer.model --data 'c4/*.json.gz' --json FILE
+    python -m benchmarks data --tokenizer path/to/tokenizer.model --data "c4/*.json.gz" --json FILE
 """
 
 import argparse

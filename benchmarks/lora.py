@@ -6,7 +6,7 @@ times as large. Adapters save gradients and AdamW's moments, 12 bytes for each p
 not save activations.
 
     python -m benchmarks lora
-    python -m benchmarks lora --ranks 8 --model ~/models/TinyLlama-1.1B --data my_pairs.jsonl
+    python -m benchmarks lora --ranks 8 --model ./models/TinyLlama-1.1B --data my_pairs.jsonl
 """
 
 import argparse
@@ -70,7 +70,8 @@ def _measure(words: str) -> dict[str, Any]:
         result = jobs.finetune(jobs.finetune_job(asked["model"], asked["data"]), config, out)
         if result is None:
             raise InputError("interrupted")
-        seconds = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        seconds = [json.loads(line)["seconds"] for line in lines]
         changed = _trained(asked["model"], out, config.lora_rank)
     return {
         "lr": config.lr,

@@ -1,7 +1,7 @@
 """Measure in a child process, so that memory, caches and threads of other measurements do not count.
 
 A benchmark that is started with `--measure WORDS` is such a process: it measures one thing and prints it as JSON.
-Resident memory is read from /proc, so it needs Linux.
+Memory is read from /proc on Linux; elsewhere the system says only what a process took at its peak.
 """
 
 import ctypes
@@ -13,11 +13,16 @@ import tempfile
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from minift.errors import InputError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 M_MMAP_THRESHOLD, RETURNED = -3, 2**20  # for mallopt: freed blocks from this size on go back to the system
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,10 +39,12 @@ def fresh(benchmark: str, *words: object, cores: int | None = None, stdin: Itera
         InputError: when it fails, with the last line of its standard error.
     """
     command = [sys.executable, "-m", "benchmarks", benchmark, "--measure", *map(str, words)]
-    allowed = sorted(os.sched_getaffinity(0))[:cores]
     pipe = subprocess.PIPE
+    if cores is not None:
+        check_system("sched_setaffinity", "keeping a process to some of the cores")
     child = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
-    os.sched_setaffinity(child.pid, allowed)
+    if cores is not None:
+        os.sched_setaffinity(child.pid, sorted(os.sched_getaffinity(0))[:cores])
     assert child.stdin is not None
     try:
         for block in stdin or ():
@@ -72,7 +79,7 @@ class Worker:
             stdin=pipe,
             stdout=pipe,
             stderr=self._errors,
-            text=True,
+            encoding="utf-8",
             env={**os.environ, **(env or {})},
         )
         if wait:
@@ -120,13 +127,32 @@ class Worker:
 
 
 def resident() -> int:
-    """Return the resident memory of this process in bytes, pages of mapped files included."""
+    """Return the resident memory of this process in bytes, pages of mapped files included. On Linux only."""
+    check_system("sched_setaffinity", "the memory that a process holds at a moment")
     return _status("VmRSS:")
 
 
 def peak() -> int:
     """Return the peak resident memory of this process in bytes."""
-    return _status("VmHWM:")
+    if os.path.exists("/proc/self/status"):
+        return _status("VmHWM:")
+    if resource is not None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts it in bytes
+    return _peak_on_windows()
+
+
+def peak_of_children() -> int:
+    """Return the peak resident memory of the largest child process that has ended, in bytes. Not on Windows."""
+    if resource is None:
+        raise InputError("the memory of child processes needs Linux or macOS")
+    kibibytes = os.path.exists("/proc/self/status")
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1024 if kibibytes else 1)
+
+
+def check_system(name: str, what: str) -> None:
+    """Raise InputError unless `os` has a name that only Linux has."""
+    if not hasattr(os, name):
+        raise InputError(f"{what} needs Linux")
 
 
 def peak_of(device: str) -> int:
@@ -144,7 +170,8 @@ def forget_peak_of(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        check_system("sched_setaffinity", "forgetting the peak of a process's memory")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def give_back_freed() -> None:
@@ -153,14 +180,35 @@ def give_back_freed() -> None:
     Raises:
         InputError: when the C library is not glibc.
     """
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):
-        raise InputError("resident memory without holes needs glibc's mallopt")
-    library.mallopt(M_MMAP_THRESHOLD, RETURNED)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError):  # another library, or Windows
+        raise InputError("resident memory without holes needs glibc's mallopt") from None
+    mallopt(M_MMAP_THRESHOLD, RETURNED)
 
 
 def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     raise InputError(f"/proc/self/status has no {key}")
+
+
+class _Counters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS of Windows; of its fields, those up to the peak have their own names."""
+
+    _fields_: ClassVar = [
+        ("size", ctypes.c_uint32),
+        ("faults", ctypes.c_uint32),
+        ("peak", ctypes.c_size_t),
+        ("others", ctypes.c_size_t * 7),
+    ]
+
+
+def _peak_on_windows() -> int:
+    kernel, counters = ctypes.WinDLL("kernel32"), _Counters(ctypes.sizeof(_Counters))  # type: ignore[attr-defined]
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    kernel.K32GetProcessMemoryInfo.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32]
+    if not kernel.K32GetProcessMemoryInfo(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.size):
+        raise InputError("Windows does not say how much memory this process took")
+    return int(counters.peak)

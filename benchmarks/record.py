@@ -6,7 +6,6 @@ Times without these cannot be compared.
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -18,19 +17,21 @@ from typing import Any
 
 import torch
 
+from minift.storage.system import command_line, usable_cores
+
 PACKAGES = ("minift", "torch", "numpy", "sentencepiece", "safetensors", "tokenizers", "transformers", "datasets")
 
 
 def environment() -> dict[str, Any]:
     """Return the machine, the packages' versions, the commit (with "+" if files were changed), date and command."""
     return {
-        "command": "python -m benchmarks " + shlex.join(_without_places(sys.argv[1:])),
+        "command": "python -m benchmarks " + command_line(_without_places(sys.argv[1:])),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "machine": {
             "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "cores": usable_cores(),
+            "memory_bytes": _memory(),
             "system": platform.platform(),
             **({"gpu": _gpu()} if torch.cuda.is_available() else {}),
         },
@@ -74,7 +75,8 @@ def _versions() -> dict[str, str]:
 def _commit() -> str:
     def git(*words: str) -> str:
         folder = Path(__file__).resolve().parent
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, encoding="utf-8", check=True)
+        return done.stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
@@ -93,9 +95,14 @@ def _gpu() -> dict[str, Any]:
     }
 
 
+def _memory() -> int | None:
+    """Return the bytes of the machine's memory; None on Windows."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+
+
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -21,7 +21,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import arguments, record
-from benchmarks.process import ROOT
+from benchmarks.process import ROOT, check_system
 from minift.errors import InputError
 from minift.values import size
 
@@ -60,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train both runs, print the result, and write the JSON. Raise InputError when they are not the same."""
+    check_system("sched_setaffinity", "sampling the memory of a run")
     if options.minutes <= 0:
         raise InputError("--minutes must be more than 0")
     with tempfile.TemporaryDirectory() as scratch:
@@ -125,6 +125,8 @@ class Run:
         """Return a process that writes to the run's log; on a disk that is full, if so asked."""
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "minift", *words]
+        import resource  # not on Windows, where this benchmark is refused
+
         limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, FULL))) if full else None
         with self.log.open("ab") as log:
             child = subprocess.Popen(command, stdout=log, stderr=log, env=env, preexec_fn=limit)
@@ -154,7 +156,7 @@ class Run:
         """Sample its memory and its open files while it trains: what follows `final/` is not training."""
         if (self.out / "metrics.jsonl").exists() and not (self.out / "final").exists():
             try:
-                status = Path(f"/proc/{self._child.pid}/status").read_text()
+                status = Path(f"/proc/{self._child.pid}/status").read_text(encoding="utf-8")
                 files = len(os.listdir(f"/proc/{self._child.pid}/fd"))
             except FileNotFoundError:
                 return

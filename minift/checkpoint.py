@@ -37,6 +37,7 @@ from minift.lora import has_adapter, merged_weights
 from minift.model import Llama
 from minift.storage.atomic import write_folder
 from minift.storage.checksums import write_checksums
+from minift.storage.system import MOVES_OPEN_FILES
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import save_tokenizer
 
@@ -71,9 +72,8 @@ def load_model(
     if check:
         check_model_files(path)
     dtype = dtype or opened.dtype
-    mapped = device.type == "cpu" and all(
-        source.spec.dtype == dtype and source.needs_no_copy for source in opened.sources.values()
-    )
+    mapped = MOVES_OPEN_FILES and device.type == "cpu"  # or its folder could not be replaced while the model is used
+    mapped = mapped and all(source.spec.dtype == dtype and source.needs_no_copy for source in opened.sources.values())
     weights: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name in opened.specs:

@@ -1,12 +1,13 @@
 """Run several small trainings in parallel, one core each: small matrices gain little from a second thread."""
 
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
 import torch
+
+from minift.storage.system import usable_cores
 
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
@@ -23,7 +24,7 @@ def side_by_side(
         processes: how many run at the same time, with one thread each; by default one for each core. 0 runs all in this
             process, one after the other.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     count = min(cores if processes is None else processes, len(asked))
     if count == 0:
         return [measure(one) for one in asked]

@@ -37,7 +37,7 @@ PAGES_HELP = "files, globs or folders of JSON Lines, Parquet, Arrow or text, com
 
 TRAIN_MORE = """\
 example:
-  minift tokenizer train --data 'data/pages/*.json.gz' --vocab-size 2048 --out tokenizer.model"""
+  minift tokenizer train --data "data/pages/*.json.gz" --vocab-size 2048 --out tokenizer.model"""
 
 SHOW_MORE = """\
 example:
@@ -124,13 +124,13 @@ def _tokenizer_templates(options: dict[str, Any]) -> int:
 
 PEEK_MORE = """\
 example:
-  minift data peek 'data/pages/*.json.gz' -n 3"""
+  minift data peek "data/pages/*.json.gz" -n 3"""
 
 STATS_MORE = """\
 The first usable record tells whether the data are instruction pairs or pages.
 
 examples:
-  minift data stats 'data/pages/*.json.gz'
+  minift data stats "data/pages/*.json.gz"
   minift data stats data/pairs.jsonl --template qa"""
 
 FORMAT_MORE = """\

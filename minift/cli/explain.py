@@ -1,6 +1,5 @@
 """Run `minift explain`: from the command's words to X-rays."""
 
-import os
 import shutil
 import sys
 from itertools import islice
@@ -21,7 +20,7 @@ from minift.cli.parts import (
     reading_of,
     write_texts,
 )
-from minift.cli.streams import write_exact
+from minift.cli.streams import shows_colours, write_exact
 from minift.config import TrainConfig
 from minift.errors import InputError, did_you_mean
 from minift.look.report import xray_table
@@ -165,6 +164,4 @@ def _colour(when: str) -> bool:
     known = ("auto", "always", "never")
     if when not in known:
         raise InputError(f"--colour is {when!r}{did_you_mean(when, known)}; choose from {', '.join(known)}")
-    if when == "auto":  # a terminal, unless its user has switched colours off (no-color.org)
-        return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    return when == "always"
+    return shows_colours() if when == "auto" else when == "always"

@@ -1,6 +1,5 @@
 """The commands that use a model: `minift generate`, `compare`, `evaluate`, `convert` and `info`."""
 
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from minift.cli.parts import (
 from minift.config import TrainConfig
 from minift.errors import InputError, did_you_mean, one_line
 from minift.look.report import mistake_lines, samples, score_lines, table
+from minift.storage.system import command_line
 from minift.values import check_number, size
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _compare(options: dict[str, Any]) -> int:
             words += ["--encoding", options["encoding"]]
         if options["fields"]:
             words += ["--fields", *options["fields"]]
-        command = shlex.join([*words, "--template", options["template"], *["--rendered"] * options["rendered"]])
+        command = command_line([*words, "--template", options["template"], *["--rendered"] * options["rendered"]])
         texts[options["html"]] = comparison_page(result, [model.config for model, _ in (before, after)], command)
     if options["json"] is not None:
         texts[options["json"]] = json_text(result)
@@ -175,7 +175,7 @@ def _template_line(name: str, conversations: "Sequence[Conversation]", tokenizer
 EVALUATE_MORE = """\
 examples:
   minift evaluate --model runs/finetune/final --data data/test.jsonl --mistakes 3
-  minift evaluate --model bundled --data 'data/pages/*.json.gz'"""
+  minift evaluate --data "data/pages/*.json.gz" --model bundled"""
 
 
 def add_evaluate(commands: Any) -> None:

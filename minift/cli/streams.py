@@ -7,16 +7,21 @@
 * What comes from data, models and names is shown, never obeyed: characters that would move a terminal's cursor, ring
   its bell or turn the direction of a line are spelled out (`errors.printable`). All that is printed passes here, so no
   command can forget it. What has to be exact is written by `write_exact`.
+* A console of Windows is written to in Unicode, whatever its code page is.
 * When the reader of standard output has left (`| head`), a command that only shows something ends, and one that trains
   goes on.
 """
 
+import errno
 import io
 import os
+import stat
 import sys
 from typing import Any, TextIO
 
 from minift.errors import RunError, printable
+
+_STANDARD_OUTPUT, _ESCAPE_SEQUENCES = -11, 4  # of Windows: GetStdHandle, and a mode of SetConsoleMode
 
 
 class _Stream(io.FileIO):
@@ -25,7 +30,12 @@ class _Stream(io.FileIO):
     Args:
         title: its name, for the message.
         ignored: the errors of writing that are not reported.
+
+    Attributes:
+        console: writes to a console of Windows, in place of the file.
     """
+
+    console: Any = None
 
     def __init__(self, number: int, title: str, ignored: tuple[type[OSError], ...]):
         super().__init__(number, "w", closefd=False)
@@ -33,15 +43,19 @@ class _Stream(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            written: int = super().write(data) if self.console is None else self.console.write(data)
+            return written
         except OSError as error:
+            if error.errno == errno.EINVAL and stat.S_ISFIFO(os.fstat(self.fileno()).st_mode):  # so Windows says it
+                error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+            self.console = None
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
             if isinstance(error, self.ignored):
                 return memoryview(data).nbytes
             if isinstance(error, BrokenPipeError):
-                raise
+                raise error from None
             raise RunError(f"{self.title}: cannot be written: {error.strerror}") from None
 
 
@@ -95,10 +109,30 @@ def _wrap(stream: TextIO | None, original: TextIO | None, raw: _Stream) -> TextI
     stream.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is escaped
     if stream is not original:
         return stream
+    found: Any = getattr(stream.buffer, "raw", stream.buffer)
+    if not isinstance(found, io.FileIO):
+        raw.console = found
     buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)  # with `python -u` there is none
     return _Text(
         buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
     )
+
+
+def shows_colours() -> bool:
+    """Return whether standard output is a terminal that shows colours, and its user wants them (no-color.org).
+
+    A console of Windows shows them once it is told to.
+    """
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return False
+    import ctypes
+
+    if not hasattr(ctypes, "WinDLL"):
+        return True
+    kernel, mode = ctypes.WinDLL("kernel32"), ctypes.c_ulong()
+    console = kernel.GetStdHandle(_STANDARD_OUTPUT)
+    known = kernel.GetConsoleMode(console, ctypes.byref(mode))
+    return bool(known and kernel.SetConsoleMode(console, mode.value | _ESCAPE_SEQUENCES))
 
 
 def outlive_reader() -> None:

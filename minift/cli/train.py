@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from minift.config import CONTINUED, FINETUNE, PRETRAIN, TrainConfig
 from minift.errors import InputError
 from minift.look.report import samples, table, worse_line
 from minift.storage.names import model_path
+from minift.storage.system import command_line
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 # May differ when a run is resumed: they change no weight, or only how long it goes on.
@@ -54,8 +54,8 @@ the training of that model continues, with its own tokenizer. The run's folder g
 the loss of each step (metrics.jsonl), and a page to look at (report.html).
 
 examples:
-  minift pretrain --config bundled --data 'data/pages/*.json.gz' --tokenizer data/base --steps 20
-  minift pretrain --model bundled --data 'data/pages/*.json.gz' --steps 20"""
+  minift pretrain --config bundled --data "data/pages/*.json.gz" --tokenizer data/base --steps 20
+  minift pretrain --model bundled --data "data/pages/*.json.gz" --steps 20"""
 
 
 def add_pretrain(commands: Any) -> None:
@@ -259,9 +259,9 @@ def _say_how_to_resume(name: str, out: Path, plain: bool) -> int:
     from minift.distributed.world import is_main_process, started_by_torchrun
 
     if is_main_process():
-        program = "minift" if shutil.which("minift") else f"{shlex.quote(sys.executable)} -m minift"
+        program = ["minift"] if shutil.which("minift") else [sys.executable, "-m", "minift"]
         if started_by_torchrun():
-            program = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m minift"
-        command = f"{program} {name} --resume --out {shlex.quote(str(out))}" + " --plain" * plain
-        print(f"stopped and saved; continue with: {command}")
+            program = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"], "-m", "minift"]
+        command = [*program, name, "--resume", "--out", str(out), *["--plain"] * plain]
+        print(f"stopped and saved; continue with: {command_line(command)}")
     return 1

@@ -7,7 +7,6 @@ processes.
     minift data audit data/pairs.jsonl --html audit.html
 """
 
-import os
 import random
 import re
 from collections import Counter, deque
@@ -42,6 +41,7 @@ from minift.data.unpack import UnreadableError, is_pipe
 from minift.errors import InputError, one_line
 from minift.pack import PADDING, Example
 from minift.prompts import Conversation
+from minift.storage.system import forks, usable_cores
 from minift.tokenizer.base import Tokenizer
 
 HEAD = 1_000  # conversations by which the template is chosen; of more, the rest is looked at by WORKERS processes
@@ -207,7 +207,7 @@ class _Auditor:
         return where, Fingerprints.join(prints), seen
 
     def _look_at_all(self, conversations: Iterator[Conversation], examiner: Examiner, large: bool) -> None:
-        workers = min(WORKERS, os.cpu_count() or 1) if large else 0
+        workers = min(WORKERS, usable_cores()) if large and forks() else 0
         started: deque[tuple[Callable[[], Examined], list[Conversation]]] = deque()
         rng = random.Random(self.config.seed)
         with in_workers(examiner, workers if workers > 1 else 0) as start:

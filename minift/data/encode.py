@@ -37,6 +37,7 @@ from minift.errors import InputError, RunError
 from minift.tokenizer.base import Tokenizer
 
 CHUNK_CHARACTERS = 2**16  # at which a chunk is full: the work of some ten milliseconds
+KILLED = 9  # SIGKILL, for which Windows has no name
 PREFETCH = 8  # chunks that are read ahead for each worker, so that it never waits for this process
 
 Ids = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]  # what `Tokenizer.encode_documents` returns
@@ -178,7 +179,7 @@ def _end_of(process: multiprocessing.Process) -> str:
     code = process.exitcode or 0
     if code >= 0:
         return f"process {process.pid} ended with exit code {code}"
-    hint = "; a system that runs out of memory does that" if code == -signal.SIGKILL else ""
+    hint = "; a system that runs out of memory does that" if code == -KILLED else ""
     return f"process {process.pid} was killed by signal {-code} ({signal.strsignal(-code)}{hint})"
 
 

@@ -8,7 +8,7 @@ standard input. Instruction pairs may also come as a table or an array (`data/ta
 Real corpora have bad lines. Between the records, `scan` yields an error for each of them, with its place and the
 reason. Its callers decide what to do: `read_records` raises the first; `Skipped` counts them and tolerates a few.
 
-    minift data peek 'data/pages/*.json.gz' -n 3
+    minift data peek "data/pages/*.json.gz" -n 3
 """
 
 import json

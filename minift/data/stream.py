@@ -10,7 +10,7 @@ The position in this order can be saved and found again (`state_dict`): how far 
 of the files the documents of the buffer begin, and the state of the random generator. Documents themselves are not
 saved. They are read again, and checksums tell whether the files are still the same (`shards.py`).
 
-    minift pretrain --config stories15m --data 'c4/*.json.gz' --shuffle-buffer 10000 …
+    minift pretrain --config stories15m --data "c4/*.json.gz" --shuffle-buffer 10000 …
 """
 
 import hashlib

@@ -3,7 +3,7 @@
 Lengths are counted, not kept: the table of how often each occurs is small however large the corpus is, and medians and
 percentiles read from it are exact.
 
-    minift data stats 'data/pages/*.json.gz'
+    minift data stats "data/pages/*.json.gz"
     minift data stats data/pairs.jsonl
 """
 

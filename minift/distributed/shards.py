@@ -36,7 +36,7 @@ _PLAIN = {
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
 # The name of the folder is in it, too, as a path; the module is that of Python 3.13.
-_PATHS = {("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath")}
+_PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath", "WindowsPath")}
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """One loop, many processes: all that differs when `torchrun` starts several of them.
 
     torchrun --nproc-per-node 2 -m minift finetune --out runs/two
-    torchrun --nproc-per-node 8 -m minift finetune --model ~/models/Llama-2-7b-hf --parallel fsdp …
+    torchrun --nproc-per-node 8 -m minift finetune --model ./models/Llama-2-7b-hf --parallel fsdp …
 
 Each process (its number is its *rank*) takes its share of every batch, and the loop in `train.py` is the same. A
 gradient is a sum over targets, so it does not matter who computes which part, if only the parts are added up once and

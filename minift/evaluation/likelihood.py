@@ -6,7 +6,7 @@ Legend: B rows, T tokens of a row, N targets, n of them at a time, D model width
 text, so it can also be compared between tokenizers. *Next-token accuracy* is the share of targets that are the model's
 top 1. Each is a sum over all texts divided by a sum over all texts, never a mean of means.
 
-    minift evaluate --model bundled --data 'data/pages/*.json.gz'
+    minift evaluate --model bundled --data "data/pages/*.json.gz"
 """
 
 import math

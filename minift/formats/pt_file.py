@@ -35,18 +35,18 @@ _STORAGE = {
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def load_pt(path: Path) -> dict[str, Any]:
-    """Return the named values in a file of `torch.save`; tensors are mapped.
+def load_pt(path: Path, mapped: bool = True) -> dict[str, Any]:
+    """Return the named values in a file of `torch.save`; tensors are mapped, unless they are to be read at once.
 
     Raises:
         InputError: for a file that is missing or damaged, that would call a function, or holds no dict.
     """
     try:
-        mapped = zipfile.is_zipfile(path)
+        archive = zipfile.is_zipfile(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a pickle's protocol
-            inspect(path, mapped)
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            inspect(path, archive)
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and archive)
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
     except InputError:

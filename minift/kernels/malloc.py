@@ -22,7 +22,10 @@ def keep_freed_memory() -> bool:
     Returns:
         False, and nothing is changed, where the C library is not GNU's.
     """
-    library = ctypes.CDLL(None)
+    try:
+        library = ctypes.CDLL(None)
+    except (TypeError, OSError):  # Windows
+        return False
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     no_separate_blocks = library.mallopt(M_MMAP_MAX, 0)

@@ -1,7 +1,6 @@
 """The loop of a run: `train.train`, with saving, patience, signals and memory that is full around it."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +18,7 @@ from minift.runs.events import open_events
 from minift.runs.progress import BEFORE, Best, metrics_file, progress_bar, record_of, say_what, show
 from minift.runs.steps import load_random_state, random_state, save_best, save_step
 from minift.runs.stop import StopSignal
+from minift.storage.system import flush
 from minift.tokenizer.base import Tokenizer
 from minift.train import Plan, Step, TrainState, train, validation_loss
 
@@ -70,7 +70,7 @@ def run_steps(
                         return True
                     if clock.save_is_due(state):
                         if world.is_main:
-                            os.fsync(metrics.fileno())  # or a step might be saved whose line is lost
+                            flush(metrics.fileno())  # or a step might be saved whose line is lost
                         _check_weights(state)
                         save_step(out, state, tokenizer, config.keep)
                         saved = state.step

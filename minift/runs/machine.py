@@ -6,6 +6,7 @@ Each is as asked for, or else what is fastest and safe on this machine.
 import importlib.util
 import os
 import shutil
+import sys
 
 import torch
 
@@ -14,6 +15,7 @@ from minift.distributed.world import is_main_process
 from minift.errors import InputError, need
 from minift.formats.open import huggingface_folder
 from minift.kernels.choice import bfloat16_in_hardware
+from minift.storage.system import WINDOWS
 
 # Operations (`costs/flops.py`) from which a run is compiled by default. On two cores of an Intel Xeon compiling took 26
 # s and made a step of bundled pretraining 1.12 times as fast, which pays from 6e13 on; one of stories15m was hardly any
@@ -21,6 +23,7 @@ from minift.kernels.choice import bfloat16_in_hardware
 # x 4,096 tokens) 0.27 s in place of 0.34 s, which pays from 2e16 on. `python -m benchmarks ladder` measures it
 # anywhere.
 COMPILING_PAYS = {"cpu": 1e14, "cuda": 5e16}
+CXX = ("cl",) if WINDOWS else ("g++", "clang++")  # what PyTorch calls to compile for a CPU
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -74,22 +77,23 @@ def check_compiler(config: TrainConfig, device: torch.device) -> None:
     """Raise InputError when `compile` is asked for and what it needs on this device is not installed."""
     if config.compile and not _can_compile(device):
         if device.type == "cpu":
-            raise InputError("compiling for a CPU needs a C++ compiler (g++ or clang++), and none is installed")
+            raise InputError(f"compiling for a CPU needs a C++ compiler ({' or '.join(CXX)}), and none is installed")
         raise InputError("compiling for a GPU needs Triton and a C compiler (gcc or clang), and one is not installed")
 
 
 def choose_compile(config: TrainConfig, device: torch.device, flops: float) -> bool:
     """Return whether a run of so many operations compiles its model: as asked for, or else where that saves time.
 
-    That is known for rows of one length: for others the compiler would start again.
+    That is known for rows of one length (for others the compiler would start again), and for Linux: on other systems a
+    compiler that is there may lack what PyTorch needs, and a run that did not ask for it would end.
     """
     if config.compile is not None:
         return config.compile
-    return flops >= COMPILING_PAYS[device.type] and _can_compile(device)
+    return flops >= COMPILING_PAYS[device.type] and sys.platform == "linux" and _can_compile(device)
 
 
 def _can_compile(device: torch.device) -> bool:
     if device.type == "cpu":
-        return any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++")))
+        return any(map(shutil.which, (os.environ.get("CXX") or CXX[0], *CXX)))
     c_compilers = (os.environ.get("CC") or "gcc", "gcc", "clang")
     return importlib.util.find_spec("triton") is not None and any(map(shutil.which, c_compilers))

@@ -6,7 +6,7 @@ begin_model     runs/model.py                     a model with random weights, o
 start_state     optim.py, runs/start.py           the state before the first step
 complete        train.py, runs/common.py          step after step, then final/
 
-minift pretrain --config bundled --data 'data/pages/*.json.gz' --tokenizer data/base --steps 20
+minift pretrain --config bundled --data "data/pages/*.json.gz" --tokenizer data/base --steps 20
 """
 
 from collections.abc import Iterator, Sequence

@@ -34,6 +34,7 @@ from minift.storage.checksums import (
     write_checksums,
 )
 from minift.storage.links import check_links
+from minift.storage.system import MOVES_OPEN_FILES
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import save_tokenizer
 from minift.train import TrainState
@@ -210,7 +211,7 @@ def load_step(folder: Path, state: TrainState) -> None:
         read_shards(folder, _shards(state))
     else:
         load_weights(folder, state.model)
-    training = load_pt(folder / "training.pt")
+    training = load_pt(folder / "training.pt", mapped=MOVES_OPEN_FILES)  # the moments stay as they are loaded
     _check_run(folder, training)
     if has_adapter(state.model) and not sharded and state.world.parallel != "fsdp":
         _check_base(folder, training.get("base"), state)

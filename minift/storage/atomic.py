@@ -4,7 +4,6 @@ When the process is killed on the way, or the disk is full, what was there befor
 other name is removed by the next run.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minift.errors import RunError
+from minift.storage.system import flush_path, move
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -28,12 +28,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         partial.mkdir(parents=True)
         write(partial)
         for file in (*partial.iterdir(), partial):
-            _sync(file)
+            flush_path(file)
         if folder.exists():
             _replace(folder, partial)
         else:
-            partial.rename(folder)
-        _sync(folder.parent)
+            move(partial, folder)
+        flush_path(folder.parent)
 
 
 def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any] = lambda: None) -> None:
@@ -47,10 +47,10 @@ def write_file(file: Path, write: Callable[[Path], Any], then: Callable[[], Any]
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         write(partial)
-        _sync(partial)
+        flush_path(partial)
         then()
-        partial.replace(file)
-        _sync(file.parent)
+        move(partial, file, replace=True)
+        flush_path(file.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -61,7 +61,7 @@ def remove_folder(folder: Path) -> None:
     """
     renamed = folder.with_name(f".{folder.name}.old")
     try:
-        folder.rename(renamed)
+        move(folder, renamed)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -106,18 +106,10 @@ def _replace(folder: Path, new: Path) -> None:
     """Rename `new` to `folder`. At every moment the old or the new one is complete on the disk, under some name."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
+    move(folder, old)
     try:
-        new.rename(folder)
+        move(new, folder)
     except OSError:
-        old.rename(folder)
+        move(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -39,7 +39,7 @@ def check_model(path: str | Path) -> None:
 def write_checksums(folder: Path) -> None:
     """Write the checksums of all files of a folder into the folder."""
     sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
-    (folder / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
+    (folder / CHECKSUMS).write_text("".join(sums), encoding="utf-8", newline="\n")  # as `sha256sum` reads it
 
 
 def read_checksums(sums: Path) -> dict[str, str]:

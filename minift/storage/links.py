@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from minift.errors import InputError
+from minift.storage.system import WINDOWS, forbidden_part
 
 
 def check_links(folder: Path, names: Collection[str] = ()) -> None:
@@ -29,8 +30,11 @@ def check_links(folder: Path, names: Collection[str] = ()) -> None:
 def check_name(path: Path) -> None:
     """Raise InputError for a path that is not UTF-8: Python can open it, but PyTorch and safetensors cannot.
 
-    In a locale with another encoding, Python reads the same bytes as other characters.
+    In a locale with another encoding, Python reads the same bytes as other characters. On Windows, names that it would
+    change are refused, too.
     """
+    if WINDOWS and (part := forbidden_part(path)):
+        raise InputError(f"{path}: Windows takes {part!r} for something else than a file's name; choose another")
     encoding = sys.getfilesystemencoding()
     try:
         same = str(path).encode() == os.fsencode(path)

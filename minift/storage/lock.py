@@ -4,13 +4,13 @@ It is a lock of the operating system on a file in the folder. The system release
 so a run that was killed leaves nothing to unlock.
 """
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minift.errors import InputError
+from minift.storage import system
 
 LOCK = ".lock"
 
@@ -31,9 +31,12 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not system.MOVES_OPEN_FILES:  # there it is the system that keeps the file, if another run has opened it
+            os.close(lock)
         with suppress(OSError):
             (folder / LOCK).unlink()  # before the lock is released, so that the next process finds no file
-        os.close(lock)
+        if system.MOVES_OPEN_FILES:
+            os.close(lock)
         with suppress(OSError):
             for path in made:  # innermost first, up to one that holds something
                 path.rmdir()
@@ -42,12 +45,14 @@ def locked(folder: Path) -> Iterator[None]:
 def _lock(file: Path) -> int:
     """Lock a file and return its descriptor. (Forked workers, which may outlive the run, inherit no POSIX lock.)"""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(descriptor)
+            if not system.MOVES_OPEN_FILES:
+                return descriptor
             if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
                 return descriptor
-        except (BlockingIOError, PermissionError):  # POSIX allows either error
+        except (BlockingIOError, PermissionError):
             os.close(descriptor)
             raise InputError(
                 f"{file.parent}: another run is writing it; wait for its end, or choose another --out"

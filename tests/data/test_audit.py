@@ -419,7 +419,7 @@ def test_two_processes_find_what_one_finds(
     alone = look(file, tokenizer)
     monkeypatch.setattr(auditing, "HEAD", 50)
     monkeypatch.setattr(auditing, "CHUNK", 30)
-    monkeypatch.setattr(auditing.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(auditing, "usable_cores", lambda: 2)
     assert look(file, tokenizer) == alone
     assert {one.name for one in alone.findings} >= {"wrong encoding", "duplicates"}
 

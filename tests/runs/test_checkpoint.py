@@ -468,7 +468,7 @@ def test_a_full_disk_under_torchs_own_writer(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("killed_in", ["write_pt", "_sync", "rmtree"])
+@pytest.mark.parametrize("killed_in", ["write_pt", "flush_path", "rmtree"])
 def test_a_killed_save_leaves_the_older_checkpoint(
     folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
@@ -486,7 +486,7 @@ def test_a_killed_save_leaves_the_older_checkpoint(
 
     child = os.fork()
     if child == 0:
-        homes = {"rmtree": shutil, "_sync": atomic, "write_pt": native}
+        homes = {"rmtree": shutil, "flush_path": atomic, "write_pt": native}
         monkeypatch.setattr(homes[killed_in], killed_in, die)
         save_model(folder, model, tokenizer)
         os._exit(0)

@@ -457,10 +457,11 @@ def test_a_sharded_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "hacked").exists()
 
 
+@pytest.mark.parametrize("kind", ["PosixPath", "WindowsPath"])
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
-def test_a_path_in_a_sharded_checkpoint_is_read_whatever_python_wrote_it(module: str) -> None:
+def test_a_path_in_a_sharded_checkpoint_is_read_whatever_python_wrote_it(module: str, kind: str) -> None:
     """Python 3.13 pickles its paths under the name of another module than older and newer versions."""
-    written = f"c{module}\nPosixPath\n(V/\nVruns\ntR.".encode()  # protocol 0: a class, its arguments, a call
+    written = f"c{module}\n{kind}\n(V/\nVruns\ntR.".encode()  # protocol 0: a class, its arguments, a call
     assert _Unpickler(io.BytesIO(written)).load() == Path("/runs")
 
 

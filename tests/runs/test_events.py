@@ -18,21 +18,8 @@ from minift.runs.finetune import finetune, finetune_job
 from tests.helpers import new_state, take_steps, write_jsonl
 from tests.runs.ranks import by_two
 
-FLAGS = [
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--batch-size",
-    "4",
-    "--steps",
-    "6",
-    "--save-every",
-    "2",
-    "--keep",
-    "0",
-]
-FLAGS += ["--eval-every", "3"]
+FLAGS = ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--steps", "6", "--save-every", "2"]
+FLAGS += ["--keep", "0", "--eval-every", "3"]
 
 
 @pytest.fixture

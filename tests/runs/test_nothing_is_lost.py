@@ -287,7 +287,7 @@ def test_the_space_that_saves_take(
 
     computed = space.bytes_of_saves
     monkeypatch.setattr("minift.runs.common.bytes_of_saves", lambda *a, **n: said.append(computed(*a, **n)) or said[-1])
-    monkeypatch.setattr("minift.storage.atomic._sync", measured(lambda path: None))
+    monkeypatch.setattr("minift.storage.atomic.flush_path", measured(lambda path: None))
     run = words[: words.index("--lora-rank")] + words[words.index("--lr") :]
     assert main([*run, "--save-every", "1", *flags.split(), "--compare", "0", "--out", str(tmp_path / "run")]) == 0
     assert 0.6 * said[0] < most[0] < 1.2 * said[0]  # the files of so small tensors have much structure around them

@@ -9,7 +9,6 @@ page can be made again at any time, and says nothing that the files do not say.
 
 import dataclasses
 import math
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from minift.lora import LoRAConfig
 from minift.runs.freeze import frozen_names
 from minift.runs.metrics import read_metrics
 from minift.runs.progress import Best
+from minift.storage.system import command_line
 from minift.values import read_json, size
 
 SHOWN = 100  # samples on a page; the rest are in the JSON
@@ -94,7 +94,7 @@ def run_command(run: Mapping[str, Any], out: Path) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *(value if isinstance(value, list) else [str(value)])]
-    return shlex.join([*words, "--out", str(out)])
+    return command_line([*words, "--out", str(out)])
 
 
 def _page(title: str, sections: Sequence[str]) -> str:
