@@ -3,6 +3,7 @@
 finetune.py   from files of pairs to a finished run
 pretrain.py   from files of pages to a finished run
 common.py     what both do: own the folder, start or resume, take the steps, write `final/`
+defaults.py   the settings that are not given: from the pairs and the model's size
 start.py      the state before the first step
 machine.py    the device and the dtype to compute in, and whether a compiler pays
 loop.py       step after step: saving, patience, signals

@@ -6,10 +6,12 @@ Each is as asked for, or else what is fastest and safe on this machine.
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import torch
 
 from minift.config import TrainConfig
+from minift.distributed.world import World
 from minift.errors import InputError
 from minift.kernels.choice import bfloat16_in_hardware
 
@@ -19,6 +21,7 @@ from minift.kernels.choice import bfloat16_in_hardware
 # x 4,096 tokens) 0.27 s in place of 0.34 s, which pays from 2e16 on. `python -m benchmarks ladder` measures it
 # anywhere.
 COMPILING_PAYS = {"cpu": 1e14, "cuda": 5e16}
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -72,3 +75,34 @@ def _can_compile(device: torch.device) -> bool:
         return any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++")))
     c_compilers = (os.environ.get("CC") or "gcc", "gcc", "clang")
     return importlib.util.find_spec("triton") is not None and any(map(shutil.which, c_compilers))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory that are free on a device, for all processes together; None where it is not known.
+
+    On a CPU these are Linux's own estimate, within the limit of a container, or half of all memory on other systems.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        limits = [Path(file).read_text(encoding="ascii").strip() for file in CGROUP_LIMITS if Path(file).is_file()]
+        return min([*found, *(int(limit) for limit in limits if limit.isdigit())], default=None)
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def memory_of_rank(world: World) -> int | None:
+    """Return the free bytes that each rank can count on, the same on all of them. Call on all ranks."""
+    found = world.gather(free_memory(world.device))
+    if None in found:
+        return None
+    sharing = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if world.device.type == "cpu" and world.parallel else 1
+    )
+    return int(min(found)) // sharing
