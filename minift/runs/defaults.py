@@ -4,7 +4,7 @@
     length        10 epochs of a model below 30 million weights (fewer from 2,000 pairs on), 3 of a larger one; and at
                   least 100 steps
     lr            1e-4 up to the width of the bundled model, above it less, with the root of the width; up to twice as
-                  much in a run of fewer steps than 350. For adapters, one divided by the width
+                  much in a run of fewer steps than 350. Of adapters, 5e-3, falling with the width itself
     warm-up       3 % of the steps
     row           the longest pair, up to the positions of the model
     micro-batch   halved, and summed over twice as many, until a step fits into 80 % of the free memory; if one pair
@@ -35,6 +35,7 @@ FEWEST_STEPS = 100
 LARGE = 30_000_000  # weights of a model that was pretrained on much
 FEWEST_EPOCHS, MOST_EPOCHS, MOST_SEEN = 3, 10, 20_000  # a small model sees so many pairs, repeated ones included
 HIGHEST_LR, WIDTH, STEPS = 1e-4, 192, 350  # the learning rate of the bundled job, its width and its steps
+HIGHEST_LORA_LR = 5e-3  # of the bundled job's adapters
 WARMUP = 0.03
 MULTIPLE = 64  # tokens to which rows are rounded up, as in `pack.collate`
 ROOM = 0.8  # share of the free memory: the ledger has no workspaces of kernels, and no rounding
@@ -115,7 +116,7 @@ def _epochs(parameters: int, n: int) -> int:
 
 def _rate(width: int, steps: int, adapters: bool) -> float:
     """Return the highest learning rate of a run, to two digits: it is recorded as it is printed."""
-    rate = 1 / width
+    rate = HIGHEST_LORA_LR * min(1.0, WIDTH / width)
     if not adapters:
         rate = HIGHEST_LR * min(1.0, math.sqrt(WIDTH / width)) * min(2.0, max(1.0, math.sqrt(STEPS / steps)))
     return float(f"{rate:.1e}")

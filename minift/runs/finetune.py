@@ -118,7 +118,7 @@ def _prepare(
     """Return a run and its state before the first step. Nothing is written."""
     memory = memory_of_rank(world) if choose else None  # before the model takes its part of it
     tokenizer, model = split.tokenizer, open_model(job.model, split.tokenizer, config, world)
-    config, encoded, chosen = _encode_and_choose(model, split, config, choose, world, memory)
+    config, encoded, chosen = encode_and_choose(model, split, config, choose, world, memory)
     fit_to_template(model, split)
     announce(job, model, split, encoded, config, world)
     for line in chosen:
@@ -235,7 +235,7 @@ def encode(split: Split, config: TrainConfig) -> Encoded:
     return Encoded(training[0], held_out[0], cut, training[1], held_out[1])
 
 
-def _encode_and_choose(
+def encode_and_choose(
     model: Llama, split: Split, config: TrainConfig, choose: Collection[str], world: World, memory: int | None
 ) -> tuple[TrainConfig, Encoded, list[str]]:
     """Encode all pairs, and choose the settings named in `choose`. Return both, and what was chosen in words.
