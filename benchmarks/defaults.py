@@ -96,9 +96,9 @@ def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
         worse += rule["best"] > rule["losses"][0]
     mean = sum(gaps) / len(gaps)
     return (
-        f"The rule's best loss is at most {max(gaps):.3f} nats above that of the best rate ({mean:.3f} on average), and its "
-        f"right answers are at most {100 * max(points):.0f} points fewer than the most; "
-        f"in {worse} of {len(rows)} cases it is worse than the base."
+        f"The rule's best loss is at most {max(gaps):.3f} nats above that of the best rate ({mean:.3f} on average); "
+        f"its right answers are at most {100 * max(points):.0f} points fewer than the most; in {worse} of {len(rows)} "
+        "cases it is worse than the base."
     )
 
 
