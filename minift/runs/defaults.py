@@ -131,7 +131,7 @@ def _fit_memory(
     """Return the config with micro-batches, and if need be rows, that memory can hold; and a note where none can be."""
     if task.memory is None or step_bytes(config, task) <= ROOM * task.memory:
         return config, []
-    free, asked = f"{size(task.memory)} are free", size(step_bytes(config, task))
+    free, asked = f"{size(task.memory)} are free, of which a fifth is kept", size(step_bytes(config, task))
     while "batch_size" in choose and config.batch_size > 1 and step_bytes(config, task) > ROOM * task.memory:
         config = config.replace(batch_size=config.batch_size // 2, grad_accum=config.grad_accum * 2)
     if config.grad_accum > 1 and "batch_size" in choose:

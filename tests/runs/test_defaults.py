@@ -149,7 +149,7 @@ def test_no_setting_makes_a_model_fit_that_is_too_large() -> None:
     assert config.max_length == 640
     assert len(lines) == 2
     assert lines[1].startswith("note: a step takes about 1")
-    assert "20 GB are free; train adapters (--lora-rank 8)" in lines[1]
+    assert "20 GB are free, of which a fifth is kept; train adapters (--lora-rank 8)" in lines[1]
     given = choose_defaults(BFLOAT16.replace(batch_size=64), {"lr"}, task("smollm2-135m", LENGTHS, memory=int(8e9)))
     assert given[0].batch_size == 64
     assert "lower --batch-size, and raise --grad-accum" in given[1][-1]
