@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -292,6 +293,7 @@ class TrainConfig:
     lr: float = _flag(5e-4, "highest learning rate of the schedule", above=0)
     min_lr: float = _flag(0.0, "learning rate at the end of the schedule, as a fraction of --lr", least=0)
     warmup: int = _flag(0, "number of steps in which the learning rate rises to --lr", least=0)
+    warmup_ratio: float | None = _flag(None, "the same as a share of the run's steps (instead of --warmup)", least=0)
     schedule: str = _flag("cosine", "shape of the learning rate's fall after the warm-up", choices=SCHEDULES)
     max_length: int = _flag(256, "number of tokens in a row; longer pairs are cut, and pages fill rows", least=2)
     weight_decay: float = _flag(0.0, "AdamW's decoupled weight decay, for matrices only", least=0)
@@ -410,6 +412,10 @@ class TrainConfig:
             raise InputError("--freeze is for weights, and --lora-rank freezes all of them; choose by --lora-targets")
         if self.steps is not None and self.epochs is not None:
             raise InputError("give --steps or --epochs, not both: each sets the length of the run")
+        if self.warmup and self.warmup_ratio is not None:
+            raise InputError("give --warmup or --warmup-ratio, not both: each sets the length of the warm-up")
+        if self.warmup_ratio is not None and self.warmup_ratio > 1:
+            raise InputError(f"warmup_ratio is {self.warmup_ratio}; it is a share of the run's steps, at most 1")
 
     @property
     def save_minutes(self) -> float:
@@ -417,12 +423,15 @@ class TrainConfig:
         return float(self.save_every[:-1]) if isinstance(self.save_every, str) else 0.0
 
     def replace(self, **changes: Any) -> "TrainConfig":
-        """Return a copy with some fields changed; a new value of `steps` clears `epochs`, and the other way round."""
-        if "steps" in changes and "epochs" not in changes:
-            changes["epochs"] = None
-        elif "epochs" in changes and "steps" not in changes:
-            changes["steps"] = None
+        """Return a copy with some fields changed; a new value of a field clears the one that it is given instead of."""
+        for alternatives in ({"steps": None, "epochs": None}, {"warmup": 0, "warmup_ratio": None}):
+            if not changes.keys().isdisjoint(alternatives):
+                changes = alternatives | changes
         return dataclasses.replace(self, **changes)
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Return in how many steps of `total_steps` the learning rate rises."""
+        return self.warmup if self.warmup_ratio is None else int(self.warmup_ratio * total_steps)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> "TrainConfig":
@@ -442,3 +451,17 @@ PRETRAIN = TrainConfig(steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_leng
 # Pretraining that continues from a model: at the rate for random weights it would forget much of what it knows, and at
 # a much lower one it learns little of the new pages (Ibrahim et al., arXiv 2403.08763).
 CONTINUED = PRETRAIN.replace(lr=PRETRAIN.lr / 10)
+
+# What `minift finetune` chooses from the pairs and the model (`runs/defaults.py`), and what may be given instead of it.
+CHOSEN: dict[str, tuple[str, ...]] = {
+    "lr": (),
+    "epochs": ("steps",),
+    "batch_size": ("grad_accum",),
+    "warmup": ("warmup_ratio",),
+    "max_length": (),
+}
+
+
+def not_given(given: Collection[str]) -> set[str]:
+    """Return the names of `CHOSEN` that are to be chosen, where the settings named in `given` are given."""
+    return {name for name, others in CHOSEN.items() if not {name, *others} & set(given)}

@@ -51,9 +51,9 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     It rises linearly for `warmup` steps and reaches `lr`. From there it stays, or falls along half a cosine (Loshchilov
     & Hutter, arXiv 1608.03983) or a straight line, and would reach `min_lr · lr` one step after the last.
     """
-    if step < config.warmup:
-        return config.lr * (step + 1) / (config.warmup + 1)
-    progress = (step - config.warmup) / max(1, total_steps - config.warmup)
+    if step < (warmup := config.warmup_steps(total_steps)):
+        return config.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
     if config.schedule == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * progress))
     elif config.schedule == "linear":

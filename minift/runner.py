@@ -25,7 +25,7 @@ from typing import Any, overload
 
 from minift import kernels
 from minift.checkpoint import load_model, save_model
-from minift.config import FINETUNE, TrainConfig
+from minift.config import FINETUNE, TrainConfig, not_given
 from minift.data.chats import read_turns
 from minift.data.conversations import CHAT_FIELDS
 from minift.data.encodings import check_encoding
@@ -232,7 +232,8 @@ class BasicModelRunner:
         data, template = self._write_inputs(folder, pairs, config.template)
         run = folder / "run"
         job = jobs.finetune_job(str(self._path), [str(data)])
-        result = jobs.finetune(job, config.replace(template=template), run, plain=self.plain)
+        config, choose = config.replace(template=template), not_given(options)
+        result = jobs.finetune(job, config, run, plain=self.plain, choose=choose)
         if result is None:
             raise RunError(f"interrupted; the finished steps are saved in {run}")
         self.tokenizer = load_tokenizer(run / "final")

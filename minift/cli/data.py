@@ -195,7 +195,7 @@ def add_data(commands: Any) -> None:
     add_template(audit)
     add_rendered(audit)
     add_learn(audit)
-    text = "cut examples to N tokens, as finetune does (default: 256)"
+    text = "cut examples to N tokens, as finetune does with this flag (default: 256)"
     audit.add_argument("--max-length", type=int, default=256, metavar="N", help=text)
     audit.add_argument("--seed", type=int, default=0, metavar="N", help="draw by this seed (default: 0)")
     text = "show N records that are drawn, and the example of each finding (default: 3; on a page: 20)"

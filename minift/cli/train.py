@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain, add_reading, check_fields
 from minift.cli.streams import outlive_reader
-from minift.config import CONTINUED, FINETUNE, PRETRAIN, TrainConfig
+from minift.config import CHOSEN, CONTINUED, FINETUNE, PRETRAIN, TrainConfig, not_given
 from minift.errors import InputError
 from minift.look.report import samples, table, worse_line
 from minift.storage.names import model_path
@@ -101,6 +101,8 @@ def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, wi
         if item.name in without:
             continue
         flag, default = "--" + item.name.replace("_", "-"), getattr(defaults, item.name)
+        if defaults is FINETUNE and item.name in CHOSEN:
+            default = "chosen from the pairs and the model"
         text = item.metadata["help"].replace("%", "%%") + ("" if default in (None, ()) else f" (default: {default})")
         kinds = [kind for kind in get_args(hints[item.name]) or (hints[item.name],) if kind is not type(None)]
         kind = kinds[0]
@@ -130,8 +132,9 @@ def _finetune(options: dict[str, Any]) -> int:
     out, resume, overwrite, plain = _take_run_flags(options, "runs/finetune")
     if resume:
         inputs, config = _settings_of("finetune", out, options)
-        job = jobs.finetune_job(**inputs)
+        job, choose = jobs.finetune_job(**inputs), set[str]()
     else:
+        choose = not_given(options)
         config = FINETUNE.replace(**train_options(options))
         job = jobs.finetune_job(
             options.get("model", "bundled"),
@@ -140,7 +143,7 @@ def _finetune(options: dict[str, Any]) -> int:
             options.get("encoding", "utf-8"),
             check_fields(options.get("fields", ())),
         )
-    result = jobs.finetune(job, config, out, resume, plain, overwrite)
+    result = jobs.finetune(job, config, out, resume, plain, choose, overwrite)
     if result is None:
         return _say_how_to_resume("finetune", out, plain)
     if is_main_process():

@@ -6,6 +6,7 @@ common.py     what both do: own the folder, start or resume, take the steps, wri
 final.py      the end of a run: `final/`, of the best weights
 model.py      the model before the first step: opened, with adapters; or of random weights
 freeze.py     parameters that are not trained, by name
+defaults.py   the settings that are not given: from the pairs and the model's size
 start.py      the state before the first step
 machine.py    the device and the dtype to compute in, and whether a compiler pays
 loop.py       step after step: saving, patience, signals

@@ -3,6 +3,7 @@
 read_data    prompts.py, data/conversations.py        files → pairs to train on, pairs held out, the template of both
 open_model    runs/model.py, lora.py           the model, with adapters if they are asked for
 encode        pack.py                          pairs → examples: token ids, of which the answer's are learned
+choose_defaults  runs/defaults.py              the settings that are not given, from those examples and the model
 announce                                       what the run is going to do
 start_state   optim.py, runs/start.py          the state before the first step
 complete      train.py, runs/common.py         step after step, then final/
@@ -12,8 +13,8 @@ minift finetune --steps 100 --plain
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ from minift.formats.open import carried_from
 from minift.model import Llama
 from minift.pack import Batch, Example, collate
 from minift.prompts import Chat, Conversation
-from minift.runs.common import check_export, check_out, choose_machine, complete, describe
+from minift.runs.common import check_export, check_length, check_out, choose_machine, complete, describe
+from minift.runs.defaults import Task, choose_defaults
 from minift.runs.final import Run
-from minift.runs.folder import FinetuneJob, inputs_of, own_folder, write_report
+from minift.runs.folder import FinetuneJob, inputs_of, own_folder, read_run, write_report
 from minift.runs.freeze import trained_in_words
+from minift.runs.machine import memory_of_rank
 from minift.runs.model import fill_shards, open_model
 from minift.runs.start import start_state
 from minift.runs.stop import ended_by_signals
@@ -73,6 +76,7 @@ def finetune(
     out: Path,
     resume: bool = False,
     plain: bool = False,
+    choose: Collection[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Finetune a model on pairs, then compare it with what it was before.
@@ -81,6 +85,7 @@ def finetune(
         out: the run's folder. It must not hold a run, unless `resume` continues that one, or `overwrite` removes it,
             when all inputs of this run have been read.
         plain: run the pages as they are read: no faster code of `kernels/` is installed.
+        choose: the settings that the run chooses itself (`runs/defaults.py`), whatever they are in `config`.
 
     Returns:
         The comparison, as it is in `out/compare.json`; an empty one where none is made, and of several processes on all
@@ -93,10 +98,12 @@ def finetune(
     device, config = choose_machine(config, resume, plain, job.model)
     with join(config.parallel, device) as world:
         resume = check_out(out, resume, world, overwrite, inputs_of(job, config))
+        if resume and choose:  # torchrun has started the command again: the run has chosen already
+            config, choose = read_run(out)[2], ()
         split = read_data(job, config)
         # By default not compiled: no two batches have the same shape, and each new one would be compiled again.
         config = config.replace(template=split.template, compile=bool(config.compile))
-        prepared = [_prepare(job, split, config, out, plain, world)]
+        prepared = [_prepare(job, split, config, out, plain, world, choose)]
         with own_folder(out, resume, world, overwrite):
             # Taken out of the list: what the steps need of memory makes room for the two models of the comparison.
             if not complete(*prepared.pop(), resume):
@@ -109,13 +116,22 @@ def finetune(
 
 
 def _prepare(
-    job: FinetuneJob, split: "Split", config: TrainConfig, out: Path, plain: bool, world: World
+    job: FinetuneJob,
+    split: "Split",
+    config: TrainConfig,
+    out: Path,
+    plain: bool,
+    world: World,
+    choose: Collection[str] = (),
 ) -> tuple[Run, TrainState]:
     """Return a run and its state before the first step. Nothing is written."""
+    memory = memory_of_rank(world) if choose else None  # before the model takes its part of it
     tokenizer, model = split.tokenizer, open_model(job.model, split.tokenizer, config, world)
-    encoded = encode(split, config)
+    config, encoded, chosen = encode_and_choose(model, split, config, choose, world, memory)
     fit_to_template(model, split)
     announce(job, model, split, encoded, config, world)
+    for line in chosen:
+        print(line)
     carried = carried_over(job, model, split, config)
     if world.is_main:
         print_findings(split, encoded, config)
@@ -238,6 +254,32 @@ def encode(split: Split, config: TrainConfig) -> Encoded:
     return Encoded(training[0], held_out[0], cut, training[1], held_out[1])
 
 
+def encode_and_choose(
+    model: Llama, split: Split, config: TrainConfig, choose: Collection[str], world: World, memory: int | None
+) -> tuple[TrainConfig, Encoded, list[str]]:
+    """Encode all pairs, and choose the settings named in `choose`. Return both, and what was chosen in words.
+
+    Raises:
+        InputError: as `encode` does, or because the model's positions are too few for the rows.
+    """
+    if "max_length" in choose:
+        config = config.replace(max_length=model.config.max_position_embeddings)
+    check_length(config, model.config)
+    skipped = replace(split.skipped)  # a copy, for a second encoding
+    encoded = encode(split, config)
+    if not choose:
+        return config, encoded, []
+    lengths, held_out = ([len(example) for example in part] for part in (encoded.examples, encoded.held_out))
+    cut = any(example.cut for example in [*encoded.examples, *encoded.held_out])
+    adapters = number_trained(model) if config.lora_rank else None
+    device, ranks = world.device.type, world.size
+    task = Task(model.config, adapters, lengths, held_out, cut, split.kind, device, ranks, memory)
+    config, chosen = choose_defaults(config, choose, task)
+    if max(lengths + held_out) > config.max_length:
+        encoded = encode(replace(split, skipped=skipped), config)
+    return config, encoded, chosen
+
+
 def _validation_batches(held_out: list[Example], tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
     """Return the held-out examples in their order, `config.batch_size` in a batch."""
     groups = [held_out[i : i + config.batch_size] for i in range(0, len(held_out), config.batch_size)]
@@ -270,6 +312,11 @@ def carried_over(job: FinetuneJob, model: Llama, split: Split, config: TrainConf
     return carried
 
 
+def number_trained(model: Llama) -> int:
+    """Return the number of trained parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def template_note(split: Split) -> str:
     """Return a note on the choice of a template, or "": which one the model has, or that it has none."""
     if split.kind == "chats" and not has_chat_template(split.tokenizer):
@@ -281,7 +328,7 @@ def template_note(split: Split) -> str:
 
 def announce(job: FinetuneJob, model: Llama, split: Split, encoded: Encoded, config: TrainConfig, world: World) -> None:
     """Print what the run is going to do: with which model, on which pairs, and what is left out."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = number_trained(model)
     share = f"{trained:,} of them adapters, which are trained" if config.lora_rank else trained_in_words(model)
     left_out = f"{encoded.cut} cut to {config.max_length} tokens, {encoded.dropped} dropped"
     held_out = f"{len(split.held_out):,} {split.kind} held out ({encoded.held_out_dropped} without a target)"

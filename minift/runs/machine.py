@@ -7,11 +7,12 @@ import importlib.util
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
 from minift.config import TrainConfig
-from minift.distributed.world import is_main_process
+from minift.distributed.world import World, is_main_process
 from minift.errors import InputError, need
 from minift.formats.open import huggingface_folder
 from minift.kernels.choice import bfloat16_in_hardware
@@ -24,6 +25,7 @@ from minift.storage.system import WINDOWS
 # anywhere.
 COMPILING_PAYS = {"cpu": 1e14, "cuda": 5e16}
 CXX = ("cl",) if WINDOWS else ("g++", "clang++")  # what PyTorch calls to compile for a CPU
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -97,3 +99,34 @@ def _can_compile(device: torch.device) -> bool:
         return any(map(shutil.which, (os.environ.get("CXX") or CXX[0], *CXX)))
     c_compilers = (os.environ.get("CC") or "gcc", "gcc", "clang")
     return importlib.util.find_spec("triton") is not None and any(map(shutil.which, c_compilers))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory that are free on a device, for all processes together; None where it is not known.
+
+    On a CPU these are Linux's own estimate, within the limit of a container, or half of all memory on other systems.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        limits = [Path(file).read_text(encoding="ascii").strip() for file in CGROUP_LIMITS if Path(file).is_file()]
+        return min([*found, *(int(limit) for limit in limits if limit.isdigit())], default=None)
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def memory_of_rank(world: World) -> int | None:
+    """Return the free bytes that each rank can count on, the same on all of them. Call on all ranks."""
+    found = world.gather(free_memory(world.device))
+    if None in found:
+        return None
+    sharing = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if world.device.type == "cpu" and world.parallel else 1
+    )
+    return int(min(found)) // sharing

@@ -15,7 +15,6 @@ from minift.formats.open import check_model_files
 from minift.formats.shapes import model_without_weights
 from minift.lora import LoRAConfig, add_lora, init_adapters
 from minift.model import Llama
-from minift.runs.common import check_length
 from minift.runs.freeze import freeze
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import check_fit
@@ -27,15 +26,14 @@ def open_model(name: str, tokenizer: Tokenizer, config: TrainConfig, world: Worl
     In a sharded run (fsdp) the model is on "meta", without memory: `fill_shards` reads the weights.
 
     Raises:
-        InputError: when its files are missing or damaged, or do not fit together, its positions are too few, or it has
-            no parameter to freeze or to train.
+        InputError: when its files are missing or damaged, or do not fit together, or it has no parameter to freeze or
+            to train.
     """
     _check_files(name, world)
     model = (
         model_without_memory(name) if world.parallel == "fsdp" else load_model(name, device=world.device, check=False)
     )
     check_fit(model.config, tokenizer)
-    check_length(config, model.config)
     if config.lora_rank:
         add_lora(model, LoRAConfig.of(config), torch.Generator().manual_seed(config.seed))
     freeze(model, config.freeze)

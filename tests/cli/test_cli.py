@@ -23,7 +23,7 @@ from minift import __version__
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.cli.commands import make_parser
-from minift.config import FINETUNE, PRETRAIN, TrainConfig
+from minift.config import CHOSEN, FINETUNE, PRETRAIN, TrainConfig
 from minift.model import Llama
 from minift.reference import greedy
 from minift.tokenizer.base import Tokenizer
@@ -56,6 +56,7 @@ EVERY_FLAG: dict[str, Any] = {
     "lr": 0.003,
     "min_lr": 0.25,
     "warmup": 7,
+    "warmup_ratio": None,  # excludes warmup; it has a test of its own (runs/test_defaults.py)
     "schedule": "constant",
     "max_length": 40,
     "weight_decay": 0.2,
@@ -207,6 +208,8 @@ def test_every_field_is_in_the_help_with_its_default(
         assert f"--{item.name.replace('_', '-')} " in text or f"--{item.name.replace('_', '-')}," in text
         assert item.metadata["help"] in text
         default = getattr(defaults, item.name)
+        if command == "finetune" and item.name in CHOSEN:
+            default = "chosen from the pairs and the model"
         assert default in (None, ()) or f"{item.metadata['help']} (default: {default})" in text
 
 
@@ -249,7 +252,7 @@ def test_every_field_is_a_flag(words: dict[str, list[str]], tmp_path: Path, comm
     without = (*NOT_OF[command], "patience" if command == "pretrain" else "freeze")  # it has no held-out pages
     given = {name: value for name, value in EVERY_FLAG.items() if name not in without}
     for name, value in given.items():
-        assert name in ("compile", "epochs", "parallel") or value != getattr(defaults, name)
+        assert name in ("compile", "epochs", "parallel", "warmup_ratio") or value != getattr(defaults, name)
     assert run(*words[command], "--out", tmp_path / "out", *as_flags(given)) == 0
     train = json.loads((tmp_path / "out" / "config.json").read_text())["train"]
     assert {name: train[name] for name in given} == given

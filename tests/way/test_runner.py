@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from minift import BasicModelRunner, bundled, load_model, save_model
-from minift.config import FINETUNE
+from minift.config import FINETUNE, not_given
 from minift.errors import InputError
 from minift.generate import generate
 from minift.model import Llama
@@ -84,7 +84,7 @@ def test_training_is_finetune(runner: BasicModelRunner, small_checkpoint: Path, 
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     job = jobs.finetune_job(str(small_checkpoint), [str(file)])
-    expected = jobs.finetune(job, FINETUNE.replace(**QUICK), tmp_path / "run")
+    expected = jobs.finetune(job, FINETUNE.replace(**QUICK), tmp_path / "run", choose=not_given(QUICK))
     assert expected is not None
     assert weights_equal(runner.model, load_model(tmp_path / "run" / "final"))
     assert not weights_equal(runner.model, load_model(small_checkpoint))
@@ -129,7 +129,7 @@ def test_plain_runs_the_pages_as_they_are_read(
     monkeypatch.setattr(jobs, "finetune", spy)
     plain.load_data(RECORDS, "question", "answer")
     plain.train(**QUICK)
-    assert asked == {"plain": True, "device": "cpu"}
+    assert asked == {"plain": True, "device": "cpu", "choose": not_given(QUICK)}
     assert len(plain.evaluate()["eval_results"]) == 1
 
 

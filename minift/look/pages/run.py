@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from minift.config import FINETUNE, PRETRAIN, LlamaConfig, TrainConfig
+from minift.config import CHOSEN, FINETUNE, PRETRAIN, LlamaConfig, TrainConfig
 from minift.costs.flops import count_parameters
 from minift.costs.memory import inference_memory, training_memory
 from minift.formats.open import open_model
@@ -88,7 +88,8 @@ def run_command(run: Mapping[str, Any], out: Path) -> str:
             words += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
     for item in dataclasses.fields(TrainConfig):
         value, flag = run["train"].get(item.name), item.name.replace("_", "-")
-        if value == getattr(defaults, item.name) or value is None or value == []:
+        chosen = defaults is FINETUNE and item.name in CHOSEN  # another job might choose another value
+        if (value == getattr(defaults, item.name) and not chosen) or value is None or value == []:
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
