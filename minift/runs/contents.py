@@ -66,7 +66,7 @@ def contents(
 def check_contents(
     saved: Mapping[str, Any], now: Mapping[str, Any], inputs: Mapping[str, Any], template: str, where: Path
 ) -> None:
-    """Compare the `contents` that a run began with with those of now. Print a line about another torch or device.
+    """Compare a run's `contents` at its beginning with those of now. Print a line about another torch or device.
 
     Args:
         where: the file that `saved` is from.
@@ -107,7 +107,7 @@ def _differences(
     """Yield a line for each difference, by the name of what has changed."""
     source, tokenizer = (inputs.get(name) or inputs.get("model") for name in ("config", "tokenizer"))
     for key, value in now["shape"].items():
-        if (was := saved["shape"].get(key)) != value:
+        if (was := saved["shape"].get(key, value)) != value:  # a later version may have more keys
             yield f"{source}: {key} was {was} when the run began, and is {value}"
     if saved.get("weights") != now.get("weights"):
         was, value = saved["weights"], now["weights"]

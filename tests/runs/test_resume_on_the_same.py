@@ -195,9 +195,12 @@ def test_pages_that_were_copied_are_the_same(made: Path, place: Path) -> None:
 
 
 def test_another_torch_or_device_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key that only a later version of minift records is no difference."""
     config = place / "pretrain" / "config.json"
     run = json.loads(config.read_text())
     run["contents"] |= {"torch": "1.13", "device": "cuda"}
+    del run["contents"]["shape"]["initializer_range"]
+    shutil.rmtree(place / "pretrain" / "step_000002")  # which knows the settings of its run
     config.write_text(json.dumps(run))
     assert main(["pretrain", "--resume", "--out", str(config.parent)]) == 0
     shown = capsys.readouterr().out
