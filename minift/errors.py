@@ -85,7 +85,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. Only PyTorch on a CPU has no error class for it, so its message is read."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError | OSError) and "allocate memory" in str(error)
+    said = ("allocate memory", "not enough memory")  # the second on Windows
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in said)
 
 
 def out_of_memory(error: BaseException) -> str:

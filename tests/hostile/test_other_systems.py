@@ -25,7 +25,7 @@ import torch
 from minift.cli import streams
 from minift.config import TrainConfig
 from minift.data import encode
-from minift.errors import InputError
+from minift.errors import InputError, is_out_of_memory, out_of_memory
 from minift.runs import machine
 from minift.storage import links, system
 from tests.helpers import ROOT
@@ -268,6 +268,15 @@ def test_a_killed_worker_is_told_where_its_signal_has_no_name(monkeypatch: pytes
     assert "runs out of memory" in ends[-9]
     assert "killed by signal 15" in ends[-15]
     assert ends[3] == "process 7 ended with exit code 3"
+
+
+def test_windows_says_otherwise_that_memory_is_full() -> None:
+    words = (
+        "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to allocate 123456"
+    )
+    error = RuntimeError(f"{words} bytes.")
+    assert is_out_of_memory(error)
+    assert out_of_memory(error) == "out of memory: 123,456 bytes more could not be allocated"
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
