@@ -3,11 +3,13 @@
 import argparse
 import gzip
 import json
+import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -266,9 +268,38 @@ def instruct_model(folder: Path) -> Path:
     return folder
 
 
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def completed(
+    command: Sequence[str | Path], *, timeout: float = 300, check: bool = False, **options: Any
+) -> "subprocess.CompletedProcess[Any]":
+    """Run a command to its end, without standard input; return what it printed, as text unless `options` say otherwise.
+
+    Raises:
+        TimeoutExpired: after `timeout` seconds; the command and all that it has started are killed.
+        CalledProcessError: with `check`, for an exit code other than 0.
+    """
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [str(word) for word in command]
+    with subprocess.Popen(words, start_new_session=True, **(streams | options)) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    done = subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+    if check:
+        done.check_returncode()
+    return done
+
+
 # Bounds of time -------------------------------------------------------------------------------------------------------
 
-WAITING = 10  # how many times longer than it may compute something may take by the clock, on a busy machine
+# By the clock, on a busy machine, something may take WAITING times as long as it may compute, and LEAST seconds.
+WAITING = 10
+LEAST = 30
 
 
 class HangError(BaseException):
@@ -277,9 +308,11 @@ class HangError(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt what computes for more than `seconds`, or takes more than WAITING times that by the clock.
+    """Interrupt what computes for more than `seconds`, or takes much longer than that by the clock.
 
     The seconds are those that this process itself computes: a busy machine makes the clock's longer, and not these.
+
+    A limit around this one is kept: it goes on afterwards with what is left of its time.
 
     Raises:
         HangError: out of the call, wherever it is then.
@@ -292,26 +325,30 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise HangError(f"not done in {seconds} s")
 
     timers = {
-        signal.ITIMER_PROF: (signal.SIGPROF, seconds),
-        signal.ITIMER_REAL: (signal.SIGALRM, WAITING * seconds),
+        signal.ITIMER_PROF: (signal.SIGPROF, seconds, time.process_time),
+        signal.ITIMER_REAL: (signal.SIGALRM, max(WAITING * seconds, LEAST), time.monotonic),
     }
-    before = {number: signal.signal(number, ring) for number, _ in timers.values()}
+    before = {number: signal.signal(number, ring) for number, _, _ in timers.values()}
+    ends = {}  # of the limits around this one
     try:
-        for timer, (_, limit) in timers.items():
-            signal.setitimer(timer, limit)
+        for timer, (_, limit, clock) in timers.items():
+            if left := signal.setitimer(timer, limit)[0]:
+                ends[timer] = clock() + left
         yield
     finally:
         for timer in timers:
             signal.setitimer(timer, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+        for timer, end in ends.items():
+            signal.setitimer(timer, max(end - timers[timer][2](), 0.001))  # at once, where it has passed
     assert not rang, f"not done in {seconds} s, and the call went on"
 
 
 @contextmanager
 def soon_done(seconds: float) -> Iterator[None]:
-    """Fail after a call that has computed for `seconds`, or has taken WAITING times that by the clock."""
+    """Fail after a call that has computed for `seconds`, or has taken much longer than that by the clock."""
     computed, clock = time.process_time(), time.monotonic()
     yield
     assert time.process_time() - computed < seconds
-    assert time.monotonic() - clock < WAITING * seconds
+    assert time.monotonic() - clock < max(WAITING * seconds, LEAST)

@@ -272,7 +272,7 @@ def test_memory(
     monkeypatch.setattr("minift.kernels.cross_entropy.CACHED", 2**16)  # few of the rows, as with a real vocabulary
     # Logits are most of it, as with a real vocabulary: the ledger is of that moment, not of a layer's backward pass.
     shape.write_text(json.dumps({**TINY, "vocab_size": 8_208}))
-    result = run_here("memory", tmp_path, "--shapes", f"{shape}:64x64", "--device", device)
+    result = run_here("memory", tmp_path, "--shapes", f"{shape}:16x64", "--device", device)
     assert {"cpu", "cores", "memory_bytes", "system"} <= set(result["machine"])
     printed = capsys.readouterr().out
     assert [run["dtype"] for run in result["runs"]] == ["float32", "bfloat16"]
@@ -297,7 +297,7 @@ def test_the_ledger_of_a_small_vocabulary(shape: Path, monkeypatch: pytest.Monke
     """Where the backward pass of a layer, written out in bfloat16, is the fullest moment: within 10 %, too."""
     monkeypatch.setattr("minift.kernels.cross_entropy.CACHED", 2**16)
     for dtype in ("float32", "bfloat16"):
-        run = memory.measure(memory.KEEP, f"{shape}:16x256", dtype, "cpu", "bundled")
+        run = memory.measure(memory.KEEP, f"{shape}:8x128", dtype, "cpu", "bundled")
         assert run["ledger_of_measured"] == pytest.approx(1, abs=memory.TOLERANCE), dtype
 
 

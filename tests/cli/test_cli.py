@@ -28,7 +28,7 @@ from minift.model import Llama
 from minift.reference import greedy
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
-from tests.helpers import ROOT, SMALL, small_model, write_jsonl
+from tests.helpers import ROOT, SMALL, completed, small_model, write_jsonl
 
 COMMANDS = [
     *(
@@ -377,12 +377,10 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     """`minift data peek … | head -1` ends quietly."""
     command = f"{sys.executable} -m minift data peek data/pages -n 3000 --full | head -n 1"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, env=env, capture_output=True, timeout=240
-    )
+    done = completed(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, env=env)
     assert done.returncode == 0
-    assert done.stdout.startswith(b"data/pages/")
-    assert done.stderr == b""
+    assert done.stdout.startswith("data/pages/")
+    assert done.stderr == ""
 
 
 # Real input -----------------------------------------------------------------------------------------------------------

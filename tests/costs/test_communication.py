@@ -16,7 +16,7 @@ from minift.config import LlamaConfig
 from minift.costs.communication import Collective, communication
 from minift.costs.flops import count_parameters
 from minift.values import size
-from tests.helpers import ROOT
+from tests.helpers import ROOT, completed
 
 SEVEN = LlamaConfig.preset("llama2-7b")
 SEVENTY = LlamaConfig.preset("llama2-70b")
@@ -92,7 +92,7 @@ def test_parallel_without_torchrun_is_refused(
 def test_scale_measures_sides_that_train_the_same(tmp_path: Path) -> None:
     words = ["scale", "--config", "stories260k", "--batch-size", "4", "--length", "64", "--dtype", "float32"]
     words += ["--steps", "1", "--repeats", "2", "--json", str(tmp_path / "scale.json")]
-    done = subprocess.run([sys.executable, "-m", "benchmarks", *words], cwd=ROOT, capture_output=True, text=True)
+    done = completed([sys.executable, "-m", "benchmarks", *words], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "scale.json").read_text())
     assert result["processes"] == {"one process": 1, "ddp": 2, "fsdp": 2}

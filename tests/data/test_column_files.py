@@ -30,7 +30,7 @@ from minift.data.stream import DocumentStream
 from minift.data.unpack import UnreadableError
 from minift.errors import InputError
 from minift.tokenizer.base import Tokenizer
-from tests.helpers import ROOT, SMALL, soon_done, write_jsonl
+from tests.helpers import ROOT, SMALL, completed, soon_done, write_jsonl
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -265,7 +265,7 @@ def test_a_killed_process_is_continued_by_another(tmp_path: Path, name: str) -> 
         assert process.stdout is not None
         lines = [json.loads(process.stdout.readline()) for _ in range(41)]
         process.send_signal(signal.SIGKILL)
-    rest = subprocess.run([*words, json.dumps(lines[-1][1])], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    rest = completed([*words, json.dumps(lines[-1][1])], env=env, check=True)
     given = [text for text, _ in lines] + [json.loads(line)[0] for line in rest.stdout.splitlines()]
     assert given == expected
 
@@ -366,7 +366,7 @@ def test_damage_ends_in_a_fault_and_never_the_process(tmp_path: Path, name: str)
         (folder / f"{i:03d}-{name}").write_bytes(content)
     words = [sys.executable, "-c", SCANNER, str(folder)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    found = completed(words, env=env)
     assert (found.returncode, found.stderr) == (0, "")
     assert len(found.stdout.split()) == 150
 
@@ -451,8 +451,8 @@ def test_nothing_is_imported_before_it_is_needed(tmp_path: Path) -> None:
     code = "import sys; from minift.data.stream import DocumentStream; from minift.data.survey import survey\n"
     code += "print(list(DocumentStream([sys.argv[1]], epochs=1)), 'pyarrow' in sys.modules)"
     words = [sys.executable, "-c", code, str(file)]
-    found = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True)
-    assert found.stdout == b"['a'] False\n"
+    found = completed(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert found.stdout == "['a'] False\n"
 
 
 # Saved data sets ------------------------------------------------------------------------------------------------------
@@ -593,7 +593,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str, group: in
     for rows in (5_000, 50_000):  # 20 MB, 200 MB
         file = write_large(tmp_path / f"{rows}-{name}", rows, group)
         words = [sys.executable, "-c", MEMORY, str(file)]
-        found = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True)
+        found = completed(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
         count, peak = map(int, found.stdout.split())
         assert count == rows
         peaks.append(peak)

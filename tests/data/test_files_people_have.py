@@ -74,10 +74,11 @@ def test_each_kind_in_each_encoding_gives_the_same_records(tmp_path: Path, name:
 def test_a_fifo_is_read_as_a_file(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     os.mkfifo(file)
-    writer = threading.Thread(target=lambda: file.write_text(FILES[name], newline=""))
+    writer = threading.Thread(target=lambda: file.write_text(FILES[name], newline=""), daemon=True)
     writer.start()
     assert texts(read_records(file)) == PAIRS
-    writer.join()
+    writer.join(60)
+    assert not writer.is_alive()
 
 
 def test_a_separator_is_sure_or_refused(tmp_path: Path) -> None:
@@ -312,13 +313,14 @@ def test_a_fifo_of_pages(tmp_path: Path) -> None:
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)
     pages = gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')
-    writer = threading.Thread(target=lambda: fifo.write_bytes(pages))
+    writer = threading.Thread(target=lambda: fifo.write_bytes(pages), daemon=True)
     writer.start()
     stream = iter(DocumentStream([fifo]))
     assert [next(stream), next(stream)] == ["one", "two"]
     with pytest.raises(InputError, match=rf"^{fifo} ended after 2 documents, and cannot be read again$"):
         next(stream)
-    writer.join()
+    writer.join(60)
+    assert not writer.is_alive()
     with pytest.raises(InputError, match=rf"^{fifo}: a pipe can be read only once$"):
         find_files([fifo, fifo])
 
@@ -343,10 +345,11 @@ def test_standard_input_is_read_as_what_it_holds(
 def test_a_pipe_without_a_suffix_is_read_as_standard_input_is(tmp_path: Path) -> None:
     file = tmp_path / "63"  # as <(…) of a shell makes them
     os.mkfifo(file)
-    writer = threading.Thread(target=lambda: file.write_text(FILES["semicolon.csv"], newline=""))
+    writer = threading.Thread(target=lambda: file.write_text(FILES["semicolon.csv"], newline=""), daemon=True)
     writer.start()
     assert texts(read_records(file)) == PAIRS
-    writer.join()
+    writer.join(60)
+    assert not writer.is_alive()
 
 
 @pytest.mark.parametrize(

@@ -1037,7 +1037,7 @@ def running(words: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen
     try:
         deadline = time.monotonic() + 240
         while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_bytes().count(b"\n") < 5:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.poll() is None, process.communicate(timeout=60)[1]
             assert time.monotonic() < deadline, "the run does not start"
             time.sleep(0.01)
         workers = children(process.pid)
@@ -1047,7 +1047,7 @@ def running(words: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen
         for pid in (process.pid, *workers):
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
+        process.wait(60)
 
 
 def check_that_workers_end(workers: Sequence[int]) -> None:

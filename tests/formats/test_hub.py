@@ -1,7 +1,6 @@
 """A name on Hugging Face's hub is a folder in its cache, or one line that says how to fetch it."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from minift import bundled, load_model
 from minift.errors import InputError
 from minift.storage.names import cache_folder, cached, is_hub_name, model_path
+from tests.helpers import completed
 
 
 @pytest.fixture
@@ -80,5 +80,5 @@ def test_huggingfaces_own_tools_look_there(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
     code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
-    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    theirs = completed([sys.executable, "-c", code], check=True).stdout.strip()
     assert cache_folder() == Path(theirs)

@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from minift.cli import main
-from tests.helpers import ROOT, write_jsonl
+from tests.helpers import ROOT, completed, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -30,10 +29,10 @@ def run_campaign(folder: Path, *flags: str) -> list[dict[str, Any]]:
         pytest.skip("needs Linux and a C compiler")
     library = folder / "faulty_disk.so"
     source = ROOT / "tests" / "hostile" / "faulty_disk.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source, "-ldl"], check=True)
+    completed([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source, "-ldl"], check=True)
     env = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.hostile.faulty_disk", str(folder), *flags]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = completed(command, env=env)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -105,10 +104,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+    if not shutil.which("mount") or completed(mount).returncode:
         pytest.skip("may not mount a file system here")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    completed(["umount", place], check=True)
 
 
 def last_line(stderr: str) -> str:
@@ -137,7 +136,7 @@ def test_a_limit_on_the_size_of_files_ends_a_run_in_one_line(finetune: list[str]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     command = [sys.executable, "-m", "minift", *finetune, "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, preexec_fn=limit, env=env, capture_output=True, text=True)
+    done = completed(command, preexec_fn=limit, env=env)
     assert done.returncode == 1, done.stderr
     assert last_line(done.stderr) == f"minift: error: {out / 'step_000001'}: cannot be written: File too large"
     assert not list(out.glob("*step*"))
@@ -147,7 +146,7 @@ def test_a_limit_on_the_size_of_files_ends_a_run_in_one_line(finetune: list[str]
 def test_a_folder_that_may_only_be_read_is_named(
     finetune: list[str], small_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    completed(["mount", "-o", "remount,ro", small_disk], check=True)
     for out in (small_disk, small_disk / "run", small_disk / "a" / "b"):
         capfd.readouterr()
         assert main([*finetune, "--out", str(out)]) == 2

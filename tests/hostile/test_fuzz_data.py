@@ -305,7 +305,10 @@ def compute() -> None:
         (lambda: [bytes(2**20) for _ in range(4_000)], MemoryError, None),
     ],
 )
-def test_the_judge_sees_what_is_wrong(use: Callable[[], Any], error: type[BaseException], found: str | None) -> None:
+def test_the_judge_sees_what_is_wrong(
+    use: Callable[[], Any], error: type[BaseException], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.helpers.LEAST", 0)
     with pytest.raises(error, match=found):
         outcome(use, "x.jsonl", limit=0.1 if error is HangError or use is go_on else 20)
 

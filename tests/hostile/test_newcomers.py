@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, completed
 
 QUESTION, ANSWER = "Где? İstanbul, Iğdır: 数据 🦙", "naïve ✓"  # noqa: RUF001
 PAIRS = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(9)]
@@ -58,8 +58,7 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run `minift …` by a shell, which can close its streams. The output is bytes."""
     command = shlex.join([sys.executable, *python, "-m", "minift", *map(str, words)])
-    options = {"env": variables(), "capture_output": True, "timeout": 240, **options}
-    return subprocess.run(["sh", "-c", f"{command} {redirected}"], **options)
+    return completed(["sh", "-c", f"{command} {redirected}"], **{"env": variables(), "text": False, **options})
 
 
 def finetune(inputs: Path, out: Path, *more: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -145,7 +144,7 @@ def made_locale(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
         source, charset = LOCALES[name]
         if shutil.which("localedef") is None:
             pytest.skip(f"there is no localedef to make the locale {name}")
-        done = subprocess.run(["localedef", "-i", source, "-f", charset, folder / name], capture_output=True, text=True)
+        done = completed(["localedef", "-i", source, "-f", charset, folder / name])
         if not (folder / name).is_dir():
             pytest.skip(f"the locale {name} cannot be made: {done.stderr.strip()}")
         return {"LC_ALL": name, "LOCPATH": str(folder)}
@@ -159,9 +158,7 @@ def test_data_are_utf_8_in_every_locale(
 ) -> None:
     """What a terminal cannot show is escaped; names that PyTorch cannot open are refused, with a remedy."""
     env = variables(**made_locale(name))
-    encoding = subprocess.run(
-        [sys.executable, "-c", "import sys; print(sys.stdout.encoding)"], env=env, capture_output=True, text=True
-    ).stdout.strip()
+    encoding = completed([sys.executable, "-c", "import sys; print(sys.stdout.encoding)"], env=env).stdout.strip()
     assert ("utf" in encoding) == (name == "tr_TR.UTF-8")
     check_done(finetune(inputs, tmp_path / "run", "--test", str(inputs / "pairs.jsonl"), env=env), tmp_path / "run")
     samples = json.loads((tmp_path / "run" / "compare.json").read_text(encoding="utf-8"))["samples"]
@@ -240,7 +237,7 @@ def test_a_run_goes_on_without_its_streams(inputs: Path, tmp_path: Path, redirec
     options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     command = shlex.join([sys.executable, "-m", "minift", "finetune", *options])
     line = f"{{ {command} {words}{shown}"  # the braces hold the command, and the echo of its exit code
-    result = subprocess.run(["sh", "-c", line], env=UNBUFFERED["unbuffered"], capture_output=True, timeout=240)
+    result = completed(["sh", "-c", line], env=UNBUFFERED["unbuffered"], text=False)
     assert status.read_text() == "0\n"
     assert complaints(result) == []
     assert {file.name for file in out.iterdir()} - {"curves.png"} == ALL
@@ -268,7 +265,7 @@ def test_a_listing_ends_quietly_when_its_reader_has_left(inputs: Path, env: dict
         read, write = os.pipe()
         os.close(read)
         try:
-            result = run(*words, env=env, capture_output=False, stdout=write, stderr=subprocess.PIPE)
+            result = run(*words, env=env, stdout=write)
         finally:
             os.close(write)
         assert (result.returncode, complaints(result)) == (0, [])

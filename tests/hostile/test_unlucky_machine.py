@@ -29,7 +29,7 @@ from minift.errors import InputError, is_out_of_memory, out_of_memory
 from minift.formats.llama2c import HEADER_BYTES, order
 from minift.runs.folder import own_folder
 from minift.storage.lock import LOCK, locked
-from tests.helpers import ROOT, write_jsonl
+from tests.helpers import ROOT, completed, write_jsonl
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 MINIFT = [sys.executable, "-m", "minift"]
@@ -62,12 +62,16 @@ def running(words: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen
     out = tmp_path / "run"
     command = [*MINIFT, *words, "--steps", "1000000", "--save-every", "5", "--keep", "2", "--out", str(out)]
     process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(out.glob("step_*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    yield process, out
-    process.kill()
-    process.wait()
+    deadline = time.monotonic() + 240
+    try:
+        while not list(out.glob("step_*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "the run does not start"
+            time.sleep(0.01)
+        yield process, out
+    finally:
+        process.kill()
+        process.wait(60)
 
 
 def test_a_run_in_use_is_not_continued_and_not_begun_anew(
@@ -81,7 +85,7 @@ def test_a_run_in_use_is_not_continued_and_not_begun_anew(
     assert "already holds a run" in last_line(capfd.readouterr().err)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.wait()
+    process.wait(60)
     assert steps(out) == list(range(1, len(steps(out)) + 1))  # no other run has written between its lines
     assert not (out / LOCK).exists()
 
@@ -89,7 +93,7 @@ def test_a_run_in_use_is_not_continued_and_not_begun_anew(
 def test_a_killed_run_is_free_at_once(running: tuple[subprocess.Popen[bytes], Path]) -> None:
     process, out = running
     process.kill()
-    process.wait()
+    process.wait(60)
     assert (out / LOCK).exists()  # it has no meaning any more
     with locked(out):
         pass
@@ -100,7 +104,7 @@ def test_of_two_runs_that_begin_at_once_one_is_done_and_one_is_refused(words: li
     command = [*MINIFT, *words, "--steps", "20", "--out", str(out)]
     pipe = subprocess.PIPE
     both = [subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=pipe, text=True) for _ in range(2)]
-    errors = [process.communicate()[1] for process in both]
+    errors = [process.communicate(timeout=240)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2]
     told = last_line(errors[0 if both[0].returncode else 1])
     assert told.startswith(f"minift: error: {out}: ")
@@ -121,10 +125,10 @@ def test_a_lock_keeps_other_processes_out_and_leaves_nothing(tmp_path: Path) -> 
     folder = tmp_path / "a" / "b"
     held = f"from pathlib import Path; from minift.storage.lock import locked\nwith locked(Path({str(folder)!r})): pass"
     with locked(folder):
-        other = subprocess.run([sys.executable, "-c", held], env=ENV, capture_output=True, text=True)
+        other = completed([sys.executable, "-c", held], env=ENV)
         assert "another run is writing it" in other.stderr
     assert not list(tmp_path.iterdir())
-    subprocess.run([sys.executable, "-c", held], env=ENV, check=True)
+    completed([sys.executable, "-c", held], env=ENV, check=True)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"file: cannot be written"), locked(tmp_path / "file"):
@@ -196,7 +200,7 @@ def limited(megabytes: int, *arguments: str) -> subprocess.CompletedProcess[str]
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    return subprocess.run([sys.executable, "-c", script, *arguments], env=ENV, capture_output=True, text=True)
+    return completed([sys.executable, "-c", script, *arguments], env=ENV)
 
 
 linux = pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS") or sys.platform != "linux", reason="needs Linux")

@@ -318,7 +318,7 @@ def new_in_a_zip(file: Path, attack: Call) -> None:
 def test_the_attacks_work_on_a_reader_that_trusts_its_input(tmp_path: Path, attack: Callable[[Path], Call]) -> None:
     result = pickle.loads(pickle.dumps(attack(tmp_path / "marker")))
     if isinstance(result, subprocess.Popen):
-        result.wait()
+        result.wait(60)
     assert (tmp_path / "marker").exists()
 
 

@@ -3,13 +3,12 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, completed
 
 SECTION = (ROOT / "minift" / "README.md").read_text(encoding="utf-8").split("## A guided reading")[1].split("\n## ")[0]
 STOPS = re.split(r"^### ", SECTION, flags=re.M)[1:]
@@ -46,9 +45,7 @@ def test_every_command_runs_as_written(tmp_path: Path) -> None:
     env = {**os.environ, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(copy)}
     said = []
     for stop in STOPS:
-        done = subprocess.run(
-            ["sh", "-e", "-c", block(stop, "sh")], cwd=copy, env=env, capture_output=True, text=True, timeout=300
-        )
+        done = completed(["sh", "-e", "-c", block(stop, "sh")], cwd=copy, env=env)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     # What the reader is told to look for.

@@ -4,7 +4,6 @@
 """
 
 import copy
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from minift import optim, reference
 from minift.config import TrainConfig
 from minift.kernels import adamw
-from tests.helpers import ROOT, small_model
+from tests.helpers import ROOT, completed, small_model
 from tests.twins import TOLERANCE, difference, random
 
 both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -127,5 +126,5 @@ print("torch._dynamo" in sys.modules)
 
 
 def test_no_compiler_is_imported_for_it() -> None:
-    done = subprocess.run([sys.executable, "-c", LIFE], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = completed([sys.executable, "-c", LIFE], cwd=ROOT, check=True)
     assert done.stdout == "False\n"

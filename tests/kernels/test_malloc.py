@@ -1,6 +1,5 @@
 """The promise of `kernels/malloc.py`: freed memory is not asked of the system again. The system's page faults tell."""
 
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import torch
 from minift.config import TrainConfig
 from minift.kernels import choose, malloc, with_kernels
 from minift.runs.start import start_state
-from tests.helpers import ROOT, small_model
+from tests.helpers import ROOT, completed, small_model
 
 PAGES = 64 * 2**20 // 4_096  # of a block of 64 MiB
 
@@ -39,7 +38,7 @@ print(faults() - before)
 def faults(first: str) -> int:
     """Page faults of a process of its own."""
     script = FAULTS.format(first=first)
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = completed([sys.executable, "-c", script], cwd=ROOT, check=True)
     return int(done.stdout)
 
 

@@ -8,7 +8,6 @@ bit.
 import ast
 import functools
 import importlib
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ from minift.pack import Batch, collate
 from minift.runs.machine import choose_dtype
 from minift.runs.start import start_state
 from minift.train import TrainState, train_step
-from tests.helpers import ROOT, make_examples, random_model
+from tests.helpers import ROOT, completed, make_examples, random_model
 
 # By name: the kernel of a training run on a CPU in whose place its plain twin is then taken.
 NAMES: dict[str, str | None] = {
@@ -146,13 +145,7 @@ print(type(state.optimizer).__module__, *losses)
 
 @pytest.mark.parametrize("change", ["method.__wrapped__", "without_a_trace(method)"])
 def test_training_goes_on_where_the_optimizers_methods_are_not_wrapped(change: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", UNWRAPPED.replace("CHANGE", change)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = completed([sys.executable, "-c", UNWRAPPED.replace("CHANGE", change)], cwd=ROOT, check=True)
     module, *losses = done.stdout.split()
     assert module == "minift.kernels.adamw"
     assert list(map(float, losses)) == trained(choose(FINETUNE.replace(dtype="float32"), CPU), "float32")[0]

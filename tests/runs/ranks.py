@@ -34,7 +34,7 @@ def run_ranks(size: int, parallel: str, function: Callable[..., Any], *arguments
         if results[-1] is None:
             process.kill()
             results[-1] = TimeoutError(f"rank {rank} gives no sign of life")
-        process.join()
+        process.join(60)
     for result in results:
         if isinstance(result, BaseException):
             raise result

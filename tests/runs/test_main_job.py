@@ -8,14 +8,13 @@ from the checkout must do the same where there is no checkout.
 import json
 import os
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, completed
 
 MEXICO = "What is the capital of Mexico?"
 DOG = "Tell me how to train my dog to sit"
@@ -27,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("main job")
     command = [sys.executable, "-m", "minift", "finetune"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    done = completed(command, cwd=folder, env=env, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "finetune", done.stdout
 
@@ -83,7 +82,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(run: tuple[Path, str]) -> 
     printed = []
     for line in [line for line in shell.splitlines() if line.startswith("minift ")]:
         command = line.replace("minift ", minift, 1)
-        done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        done = completed(["sh", "-c", command], cwd=folder, env=env)
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert not done.stderr, line
         printed.append(done.stdout)
@@ -94,16 +93,14 @@ def test_the_commands_of_the_readme_run_as_they_stand(run: tuple[Path, str]) -> 
     assert printed[1] == "Mexico City\n"
     assert json.loads((folder / "compare.json").read_text()) == json.loads((run[0] / "compare.json").read_text())
 
-    done = subprocess.run(
-        [sys.executable, "-c", python], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
+    done = completed([sys.executable, "-c", python], cwd=folder, env=env)
     assert done.stdout.strip() == "Mexico City", done.stderr
 
 
 @pytest.mark.slow
 def test_a_wheel_carries_what_the_main_job_needs(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    done = completed(build)
     if done.returncode != 0 and re.search(r"No matching distribution|Could not find a version|connection", done.stderr):
         pytest.skip("the build backend (hatchling) cannot be fetched here")
     assert done.returncode == 0, done.stderr
@@ -119,7 +116,7 @@ def test_a_wheel_carries_what_the_main_job_needs(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(site)!r}); from minift.cli import main; sys.exit(main())"
     train = [sys.executable, "-P", "-c", code, "finetune", "--steps", "2"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(train, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=300)
+    done = completed(train, cwd=elsewhere, env=env)
     assert done.returncode == 0, done.stderr
     inputs = json.loads((elsewhere / "runs/finetune/config.json").read_text())["inputs"]
     for path in (inputs["model"], *inputs["data"], *inputs["test"]):

@@ -58,7 +58,7 @@ def stop(words: Sequence[str | Path], folder: Path, out: Path, after: int, numbe
     file = out / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not file.exists() or file.read_bytes().count(b"\n") < after:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.communicate(timeout=60)[1]
         assert time.monotonic() < deadline, "the run does not start"
         time.sleep(0.005)
     process.send_signal(number)

@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +41,7 @@ from minift.runs.steps import check_step, step_folders
 from minift.storage.checksums import CHECKSUMS
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.load import load_tokenizer
-from tests.helpers import IMPORTED_BY_RUNS, ROOT, SMALL, write_jsonl
+from tests.helpers import IMPORTED_BY_RUNS, ROOT, SMALL, completed, write_jsonl
 
 pytestmark = pytest.mark.slow
 TIMES = ("seconds", "tokens_per_second")  # the only numbers in which a resumed run may differ
@@ -641,7 +640,7 @@ def sha256sum_finds_it_whole(folder: Path) -> bool:
     """Return the verdict of the system's own tool; skip the test where there is none."""
     if not shutil.which("sha256sum"):
         pytest.skip("no sha256sum here")
-    done = subprocess.run(["sha256sum", "-c", CHECKSUMS], cwd=folder, capture_output=True, check=False)
+    done = completed(["sha256sum", "-c", CHECKSUMS], cwd=folder)
     return done.returncode == 0
 
 

@@ -11,7 +11,6 @@ therefore held to float32's digits, and `RoPE` is given float64 tables.
 """
 
 import math
-import subprocess
 import sys
 
 import pytest
@@ -23,7 +22,7 @@ from minift.config import LlamaConfig, RopeScaling, TrainConfig
 from minift.generate import Sampling, sample
 from minift.model import MLP, Attention, Prepare, RMSNorm, RoPE, Shared, rope_frequencies, rope_tables
 from minift.optim import learning_rate, make_optimizer
-from tests.helpers import small_model
+from tests.helpers import completed, small_model
 from tests.twins import TOLERANCE, check_twins, difference, random
 
 both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -118,7 +117,7 @@ def test_the_first_rope_tables_of_a_process_are_those_of_all_later_ones() -> Non
         "assert torch.equal(first, second), (first - second).abs().max()"
     )
     for _ in range(3):
-        subprocess.run([sys.executable, "-c", code], check=True)
+        completed([sys.executable, "-c", code], check=True)
 
 
 def test_rope_knows_distances_only_and_keeps_lengths() -> None:
