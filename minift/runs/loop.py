@@ -64,7 +64,7 @@ def run_steps(
                     metrics.write(json.dumps(record) + "\n")
                     metrics.flush()
                     events.add(record)
-                    if best.rose and best.evaluations_since == 1 and world.is_main:
+                    if "validation_loss" in record and best.rose and best.evaluations_since == 1 and world.is_main:
                         tqdm.write(f"step {state.step}: {best.in_words()}")
                     if config.patience and best.evaluations_since >= config.patience:
                         return True

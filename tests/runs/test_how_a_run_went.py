@@ -4,6 +4,7 @@ And of its folder: whoever asks for it while the comparison is made is refused, 
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,10 @@ def test_a_run_that_gets_worse_says_so(few: list[str], tmp_path: Path, capsys: p
     lowest = min(losses, key=lambda step: losses[step])
     assert losses[max(losses)] > 1.01 * losses[lowest]
     low, last = losses[lowest], losses[max(losses)]
-    assert "the validation loss was lowest" in printed.err + printed.out.split("saved: ")[0]
+    said = re.findall(r"step \d+: the validation loss was lowest", printed.out + printed.err)
+    assert said
+    assert len(said) == len(set(said)) <= len(losses)
+    assert all(int(re.findall(r"\d+", one)[0]) in losses for one in said)  # said after an evaluation, and no other step
     assert f"where the validation loss was lowest: {low:.4f}" in printed.out
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f"where the validation loss was lowest: {low:.4f}. At the end it was {last:.4f}." in page
