@@ -352,7 +352,7 @@ class TrainConfig:
         least=0,
     )
     compare: int = _flag(
-        250, "number of held-out pairs that both models answer at the end, evenly spaced; 0: no comparison", least=0
+        300, "number of held-out pairs that both models answer at the end, evenly spaced; 0: no comparison", least=0
     )
     tensorboard: bool = _flag(False, "write the metrics for TensorBoard, too (which needs the tensorboard extra)")
     save_format: str = _flag(
