@@ -30,7 +30,7 @@ from minift.errors import InputError, one_line
 
 BUDGET = 1 << 27  # characters that one rendering may make, in all its steps
 ROUND = 64  # characters that one round of a loop costs
-SECONDS = 20.0  # for what costs time but makes no text; an ordinary rendering takes a ten-thousandth of it
+SECONDS = 20.0  # of computing, for what makes no text; an ordinary rendering takes a ten-thousandth of it
 WIDEST = 1_000_000  # no number that a template gives to a function, such as a width, is larger
 _WIDE = re.compile(r"\d{7}|\*")  # the width of a format such as "%9999999d"
 
@@ -126,12 +126,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def begin(self, marks: tuple[str, str]) -> None:
         """Begin a rendering, with all of its budget."""
-        self.marks, self._left, self._deadline = marks, BUDGET, time.monotonic() + SECONDS
+        self.marks, self._left, self._deadline = marks, BUDGET, time.thread_time() + SECONDS
 
     def pay(self, _: object, characters: int) -> None:
         """Take characters from the budget. Raise _TooMuchError when it is used up, or the time."""
         self._left -= characters
-        if self._left < 0 or time.monotonic() > self._deadline:
+        if self._left < 0 or time.thread_time() > self._deadline:
             raise _TooMuchError
 
     def paid(self, value: Any) -> Any:
