@@ -40,9 +40,12 @@ LOOK = 2.0  # seconds between two samples of a process
 FULL = 1_000_000  # bytes
 PATIENCE = 120.0  # seconds in which a disturbed run must have ended
 # How a run ends when it is disturbed: its exit code, and the last line that it prints.
+INTERRUPTED = (
+    r"stopped and saved; continue with: .*|minift: interrupted|minift: error: (the comparison was )?interrupted.*"
+)
 ENDS = {
-    "interrupted once": (1, r"stopped and saved; continue with: .*"),
-    "interrupted twice": (1, r"stopped and saved; continue with: .*"),
+    "interrupted once": (1, INTERRUPTED),
+    "interrupted twice": (1, INTERRUPTED),
     "full disk": (1, r"minift: error: .*(cannot be written: )?File too large.*"),
     "started twice": (2, r"minift: error: .*another run is writing it.*"),
 }

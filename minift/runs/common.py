@@ -8,7 +8,7 @@ import torch
 
 from minift.config import LlamaConfig, TrainConfig
 from minift.distributed.world import World, may_restart, restarted
-from minift.errors import InputError, need
+from minift.errors import InputError, RunError, need
 from minift.formats.huggingface import check_shape
 from minift.model import Llama
 from minift.runs.clock import is_evaluated
@@ -22,6 +22,7 @@ from minift.runs.place import check_replaceable
 from minift.runs.progress import Best
 from minift.runs.space import bytes_of_saves, check_space
 from minift.runs.steps import load_step, save_best
+from minift.runs.stop import AFTER_FINAL, StopSignal
 from minift.storage.atomic import remove_leftovers, write_file
 from minift.storage.checksums import check_model
 from minift.tokenizer.base import Tokenizer
@@ -121,7 +122,7 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
 
     Raises:
         InputError: when all its step folders are damaged, or --patience has nothing to evaluate.
-        RunError: when training cannot go on.
+        RunError: when training cannot go on, or a signal came while `final/` was saved.
     """
     if run.config.patience and (run.config.eval_every == 0 or not run.validation):
         raise InputError("--patience needs held-out data to be evaluated on, and --eval-every above 0")
@@ -145,8 +146,11 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
         print(f"note: the run of {steps} steps ends within its warm-up of {warmup}, below --lr")
     if not run_steps(state, run.plan, run.config, run.tokenizer, run.validation, run.out):
         return False
-    save_final(run, state)
-    remove_saves(run, state)
+    with StopSignal(AFTER_FINAL, quiet=not state.world.is_main) as stop:  # nothing else may have been saved yet
+        save_final(run, state)
+        remove_saves(run, state)
+    if state.world.any(stop.requested):
+        raise RunError(f"interrupted; {run.out / 'final'} is saved, and --resume does the rest")
     return True
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-FIRST = "stopping after this step, then saving (once more: without this step)"
+AFTER_STEP = "stopping after this step, then saving (once more: without this step)"
+AFTER_FINAL = "stopping when final/ is saved"
 WITHIN_STEP = "stopping now, then saving"
 SAVING = "already stopping; what is being done has to be finished"
 
@@ -22,10 +23,15 @@ class StopSignal:
         requested: True from the first signal on.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        """Args: `quiet`: say nothing, because another process of the run does."""
+    def __init__(self, first: str = AFTER_STEP, quiet: bool = False) -> None:
+        """Prepare for signals.
+
+        Args:
+            first: what is said at the first one.
+            quiet: say nothing, because another process of the run does.
+        """
         self.requested = False
-        self._quiet, self._may_interrupt = quiet, False
+        self._first, self._quiet, self._may_interrupt = first, quiet, False
         self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -54,7 +60,7 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
             self.requested = True
-            self._say(FIRST)
+            self._say(self._first)
         elif self._may_interrupt:
             self._may_interrupt = False
             self._say(WITHIN_STEP)

@@ -20,7 +20,7 @@ from minift.cli import main
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
 from minift.errors import InputError
-from minift.runs import clock, finetune, loop, space, steps
+from minift.runs import clock, final, finetune, loop, space, steps
 from minift.runs.start import start_state
 from minift.train import Plan
 from tests.helpers import make_examples, small_model, write_jsonl
@@ -131,7 +131,7 @@ def test_where_nothing_may_be_interrupted(
 
         return called
 
-    where = {"update": (torch, "_fused_adamw_"), "save": (steps, "write_checksums"), "best": (loop, "save_best")}[
+    where = {"update": (torch, "_fused_adamw_"), "save": (steps, "_save"), "best": (loop, "save_best")}[
         moment
     ]
     monkeypatch.setattr(*where, before(getattr(*where)))
@@ -188,6 +188,33 @@ def test_the_comparison(
     assert not (out / "compare.json").exists()
     monkeypatch.undo()
     monkeypatch.setattr(train, "train_step", None)  # no step is taken
+    assert main(["finetune", "--resume", "--out", str(out)]) == 0
+    assert_same(out, whole)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_last_save(
+    words: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    """Of a short run it is the first: nothing would be left without it."""
+    save = final.save_model
+
+    def spied(*arguments: Any) -> None:
+        interrupt(number, number)
+        save(*arguments)
+
+    monkeypatch.setattr(final, "save_model", spied)
+    out = tmp_path / "run"
+    assert main([*words, "--out", str(out)]) == 1
+    error = capfd.readouterr().err
+    assert "stopping when final/ is saved" in error
+    assert error.splitlines()[-1] == f"minift: error: interrupted; {out / 'final'} is saved, and --resume does the rest"
+    monkeypatch.undo()
     assert main(["finetune", "--resume", "--out", str(out)]) == 0
     assert_same(out, whole)
 
