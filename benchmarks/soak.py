@@ -121,29 +121,32 @@ class Run:
         self.began, self.ended = time.monotonic(), 0.0
         self._start(self._words)
 
-    def _start(self, words: list[str], full: bool = False) -> None:
-        self._child = self._process(words, full)
+    def _start(self, words: list[str]) -> None:
+        self._child = self._process(words)
 
-    def _process(self, words: list[str], full: bool = False) -> "subprocess.Popen[bytes]":
-        """Return a process that writes to the run's log; on a disk that is full, if so asked."""
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "minift", *words]
+    def _process(self, words: list[str], full: bool = False, log: str = "") -> "subprocess.Popen[bytes]":
+        """Return a process that prints into a log.
+
+        Args:
+            full: let its disk be full.
+            log: the end of the log's name; "" for the run's own.
+        """
         import resource  # not on Windows, where this benchmark is refused
 
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "minift", *words]
         limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, FULL))) if full else None
-        with self.log.open("ab") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=log, env=env, preexec_fn=limit)
+        with self._log(log).open("ab") as file:
+            child = subprocess.Popen(command, stdout=file, stderr=file, env=env, preexec_fn=limit)
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(child.pid, {cores[self._core % len(cores)]})
         return child
 
-    @property
-    def log(self) -> Path:
-        """Return the file of what it prints."""
-        return self.out.parent / f"{self.out.name}.log"
+    def _log(self, name: str = "") -> Path:
+        return self.out.parent / f"{self.out.name}{name}.log"
 
-    def _last_line(self) -> str:
-        text = self.log.read_text(errors="replace").replace("\r", "\n").strip()
+    def _last_line(self, log: str = "") -> str:
+        text = self._log(log).read_text(errors="replace").replace("\r", "\n").strip()
         return text.splitlines()[-1] if text else ""
 
     def done(self) -> bool:
@@ -174,7 +177,7 @@ class Run:
         """
         again = ["finetune", "--resume", "--out", str(self.out)] if (self.out / "config.json").exists() else self._words
         if blow == "started twice":
-            self._check_end(self._process(again), blow)
+            self._check_end(self._process(again, log=".other"), blow, ".other")
             return
         if blow.startswith("interrupted"):
             self._child.send_signal(signal.SIGINT)
@@ -191,14 +194,14 @@ class Run:
             again = ["finetune", "--resume", "--out", str(self.out)] if (self.out / "config.json").exists() else again
             self._start(again)
 
-    def _check_end(self, process: "subprocess.Popen[bytes]", blow: str) -> None:
+    def _check_end(self, process: "subprocess.Popen[bytes]", blow: str, log: str = "") -> None:
         """Raise InputError unless a process ends with the code and the line that ENDS has, or is complete."""
         try:
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             raise InputError(f"{blow}: has not ended after {PATIENCE:g} seconds") from None
         expected, line = ENDS[blow]
-        last = self._last_line()
+        last = self._last_line(log)
         if code and (code != expected or not re.fullmatch(line, last)):
             raise InputError(f"{blow}: ended with {code}: {last}")
 

@@ -131,9 +131,7 @@ def test_where_nothing_may_be_interrupted(
 
         return called
 
-    where = {"update": (torch, "_fused_adamw_"), "save": (steps, "_save"), "best": (loop, "save_best")}[
-        moment
-    ]
+    where = {"update": (torch, "_fused_adamw_"), "save": (steps, "_save"), "best": (loop, "save_best")}[moment]
     monkeypatch.setattr(*where, before(getattr(*where)))
     assert main([*words, "--save-every", "3", "--out", str(tmp_path / "run")]) == 1
     assert sent
