@@ -42,7 +42,10 @@ SIZES: dict[str, dict[str, Any] | None] = {  # what differs from the bundled sha
     "bundled": None,
     "large": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 896},
 }
-PRETRAINING = {"small": {"steps": 1_000, "batch_size": 16}, "large": {"steps": 500, "batch_size": 8, "lr": 1.5e-3}}
+PRETRAINING: dict[str, dict[str, Any]] = {
+    "small": {"steps": 1_000, "batch_size": 16},
+    "large": {"steps": 500, "batch_size": 8, "lr": 1.5e-3},
+}
 EVALUATIONS = 10
 HEAD = f"{'factor':>8}{'lr':>10}{'base':>9}{'best':>9}{'end':>9}{'right':>8}"
 
