@@ -83,7 +83,7 @@ def test_known_by_heart_and_not_to_be_asked() -> None:
 
 @pytest.mark.slow
 def test_unshuffled_pages_are_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--entities", 16, "--rounds", 90, "--width", 96, "--layers", 2, "--batch-size", 4, "--epochs", 1]
+    words = ["--entities", 20, "--rounds", 100, "--width", 96, "--layers", 2, "--batch-size", 4, "--epochs", 1]
     result = run_here("lesson", tmp_path, "knowledge", *words, "--processes", 0)
     many, one, ordered = result["corpora"].values()
     assert min(many["by_heart"]["value"], one["by_heart"]["value"]) > 0.85
