@@ -8,8 +8,8 @@ use it. So it is carried over, by one rule for runs and for `minift convert`:
 * `generation_config.json` stays as it is, but for the same stop tokens; there is none where there was none;
 * a tokenizer's files stay as they are (`tokenizer/load.py` lists them), and so does other text: `.json`, `.jinja`,
   `.txt`, `.md` and licences, up to LARGEST bytes a file;
-* weights of any format with their indexes, checksums, hidden files and the state of an earlier training are left out:
-  the new folder has its own;
+* weights of any format with their indexes, an adapter's config, checksums, hidden files and the state of an earlier
+  training are left out: the new folder has its own, or needs none;
 * folders, code, and everything else are left out, and that is said.
 
 A file in which nothing changes keeps its bytes. All of it is read before the first step of a run, so that no damaged
@@ -30,6 +30,7 @@ from minift.formats.files import Specs, dtype_name, widest
 from minift.formats.generation import GENERATION_FILE
 from minift.storage.checksums import CHECKSUMS
 from minift.storage.links import check_links
+from minift.storage.names import ADAPTER_FILE
 from minift.tokenizer.load import TOKENIZER_FILES
 from minift.values import read_json
 
@@ -44,7 +45,8 @@ _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
 _OLDER_TOKENIZER_FILES = {"vocab.json", "merges.txt"}  # of GPT-2's; a tokenizer.json has all that is in them
 _CODE_KEY = "auto_map"  # of a config: classes in files of code, which the model does not need here
-_REPLACED = {CONFIG_FILE, GENERATION_FILE, CHECKSUMS, "trainer_state.json", *TOKENIZER_FILES}
+# An adapter's config next to a whole model would have `transformers` look for the adapter.
+_REPLACED = {CONFIG_FILE, GENERATION_FILE, CHECKSUMS, ADAPTER_FILE, "trainer_state.json", *TOKENIZER_FILES}
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def read_carried(folder: Path, specs: Specs, own_tokenizer: bool = True) -> Carr
 
 def _text_of(entry: Path, largest: int) -> bytes | None:
     """Return the content of a file that is text, by its name, and not too large; None for anything else."""
-    is_text = entry.suffix.lower() in _TEXT or entry.name.upper().startswith(_LICENCES)
+    is_text = entry.suffix.lower() in _TEXT or (not entry.suffix and entry.name.upper().startswith(_LICENCES))
     try:
         # A list of checksums cannot have a name with a line break, or one that is not UTF-8.
         if not is_text or not entry.is_file() or not entry.name.isprintable() or entry.stat().st_size > largest:

@@ -76,6 +76,7 @@ LEFT = {
     "model.safetensors.index.json": b"{}",
     "optimizer.pt": b"",
     "trainer_state.json": b"{}",
+    "LICENSE.py": b"",
     ".hidden.json": b"{}",
     "picture.png": b"",
 }
@@ -246,7 +247,7 @@ def test_every_command_takes_it(trained: Path, data: Path, tmp_path: Path, capsy
 
 
 def test_what_it_will_be_is_said(trained: Path) -> None:
-    left = "modeling_own.py, onnx, picture.png, auto_map in config.json"
+    left = "LICENSE.py, modeling_own.py, onnx, picture.png, auto_map in config.json"
     line = f"final/ will be a Hugging Face folder as the base is, with the weights in bfloat16; not copied: {left}"
     assert (trained.parent / "printed").read_text(encoding="utf-8").splitlines().count(line) == 1
 
@@ -436,6 +437,7 @@ def test_files_with_strange_names_sizes_and_kinds_stay_behind(
     (random_folder / "b.txt").write_text("x" * 11)
     for name in ("c.txt", "d.txt", "e.txt", "inner.txt"):
         (random_folder / name).write_text("x" * 9)
+    (random_folder / "adapter_config.json").write_text("{}")  # `transformers` would look for an adapter
     (random_folder / "f.json").mkdir()
     (random_folder / "g.txt").symlink_to(random_folder / "gone.txt")
     (random_folder / "h.txt").symlink_to("c.txt")
@@ -479,7 +481,7 @@ def quiet(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 def test_a_converted_folder_keeps_all_of_it(base: Path, tmp_path: Path, quiet: None) -> None:
     result = convert(base, tmp_path / "copy", "hf")
-    assert "not copied: modeling_own.py, onnx, picture.png, auto_map in config.json" in result.notes
+    assert "not copied: LICENSE.py, modeling_own.py, onnx, picture.png, auto_map in config.json" in result.notes
     before, after = contents(base), contents(tmp_path / "copy")
     assert set(after) == set(before) - set(LEFT)
     for name in set(after) - {"config.json", "model.safetensors"}:
