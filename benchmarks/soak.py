@@ -47,7 +47,7 @@ ENDS = {
     "interrupted once": (1, INTERRUPTED),
     "interrupted twice": (1, INTERRUPTED),
     "full disk": (1, r"minift: error: .*(cannot be written: )?File too large.*"),
-    "started twice": (2, r"minift: error: .*another run is writing it.*"),
+    "started twice": (2, r"minift: error: .*(another run is writing it|already holds a run).*"),
 }
 TIMES = ("seconds", "tokens_per_second")  # keys of a line of metrics that differ from run to run
 
