@@ -195,8 +195,8 @@ def add_data(commands: Any) -> None:
     add_template(audit)
     add_rendered(audit)
     add_learn(audit)
-    text = "cut examples to N tokens, as finetune does with this flag (default: 256)"
-    audit.add_argument("--max-length", type=int, default=256, metavar="N", help=text)
+    text = "cut examples to N tokens, as finetune does with this flag (default: the positions of the model)"
+    audit.add_argument("--max-length", type=int, metavar="N", help=text)
     audit.add_argument("--seed", type=int, default=0, metavar="N", help="draw by this seed (default: 0)")
     text = "show N records that are drawn, and the example of each finding (default: 3; on a page: 20)"
     audit.add_argument("--sample", type=int, metavar="N", help=text)
@@ -281,8 +281,12 @@ def _audit(options: dict[str, Any]) -> int:
     from minift.look.pages.audit import audit_page
     from minift.tokenizer.load import load_tokenizer
 
-    names = ("template", "learn", "rendered", "max_length", "seed")
-    config = FINETUNE.replace(**{name: options[name] for name in names})
+    names = ("template", "learn", "rendered", "seed")
+    positions = _positions(options["model"])
+    length = options["max_length"]
+    if length is None:  # finetune keeps all that the model can hold
+        length = positions or FINETUNE.max_length
+    config = FINETUNE.replace(max_length=length, **{name: options[name] for name in names})
     count = options["sample"]
     if count is not None:
         check_number("--sample", count, least=0, below=1_001)
@@ -290,7 +294,6 @@ def _audit(options: dict[str, Any]) -> int:
     files, test = find_files(options["data"]), find_files(options["test"]) if options["test"] else []
     tokenizer = load_tokenizer(options["model"])
     drawn = 20 if options["html"] is not None and count is None else shown
-    positions = _positions(options["model"])
     if 0 < positions < config.max_length:
         raise InputError(f"--max-length is {config.max_length}; the model has {positions} positions")
     result = audit(files, tokenizer, config, reading_of(options), test, drawn, positions)

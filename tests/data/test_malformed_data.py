@@ -698,7 +698,17 @@ def test_pretraining_for_steps_refuses_more_at_the_end_of_an_epoch(
 @pytest.mark.slow
 def test_a_resumed_run_prints_the_same_count(run: Run, pretrain: list[str | Path], tmp_path: Path) -> None:
     lines = [BAD if i in (3, 150, 280) else page for i, page in enumerate(pages(300))]
-    words = [*pretrain, "--data", write_jsonl(tmp_path / "x.jsonl", lines), "--steps", "80", "--save-every", "32"]
+    words = [
+        *pretrain,
+        "--data",
+        write_jsonl(tmp_path / "x.jsonl", lines),
+        "--steps",
+        "80",
+        "--save-every",
+        "32",
+        "--keep",
+        "0",
+    ]
 
     def count(out: str) -> list[str]:
         """Return the line with the number, and those of the first faults."""

@@ -938,7 +938,10 @@ def words(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> lis
 @pytest.fixture(scope="module")
 def finished(words: list[str], one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert main([*words, "--out", str(out), "--steps", str(STEPS), "--save-every", "2", "--warmup", "1"]) == 0
+    assert (
+        main([*words, "--out", str(out), "--steps", str(STEPS), "--save-every", "2", "--keep", "0", "--warmup", "1"])
+        == 0
+    )
     return out
 
 

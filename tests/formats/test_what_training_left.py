@@ -123,7 +123,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", pairs)
 
 
-FLAGS = ["--steps", 4, "--save-every", 2, "--warmup", 0, "--batch-size", 4, "--lr", 0.01, "--device", "cpu"]
+FLAGS = [
+    "--steps",
+    4,
+    "--save-every",
+    2,
+    "--keep",
+    "0",
+    "--warmup",
+    0,
+    "--batch-size",
+    4,
+    "--lr",
+    0.01,
+    "--device",
+    "cpu",
+]
 FLAGS += ["--dtype", "float32", "--template", "chat"]
 
 

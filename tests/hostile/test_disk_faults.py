@@ -94,7 +94,7 @@ def finetune(tmp_path: Path, small_checkpoint: Path) -> list[str]:
     """The words of a short run, without `--out`. A checkpoint of it has about 0.8 MB."""
     pairs = [{"question": f"What comes after {i}?", "answer": f"The number {i + 1}."} for i in range(12)]
     data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    words = ["finetune", "--model", small_checkpoint, "--data", data, "--steps", 4, "--save-every", 1]
+    words = ["finetune", "--model", small_checkpoint, "--data", data, "--steps", 4, "--save-every", 1, "--keep", "0"]
     return [str(word) for word in (*words, "--batch-size", 4, "--device", "cpu", "--dtype", "float32")]
 
 

@@ -183,7 +183,7 @@ def test_every_file_is_opened_with_its_encoding(inputs: Path, tmp_path: Path) ->
     warned = ("-W", "always::EncodingWarning", "-W", "always::ResourceWarning", "-W", "always::DeprecationWarning")
     env = variables(PYTHONWARNDEFAULTENCODING="1")
     for result in (
-        finetune(inputs, tmp_path / "run", "--save-every", "2", python=warned, env=env),
+        finetune(inputs, tmp_path / "run", "--save-every", "2", "--keep", "0", python=warned, env=env),
         run("generate", "--model", tmp_path / "run" / "final", "--prompt", "What is 1?", python=warned, env=env),
     ):
         assert result.returncode == 0
@@ -199,7 +199,7 @@ def test_any_name_will_do_from_anywhere(inputs: Path, tmp_path: Path) -> None:
     here = tmp_path / "ici là-bas"
     here.mkdir()
     words = ["--model", hard / "modèle İ", "--data", hard / "données I.jsonl", "--dtype", "float32", "--steps", "3"]
-    result = run("finetune", *words, "--save-every", "2", "--out", "ein Lauf/наш 🦙", cwd=here)
+    result = run("finetune", *words, "--save-every", "2", "--keep", "0", "--out", "ein Lauf/наш 🦙", cwd=here)
     out = here / "ein Lauf" / "наш 🦙"
     assert (result.returncode, complaints(result)) == (0, [])
     assert "step_000002" in {file.name for file in out.iterdir()}

@@ -274,10 +274,10 @@ def test_a_clock_that_jumps_changes_nothing_but_the_dates(
     monkeypatch.setattr(time, "time", jumping)
     monkeypatch.setattr(tqdm.std, "time", jumping)
     out, whole = tmp_path / "run", tmp_path / "whole"
-    assert main([*words, "--steps", "6", "--save-every", "2", "--out", str(out)]) == 0
+    assert main([*words, "--steps", "6", "--save-every", "2", "--keep", "0", "--out", str(out)]) == 0
     assert looks[0] > 10
     monkeypatch.undo()
-    assert main([*words, "--steps", "6", "--save-every", "2", "--out", str(whole)]) == 0
+    assert main([*words, "--steps", "6", "--save-every", "2", "--keep", "0", "--out", str(whole)]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
     assert all(0 < line["seconds"] < 60 and line["tokens_per_second"] > 0 for line in lines)
     assert (out / "final" / "model.pt").read_bytes() == (whole / "final" / "model.pt").read_bytes()

@@ -667,7 +667,7 @@ def test_a_json_file_that_cannot_be_written(
 
 def test_resuming_on_other_data(finetune: list[str | Path], pairs: Path, tmp_path: Path) -> None:
     """A run that was saved in the middle of an epoch would otherwise continue with other pairs, in silence."""
-    words = [*finetune, "--steps", "4", "--batch-size", "2", "--save-every", "3"]
+    words = [*finetune, "--steps", "4", "--batch-size", "2", "--save-every", "3", "--keep", "0"]
     assert main([str(word) for word in words]) == 0
     shutil.rmtree(tmp_path / "out" / "final")
     pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[:-2]))

@@ -32,7 +32,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
 pytest.importorskip("jinja2")
 
-FLAGS = ["--epochs", "6", "--lr", "1e-3", "--dtype", "float32", "--device", "cpu", "--save-every", "20"]
+FLAGS = ["--epochs", "6", "--lr", "1e-3", "--dtype", "float32", "--device", "cpu", "--save-every", "20", "--keep", "0"]
 HELD_OUT = 20
 
 

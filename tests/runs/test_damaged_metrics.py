@@ -28,7 +28,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> P
     folder = tmp_path_factory.mktemp("whole")
     pairs = [{"question": f"What comes after {i}?", "answer": f"The number {i + 1}."} for i in range(12)]
     data = write_jsonl(folder / "pairs.jsonl", pairs)
-    words = f"--device cpu --dtype float32 --steps {STEPS} --save-every 4 --eval-every 2 --batch-size 2 --warmup 1"
+    words = (
+        f"--device cpu --dtype float32 --steps {STEPS} --save-every 4 --keep 0 --eval-every 2 --batch-size 2 --warmup 1"
+    )
     inputs = ["--model", str(small_checkpoint), "--data", str(data)]
     assert main(["finetune", *inputs, *words.split(), "--out", str(folder / "run")]) == 0
     return folder / "run"

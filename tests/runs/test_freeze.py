@@ -240,7 +240,20 @@ def test_a_run_says_what_it_trains_and_resumes_bit_for_bit(
         "--steps",
         "4",
     ]
-    words += ["--dtype", "float32", "--batch-size", "4", "--max-length", "64", "--save-every", "2", "--lr", "1e-2"]
+    words += [
+        "--dtype",
+        "float32",
+        "--batch-size",
+        "4",
+        "--max-length",
+        "64",
+        "--save-every",
+        "2",
+        "--keep",
+        "0",
+        "--lr",
+        "1e-2",
+    ]
     assert main([*words, "--freeze", "embed_tokens*", "*norm*", "--checkpoint-activations"]) == 0
     before = weights(model)
     trained = {name for name in before if "norm" not in name and "embed" not in name}

@@ -142,7 +142,7 @@ def test_the_command_says_what_it_uses_and_a_resume_keeps_it(
 ) -> None:
     out = tmp_path / "run"
     words = ["finetune", "--model", str(small_checkpoint), "--data", str(pairs), "--out", str(out), *FLAGS]
-    assert main([*words, "--limit", "10", "--steps", "2", "--save-every", "1"]) == 0
+    assert main([*words, "--limit", "10", "--steps", "2", "--save-every", "1", "--keep", "0"]) == 0
     assert "--limit: the first 10 of 30 pairs\n9 pairs to train on" in capsys.readouterr().out
     shutil.rmtree(out / "final")
     assert main(["finetune", "--resume", "--out", str(out)]) == 0

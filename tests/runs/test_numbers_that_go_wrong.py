@@ -85,7 +85,7 @@ def test_a_learning_rate_far_too_high_ends_the_run_with_what_to_lower(
 
 
 @pytest.mark.parametrize(
-    "flags", [["--steps", "1"], ["--steps", "2", "--save-every", "1"]], ids=["last step", "a save"]
+    "flags", [["--steps", "1"], ["--steps", "2", "--save-every", "1", "--keep", "0"]], ids=["last step", "a save"]
 )
 def test_weights_that_are_no_numbers_are_never_saved(
     words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: list[str]

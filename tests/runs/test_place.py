@@ -127,7 +127,7 @@ def test_a_run_with_all_that_it_may_write_can_be_replaced(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    more = ["--save-every", "1", "--eval-every", "1", "--patience", "2", "--out", str(out)]
+    more = ["--save-every", "1", "--keep", "0", "--eval-every", "1", "--patience", "2", "--out", str(out)]
     events = ["--tensorboard"] if find_spec("tensorboard") else []
     assert main([*words, *more, *events, "--lora-rank", "2", "--seed", "1"]) == 0
     (out / ".step_000009.partial").mkdir()

@@ -377,27 +377,30 @@ class Case:
 
 
 CASES = {
-    "plain": Case("pretrain", "--save-every 3 --dtype float32", 80, Hooks(draw=True)),
+    "plain": Case("pretrain", "--save-every 3 --keep 0 --dtype float32", 80, Hooks(draw=True)),
     "workers, isolated, accumulated": Case(
-        "pretrain", "--save-every 2 --dtype float32 --workers 2 --isolate --grad-accum 2", 45
+        "pretrain", "--save-every 2 --keep 0 --dtype float32 --workers 2 --isolate --grad-accum 2", 45
     ),
     "bfloat16, recomputed, isolated, accumulated": Case(
         "pretrain",
-        "--save-every 2 --dtype bfloat16 --checkpoint-activations --isolate --grad-accum 2",
+        "--save-every 2 --keep 0 --dtype bfloat16 --checkpoint-activations --isolate --grad-accum 2",
         40,
         Hooks(chunk=900, draw=True),
     ),
     "workers, bfloat16, recomputed, long chunks": Case(
-        "pretrain", "--save-every 3 --dtype bfloat16 --workers 2 --checkpoint-activations", 60, Hooks(chunk=None)
+        "pretrain",
+        "--save-every 3 --keep 0 --dtype bfloat16 --workers 2 --checkpoint-activations",
+        60,
+        Hooks(chunk=None),
     ),
     "workers come and go": Case(
         "pretrain",
-        "--save-every 3 --dtype float32 --workers 2",
+        "--save-every 3 --keep 0 --dtype float32 --workers 2",
         70,
         Hooks(draw=True),
         ("--workers 0", "--workers 2", "--workers 1"),
     ),
-    "pairs": Case("finetune", "--save-every 2 --dtype float32 --grad-accum 2", 50, Hooks(draw=True)),
+    "pairs": Case("finetune", "--save-every 2 --keep 0 --dtype float32 --grad-accum 2", 50, Hooks(draw=True)),
 }
 
 
@@ -524,7 +527,7 @@ DRAWING = Hooks(draw=True)
 
 @pytest.fixture(scope="module")
 def words(inputs: dict[str, list[str]]) -> list[str]:
-    return [*inputs["pretrain"], "--dtype", "float32", "--save-every", "2", "--steps", str(STEPS)]
+    return [*inputs["pretrain"], "--dtype", "float32", "--save-every", "2", "--keep", "0", "--steps", str(STEPS)]
 
 
 @pytest.fixture(scope="module")

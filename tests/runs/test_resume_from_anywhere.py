@@ -17,7 +17,7 @@ from minift.runs.inputs import from_anywhere, same_input
 from minift.tokenizer.base import Tokenizer
 from tests.helpers import SMALL, write_jsonl
 
-COMMON = "--device cpu --dtype float32 --steps 4 --save-every 2 --batch-size 2 --warmup 1"
+COMMON = "--device cpu --dtype float32 --steps 4 --save-every 2 --keep 0 --batch-size 2 --warmup 1"
 FINETUNE = "--model models/small --data pairs.jsonl --test ./held/out.jsonl --template mine.txt --max-length 64"
 PRETRAIN = (
     "--config shape.json --data pages/*.jsonl --tokenizer models/small --validation pages/a.jsonl --max-length 16"

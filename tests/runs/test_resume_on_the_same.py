@@ -26,7 +26,7 @@ from minift.tokenizer.load import load_tokenizer
 from minift.values import read_json
 from tests.helpers import SMALL, write_jsonl
 
-COMMON = "--device cpu --dtype float32 --steps 4 --save-every 2 --batch-size 2 --warmup 1"
+COMMON = "--device cpu --dtype float32 --steps 4 --save-every 2 --keep 0 --batch-size 2 --warmup 1"
 PAIRS = [{"question": f"What comes after {i}?", "answer": f"The number {i + 1}."} for i in range(12)]
 PAGES = [{"text": f"Page {i} of some words."} for i in range(40)]
 

@@ -206,7 +206,7 @@ def words(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> l
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    assert main([*words, "--out", str(out), "--steps", "12", "--save-every", "4"]) == 0
+    assert main([*words, "--out", str(out), "--steps", "12", "--save-every", "4", "--keep", "0"]) == 0
     return out
 
 
@@ -252,7 +252,7 @@ def test_a_base_that_has_changed_is_noticed(
     base, out = tmp_path / "base", tmp_path / "run"
     shutil.copytree(small_checkpoint, base)
     words = [str(base) if word == str(small_checkpoint) else word for word in words]
-    assert main([*words, "--out", str(out), "--steps", "4", "--save-every", "2"]) == 0
+    assert main([*words, "--out", str(out), "--steps", "4", "--save-every", "2", "--keep", "0"]) == 0
     shutil.rmtree(out / "final")
     model = load_model(base)
     with torch.no_grad():

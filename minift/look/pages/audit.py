@@ -97,7 +97,8 @@ def histogram(lengths: Mapping[int, int], limit: int) -> str:
     if not lengths:
         return "<p>No example has a target.</p>"
     total = sum(lengths.values())
-    end = max(limit * 1.2, _at_most(lengths, 0.995 * total))
+    reach = _at_most(lengths, 0.995 * total)
+    end = max(limit * 1.2, reach) if limit <= 2 * reach else reach * 1.2
     xs = [tick for tick in ticks(0.0, end) if tick <= end]
     counts = [0] * BARS
     for length, count in lengths.items():
@@ -123,17 +124,19 @@ def histogram(lengths: Mapping[int, int], limit: int) -> str:
                 f'<rect class="bar" x="{left:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" '
                 f'height="{HEIGHT - BOTTOM - top:.1f}"/>'
             )
-    at = x_of(limit)
-    parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    if limit <= end:
+        at = x_of(limit)
+        parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     parts.append(
         f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">tokens of an example, before it is cut'
         "</text>"
     )
     words = f"{above:,} of {total:,} examples are longer than {limit:,} tokens; the longest has {longest:,}"
     more = f" The last bar holds all from {(BARS - 1) * end / BARS:,.0f} on." if longest > end else ""
+    line = f" The dashed line is at {limit:,} tokens." if limit <= end else ""
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Lengths: {words}">{"".join(parts)}</svg>'
-        f"<figcaption>{words}. The dashed line is at {limit:,} tokens.{more}</figcaption></figure>"
+        f"<figcaption>{words}.{line}{more}</figcaption></figure>"
     )
 
 
