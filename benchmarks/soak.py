@@ -2,8 +2,8 @@
 
 The bundled job is trained twice at once, with the same seed and one thread each. One run is undisturbed, and its memory
 and open files are sampled every few seconds. The other is disturbed at random moments, and resumed until it has
-finished too: it is killed (SIGKILL), interrupted (Ctrl-C) once or twice, its disk is full, or the same run is
-started a second time. Each of these ends must be said in one line, with the exit code that belongs to it. Both runs save and
+finished too: it is killed (SIGKILL), interrupted (Ctrl-C) once or twice, its disk is full, or the same run is started a
+second time. Each of these ends must be said in one line, with the exit code that belongs to it. Both runs save and
 evaluate regularly. At the end their `metrics.jsonl`, except for the times in it, and their weights must be the same.
 
     python -m benchmarks soak                          # two hours

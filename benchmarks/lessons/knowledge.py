@@ -130,7 +130,7 @@ def conclusion(result: dict[str, Any]) -> str:
         f"model of many wordings for {many['own']['value']:.0%}"
     )
     if many["own"]["interval"][0] > one["own"]["interval"][1]:
-        first += ": finetuning taught both to answer, and could bring out only what was stored behind the name."
+        first += ": finetuning taught both to answer, and could bring out only what was stored after the name."
     else:
         first += ": no clear difference here."
     second = f"Unshuffled, the pages of many wordings leave {ordered['by_heart']['value']:.0%} by heart"

@@ -95,7 +95,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_LABELS = {"alone": "alone, or isolated", "stranger": "behind a stranger", "same": "behind the same thing"}
+_LABELS = {"alone": "alone, or isolated", "stranger": "after an unrelated page", "same": "after the same thing"}
 
 
 def chart(result: dict[str, Any]) -> Chart:

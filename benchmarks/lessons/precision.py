@@ -133,7 +133,7 @@ def conclusion(result: dict[str, Any]) -> str:
     zero, scaled = result["underflow"][0], result["underflow"][2]
     skipped = sum(not step["stepped"] for step in result["scaler"])
     fourth = (
-        f"float16 takes {zero['zero']:.0%} of this gradient's values for 0, and {scaled['zero']:.1%} behind a scale of "
+        f"float16 takes {zero['zero']:.0%} of this gradient's values for 0, and {scaled['zero']:.1%} after a scale of "
         f"{scaled['scale']:,.0f}; from a scale that is too large the scaler came down, skipping {skipped} steps in all."
     )
     return " ".join((first, second, third, fourth))
