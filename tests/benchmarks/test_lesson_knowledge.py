@@ -104,7 +104,7 @@ def test_the_conclusion_is_the_numbers() -> None:
     shown = {
         "corpora": dict(zip(knowledge.CORPORA, (corpus(1.0, 0.9), corpus(1.0, 0.1), corpus(0.2, 0.0)), strict=True))
     }
-    assert "could bring out only what was stored behind the name" in knowledge.conclusion(shown)
+    assert "could bring out only what was stored after the name" in knowledge.conclusion(shown)
     assert "forgotten over the next" in knowledge.conclusion(shown)
     other = copy.deepcopy(shown)
     other["corpora"]["one wording"], other["corpora"]["in order"] = corpus(1.0, 0.95), corpus(1.0, 0.9)

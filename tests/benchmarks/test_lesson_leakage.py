@@ -48,7 +48,7 @@ def test_nothing_crosses_when_isolated(tmp_path: Path, capsys: pytest.CaptureFix
         (128, 512, 512 * 128),
     ]
     assert "nothing crosses" in result["conclusion"]
-    assert "behind the same thing" in capsys.readouterr().out
+    assert "after the same thing" in capsys.readouterr().out
     broken = copy.deepcopy(result)
     broken["isolated"]["largest"] = 0.5
     broken["whole"]["same"] = broken["whole"]["stranger"]

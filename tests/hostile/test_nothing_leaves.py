@@ -285,6 +285,8 @@ def test_a_step_folder_with_a_link_out_is_passed_over(small_checkpoint: Path, tm
         2,
         "--save-every",
         1,
+        "--keep",
+        0,
         "--device",
         "cpu",
     ]
