@@ -77,6 +77,9 @@ EVERY_FLAG: dict[str, Any] = {
     "limit": 19,
     "eval_every": 5,
     "patience": 5,
+    "keep_last": True,
+    "max_minutes": 60.0,
+    "compare": 3,
     "tensorboard": True,
     "freeze": ["*norm*"],  # excludes adapters
     "lora_rank": 2,
@@ -94,7 +97,7 @@ EVERY_FLAG: dict[str, Any] = {
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 NOT_OF = {
     "finetune": ("isolate", "shuffle_buffer", "workers"),
-    "pretrain": ("template", "learn", "rendered", "pack", *LORA),
+    "pretrain": ("template", "learn", "rendered", "pack", "compare", *LORA),
 }
 
 

@@ -349,6 +349,8 @@ BAD = {
     "eval_every": ["-1"],
     "save_every": ["-1"],
     "keep": ["-1"],
+    "compare": ["-1"],
+    "max_minutes": ["0", "-1"],
     "patience": ["-1"],
     "lora_rank": ["-1"],
     "lora_alpha": ["0", "-1"],
@@ -386,7 +388,7 @@ def test_every_number_of_training_is_tried() -> None:
         for command in ("finetune", "pretrain")
         for bad in bad_values()
         if (command, bad[0]) not in [("finetune", "shuffle_buffer"), ("finetune", "workers")]  # those are for pages
-        and not (command == "pretrain" and bad[0].startswith("lora_"))  # those are for pairs
+        and not (command == "pretrain" and bad[0].startswith(("lora_", "compare")))  # those are for pairs
     ],
 )
 def test_a_bad_number_of_training(

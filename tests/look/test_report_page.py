@@ -238,6 +238,26 @@ def test_a_loss_that_falls_far_gets_a_logarithmic_axis() -> None:
     assert svg(losses(3.0, 0.0))
 
 
+def test_what_is_held_out_decides_the_axis() -> None:
+    """On a logarithmic axis, which the training loss alone would ask for, 2.45 and 3.09 are nearly the same."""
+    records = [
+        {"step": 1, "loss": 3.0, "lr": 1e-4, "validation_loss_before": 2.6, "validation_loss": 2.45},
+        {"step": 2, "loss": 0.001, "lr": 1e-4, "validation_loss": 3.09},
+    ]
+    chart = curves_of(records)[0]
+    assert not chart.log
+    assert list(chart.lines["held out"]) == [(0.0, 2.6), (1, 2.45), (2, 3.09)]
+    records[1]["validation_loss"] = 0.02
+    assert curves_of(records)[0].log
+
+
+def test_the_numbers_of_an_axis_have_room() -> None:
+    chart = Curves("Rate", "step", "each", {"rate": [(0, 0.0), (100, 0.00019)]})
+    labels = re.findall(r'text-anchor="end">([^<]*)<', svg(chart))
+    assert [float(label) for label in labels] == pytest.approx([0.0, 5e-5, 1e-4, 1.5e-4, 2e-4])
+    assert max(map(len, labels)) <= 6
+
+
 def test_text_leaves_nothing_to_obey() -> None:
     assert text("<b a='x' c=\"y\">&amp;") == "&lt;b a=&#x27;x&#x27; c=&quot;y&quot;&gt;&amp;amp;"
     assert text("a\0\x1b\u202e\ud800\n\u200d") == "a\\x00\\x1b\\u202e\\ud800\n\u200d"

@@ -18,7 +18,7 @@ from minift.runs.progress import BEFORE
 COLUMNS = 400  # points of a line; more are averaged
 WIDTH, HEIGHT = 420, 250  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 12, 44  # margins for the labels
-SPAN = 30  # if the largest loss is more than so many times the smallest, its axis is logarithmic
+SPAN = 30  # if the largest held-out loss is more than so many times the smallest, the axis is logarithmic
 
 Line = Sequence[tuple[float, float]]
 
@@ -43,8 +43,10 @@ def curves_of(metrics: Sequence[Mapping[str, Any]]) -> list[Curves]:
     before = [(0.0, step[BEFORE]) for step in metrics[:1] if BEFORE in step]
     found = {"training": line("loss"), "held out": [*before, *line("validation_loss")]}
     losses = {name: points for name, points in found.items() if points}
-    values = [loss for points in losses.values() for _, loss in points]
-    log = min(values) > 0 and max(values) > SPAN * min(values)
+    # Training loss may fall to almost nothing; on a logarithmic axis a rise of the other would not be seen.
+    values = [loss for _, loss in losses.get("held out") or losses["training"]]
+    positive = all(loss > 0 for points in losses.values() for _, loss in points)
+    log = positive and max(values) > SPAN * min(values)
     scale = ", each line of the grid ten times the one below" if log else ""
     return [
         Curves("Loss", "step", f"nats a token{scale}", losses, log),
@@ -76,7 +78,7 @@ def svg(curves: Curves) -> str:
     parts = []
     for y in ys:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{_label(y)}</text>')
     parts += [f'<text x="{x_of(x):.1f}" y="{HEIGHT - 26}" text-anchor="middle">{x:g}</text>' for x in xs]
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{text(curves.x)}</text>')
     for place, line in enumerate(curves.lines.values()):
@@ -134,6 +136,12 @@ def powers_of_ten(low: float, high: float) -> list[float]:
     """Return the powers of ten that enclose `low` and `high`, at least two."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     return [10.0**power for power in range(first, max(last, first + 1) + 1)]
+
+
+def _label(value: float) -> str:
+    """Return a tick's number in at most six characters: there is room for no more."""
+    short = f"{value:g}"
+    return short if len(short) <= 6 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _amount(point: tuple[float, float]) -> str:
