@@ -13,6 +13,7 @@ from minift.cli.streams import outlive_reader
 from minift.config import CHOSEN, CONTINUED, FINETUNE, PRETRAIN, TrainConfig, not_given
 from minift.errors import InputError
 from minift.look.report import samples, table, worse_line
+from minift.runs.stop import ended_at_once
 from minift.storage.names import model_path
 from minift.storage.system import command_line
 
@@ -125,8 +126,9 @@ def _number_or_text(word: str) -> int | str:
 
 
 def _finetune(options: dict[str, Any]) -> int:
-    from minift.distributed.world import is_main_process
-    from minift.runs import finetune as jobs
+    with ended_at_once():
+        from minift.distributed.world import is_main_process
+        from minift.runs import finetune as jobs
 
     outlive_reader()
     out, resume, overwrite, plain = _take_run_flags(options, "runs/finetune")
@@ -178,8 +180,9 @@ def _show_result(result: dict[str, Any], config: TrainConfig, out: Path) -> None
 
 
 def _pretrain(options: dict[str, Any]) -> int:
-    from minift.distributed.world import is_main_process
-    from minift.runs import pretrain as jobs
+    with ended_at_once():
+        from minift.distributed.world import is_main_process
+        from minift.runs import pretrain as jobs
 
     outlive_reader()
     out, resume, overwrite, plain = _take_run_flags(options, "runs/pretrain")

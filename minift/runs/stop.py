@@ -76,6 +76,26 @@ class StopSignal:
 
 
 @contextmanager
+def ended_at_once() -> Iterator[None]:
+    """End the process, with a line, when a signal comes in the block: a library that is being imported may swallow it.
+
+    Nothing is cleaned up, so the block must write nothing.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):
+            os.write(2, b"minift: interrupted\n")
+        os._exit(1)
+
+    before = _replace_handlers(end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Let SIGTERM raise KeyboardInterrupt in the block, as Ctrl-C does."""
 

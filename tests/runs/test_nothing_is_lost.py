@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from minift.errors import InputError
 from minift.runs import clock, final, finetune, loop, space, steps
 from minift.runs.start import start_state
 from minift.train import Plan
-from tests.helpers import make_examples, small_model, write_jsonl
+from tests.helpers import ROOT, completed, make_examples, small_model, write_jsonl
 
 STEPS = 8
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -227,6 +228,33 @@ def test_how_many_are_compared(words: list[str], tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert "exact match" not in printed
     assert f"saved: {tmp_path / 'none' / 'final'} (the model)" in printed
+
+
+IMPORTED = """
+import os, signal, sys
+from minift.cli import main
+
+class Swallowing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(1000): pass
+            except BaseException:
+                pass
+
+sys.meta_path.insert(0, Swallowing())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_an_import_does_not_swallow_it(command: str, tmp_path: Path) -> None:
+    """Libraries catch everything that is raised while they try what they can import."""
+    words = [sys.executable, "-c", IMPORTED, command, "--out", str(tmp_path / "run")]
+    done = completed(words, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "minift: interrupted\n")
+    assert not (tmp_path / "run").exists()
 
 
 # Minutes --------------------------------------------------------------------------------------------------------------
