@@ -70,7 +70,11 @@ def run(options: argparse.Namespace) -> None:
         steps = _steps(folder, options.minutes)
         print(f"{steps:,} steps, which should take about {options.minutes:g} minutes", flush=True)
         alone, disturbed = Run(folder / "alone", steps, 0), Run(folder / "disturbed", steps, 1)
-        blows = _train_both(alone, disturbed, options)
+        try:
+            blows = _train_both(alone, disturbed, options)
+        finally:
+            alone.end()
+            disturbed.end()
         result: dict[str, Any] = {
             "steps": steps,
             "minutes": (alone.ended - alone.began) / 60,
@@ -193,6 +197,11 @@ class Run:
         if self._child.returncode:
             again = ["finetune", "--resume", "--out", str(self.out)] if (self.out / "config.json").exists() else again
             self._start(again)
+
+    def end(self) -> None:
+        """Kill it, if it still runs."""
+        self._child.kill()
+        self._child.wait()
 
     def _check_end(self, process: "subprocess.Popen[bytes]", blow: str, log: str = "") -> None:
         """Raise InputError unless a process ends with the code and the line that ENDS has, or is complete."""
