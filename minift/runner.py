@@ -37,7 +37,7 @@ from minift.generate import Sampling, generate
 from minift.pack import encode_prompt
 from minift.prompts import Chat, Conversation, Pair, Span, Template, TextTemplate
 from minift.runs import finetune as jobs
-from minift.runs.folder import check_free
+from minift.runs.folder import check_free, read_run
 from minift.runs.machine import choose_device
 from minift.storage.names import model_path
 from minift.tokenizer.chat import has_chat_template, stop_at_turns
@@ -84,6 +84,7 @@ class BasicModelRunner:
         self._pairs: list[Conversation] = []
         self._auto_template = "chat" if has_chat_template(self.tokenizer) else "plain"  # what "auto" means
         self._result: dict[str, Any] = {}
+        self._trained = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def _load(self, path: Path) -> None:
@@ -96,7 +97,7 @@ class BasicModelRunner:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         model = f"{self.model_name!r}: {parameters:,} parameters on {self.model.device}"
         pairs = f"{len(self._pairs):,} pair{'s' * (len(self._pairs) != 1)}"
-        return f"<BasicModelRunner {model}, {pairs}, {'trained' if self._result else 'not trained'}>"
+        return f"<BasicModelRunner {model}, {pairs}, {'trained' if self._trained else 'not trained'}>"
 
     # Asking -----------------------------------------------------------------------------------------------------------
 
@@ -211,7 +212,8 @@ class BasicModelRunner:
 
         Raises:
             InputError: when there are fewer than two pairs, for an unknown option or a value out of bounds.
-            RunError: when training cannot go on, or was interrupted.
+            RunError: when training cannot go on, or was interrupted. Where only the comparison with the base was, the
+                runner has the trained model.
         """
         known = [item.name for item in dataclasses.fields(TrainConfig) if item.name != "limit"]
         if unknown := sorted(set(options) - set(known)):
@@ -233,14 +235,22 @@ class BasicModelRunner:
         run = folder / "run"
         job = jobs.finetune_job(str(self._path), [str(data)])
         config, choose = config.replace(template=template), not_given(options)
-        result = jobs.finetune(job, config, run, plain=self.plain, choose=choose)
+        interrupted = False
+        try:
+            result = jobs.finetune(job, config, run, plain=self.plain, choose=choose)
+        except RunError:
+            if not (run / "final").is_dir():
+                raise
+            result, interrupted = {}, True
         if result is None:
             raise RunError(f"interrupted; the finished steps are saved in {run}")
         self.tokenizer = load_tokenizer(run / "final")
         self._load(run / "final")
-        self._result, self._auto_template = result, result["template"]
+        self._result, self._trained, self._auto_template = result, True, read_run(run)[2].template
         if self._auto_template == "carried":  # the pairs have their template in them: a new question is given the same
             self._auto_template = carried_template(pairs[0].question) or "carried"
+        if interrupted:
+            raise RunError("the comparison with the base was not made; the runner answers with the trained model")
 
     def _write_inputs(self, folder: Path, pairs: list[Conversation], template: str) -> tuple[Path, str]:
         """Write what a run reads to a new folder; return the file of pairs and the template's name or file."""
@@ -271,7 +281,8 @@ class BasicModelRunner:
             InputError: before `train`.
         """
         if not self._result:
-            raise InputError("nothing to compare yet: call train first")
+            why = "train has made no comparison (compare=0)" if self._trained else "call train first"
+            raise InputError(f"nothing to compare yet: {why}")
         results = [
             {
                 "input": sample["question"],

@@ -12,7 +12,7 @@ from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain, a
 from minift.cli.streams import outlive_reader
 from minift.config import CHOSEN, CONTINUED, FINETUNE, PRETRAIN, TrainConfig, not_given
 from minift.errors import InputError
-from minift.look.report import samples, table, worse_line
+from minift.look.report import few_line, samples, table, worse_line
 from minift.runs.stop import ended_at_once
 from minift.storage.names import model_path
 from minift.storage.system import command_line
@@ -155,24 +155,33 @@ def _finetune(options: dict[str, Any]) -> int:
 
 def _show_result(result: dict[str, Any], config: TrainConfig, out: Path) -> None:
     """Print the scores and some answers before and after, what was saved, and how to ask the new model."""
-    from minift.data.templates import is_chat_template
-
     if result:
         print(f"\n{table(result)}\n\n{samples(result, 4)}\n")
-        if (worse := worse_line(result)) is not None:
-            print(f"{worse}\n")
+        for line in (few_line(result), worse_line(result)):
+            if line is not None:
+                print(f"{line}\n")
     adapter = f"{out / 'adapter'} (the adapters alone), " if config.lora_rank else ""
     compared = f"{out / 'compare.json'}, " if result else ""
     print(f"saved: {out / 'final'} (the model), {adapter}{compared}{out / 'metrics.jsonl'}")
     print(f"look at it: {out / 'report.html'}")
-    if not result:
-        return
-    template = result["template"]
+    _show_how_to_ask(result, config, out)
+
+
+def _show_how_to_ask(result: dict[str, Any], config: TrainConfig, out: Path) -> None:
+    """Print the commands that ask the new model as it was trained, where it would be asked otherwise without flags."""
+    from minift.data.templates import is_chat_template, passes_over_own
+    from minift.runs.folder import read_run
+    from minift.tokenizer.load import load_tokenizer
+
+    template, asked = read_run(out)[2].template, result.get("samples", ())
     if template == "carried":  # the pairs brought their template with them; a new question is written in it
-        template = "alpaca" if result["samples"][0]["question"].endswith("### Response:") else "qa"
+        if not asked:
+            return
+        template = "alpaca" if asked[0]["question"].endswith("### Response:") else "qa"
     own = is_chat_template(template)  # which is saved with the model
-    flags = "" if own or template == "plain" else f" --template {template}"
-    if any("earlier" in sample for sample in result["samples"]) or own:
+    plain = template == "plain" and not passes_over_own(template, load_tokenizer(out / "final"))
+    flags = "" if own or plain else f" --template {template}"
+    if any("earlier" in sample for sample in asked) or own:
         print(f"talk to it: minift chat --model {out / 'final'}{flags}")
     flags += " --rendered" * (config.rendered and not own)
     if (flags and template != "text") or own:

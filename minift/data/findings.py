@@ -46,12 +46,12 @@ KINDS = {
     "records dropped": Kind(
         True,
         "example[|s] dropped: what is given fills --max-length, nothing of the answer fits",
-        "raise --max-length, or shorten what is given",
+        "raise --max-length, as far as the model has positions, or shorten what is given",
     ),
     "answers cut": Kind(
         True,
         "example[|s] cut: the end of the answer is not learned, and neither is the stop token",
-        "raise --max-length, or split long records",
+        "raise --max-length, as far as the model has positions, or split long records",
     ),
     "nothing learned": Kind(
         True,

@@ -24,6 +24,7 @@ LABELS = {
     "next_token_accuracy": "next-token accuracy in the right answers",
 }
 
+FEW = 10  # records, below which resampling them shows hardly how far they vary
 CUT = " … (cut)"  # after an answer that went on when its number of tokens was reached
 _TOKEN, _ENTRIES = 12, 62  # columns of the terminal for a token, and for five entries
 _LEGEND = """At each position the model reads a token and predicts the next. Of that next token: p is its probability,
@@ -59,6 +60,14 @@ def worse_line(result: dict[str, Any]) -> str | None:
         f"note: after training the right answers are less likely than before (perplexity {number(before)}, then "
         f"{number(after)}): train for fewer steps, lower --lr, or give more records"
     )
+
+
+def few_line(result: Mapping[str, Any]) -> str | None:
+    """Return a line about a comparison of few records; None where there are FEW or more."""
+    n = max(result["before"]["n"], result["before"]["n_token_f1"], len(result["samples"]))
+    if n >= FEW:
+        return None
+    return f"note: {n} held-out record{'s' * (n != 1)} say{'s' * (n == 1)} little about others: name more with --test"
 
 
 def score_lines(scores: dict[str, Any]) -> str:

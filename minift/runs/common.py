@@ -133,6 +133,7 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
         state.world.agreed(_check_files, run.out / "final", state, "to have it made again")
         state.world.agreed(_mend_metrics, run, state, None)
         remove_saves(run, state)
+        print(f"{run.out}: is complete; no step is left to take")
         return True
     needed = bytes_of_saves(state.model, run.plan, run.config, evaluated=bool(run.validation))
     state.world.agreed(check_space, run.out if state.world.is_main else None, needed)

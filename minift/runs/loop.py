@@ -117,6 +117,7 @@ def _records(
     with progress_bar(plan.steps, state) as bar:
         if validation and state.step == 0:
             before = _evaluate(state, validation, bar, stop)
+            bar.unpause()  # the time of a step does not include it
             yield {"step": 0, **before}
         while state.step < plan.steps and not state.world.any(stop.requested) and not is_over:
             place = place or state.batches.state_dict()

@@ -117,7 +117,9 @@ def pretrain(
             print(f"learning rate up to {config.lr:g}, a tenth of that for random weights: it forgets less (--lr)")
         if config.limit:
             print(f"--limit: no more than the first {config.limit:,} documents")
-        print(f"{plan.steps:,} steps, {flops:.2g} FLOPs" + (", compiled" if config.compile and not plain else ""))
+        size = f"{config.batch_size * config.max_length * config.grad_accum:,} tokens"
+        compiled = ", compiled (the first step takes a minute or more)" if config.compile and not plain else ""
+        print(f"{plan.steps:,} steps of {size}, {flops:.2g} FLOPs{compiled}")
         carried = carried_from(job.model) if job.model and config.save_format == "hf" else None
         if carried is not None and carried.in_words():
             print(carried.in_words())

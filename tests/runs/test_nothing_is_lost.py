@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from minift import load_model, train
+from minift import BasicModelRunner, load_model, train
 from minift.cli import main
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
-from minift.errors import InputError
+from minift.errors import InputError, RunError
 from minift.runs import clock, final, finetune, loop, space, steps
 from minift.runs.start import start_state
 from minift.train import Plan
@@ -189,6 +189,22 @@ def test_the_comparison(
     monkeypatch.setattr(train, "train_step", None)  # no step is taken
     assert main(["finetune", "--resume", "--out", str(out)]) == 0
     assert_same(out, whole)
+
+
+def test_the_comparison_of_a_runner(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run is in a temporary folder: what was trained has to be in the runner."""
+    rows = [{"question": f"What is {i}?", "answer": f"The number {i}."} for i in range(9)]
+    runner = BasicModelRunner(str(small_checkpoint), device="cpu")
+    runner.load_data(rows)
+    before = runner.model.state_dict()["norm.weight"].clone()
+    monkeypatch.setattr(finetune, "compare", lambda *arguments: interrupt(signal.SIGINT))
+    with pytest.raises(RunError, match="the runner answers with the trained model"):
+        runner.train(steps=3, lr=0.1, keep_last=True, dtype="float32")
+    assert not torch.equal(runner.model.state_dict()["norm.weight"], before)
+    with pytest.raises(InputError, match="nothing to compare yet"):
+        runner.evaluate()
+    runner.train(steps=1, compare=0, dtype="float32")
+    assert "trained" in repr(runner)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -50,7 +50,7 @@ def curves_of(metrics: Sequence[Mapping[str, Any]]) -> list[Curves]:
     scale = ", each line of the grid ten times the one below" if log else ""
     return [
         Curves("Loss", "step", f"nats a token{scale}", losses, log),
-        Curves("Learning rate", "step", "at each step", {"learning rate": line("lr")}),
+        Curves("Learning rate", "step", "AdamW's, at each step", {"learning rate": line("lr")}),
     ]
 
 

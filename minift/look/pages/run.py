@@ -23,7 +23,7 @@ from minift.formats.open import open_model
 from minift.formats.shapes import parameter_shapes
 from minift.look.pages.curves import curves_of, svg
 from minift.look.pages.document import document, table, text
-from minift.look.report import CUT, LABELS, number
+from minift.look.report import CUT, LABELS, few_line, number
 from minift.lora import LoRAConfig
 from minift.runs.freeze import frozen_names
 from minift.runs.metrics import read_metrics
@@ -135,6 +135,8 @@ def _scores(result: Mapping[str, Any]) -> str:
         change = result["difference"][name]
         rows.append([text(label), *cells, with_ends(change["value"], (change["low"], change["high"]), sign=True)])
     note = f"{result['before']['n']:,} questions with an answer to be matched. The 95 % interval is in brackets."
+    if (few := few_line(result)) is not None:
+        note += f" {few.removeprefix('note: ').capitalize()}."
     if result["skipped"]:
         note += f" {result['skipped']:,} pairs were left out: they have no answer, or are too long."
     return "<h2>Before and after</h2>\n" + table(["score", "before", "after", "difference"], rows, text(note))
@@ -191,7 +193,7 @@ def _training_ledger(shape: LlamaConfig, config: TrainConfig, trained: int | Non
     )
     caption = (
         f"Bytes that a step needs at most, as computed from the shape: {config.batch_size:,} rows of "
-        f"{config.max_length:,} tokens. Short pairs share rows and need fewer."
+        f"{config.max_length:,} tokens. Short ones share rows and need fewer."
     )
     rows = [[text(name), size(nbytes)] for name, nbytes in {**ledger, "total": sum(ledger.values())}.items()]
     return "<h2>Memory</h2>\n" + table(["use", "bytes"], rows, text(caption))
