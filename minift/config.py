@@ -452,6 +452,9 @@ PRETRAIN = TrainConfig(steps=1_500, batch_size=32, lr=2e-3, warmup=100, max_leng
 # a much lower one it learns little of the new pages (Ibrahim et al., arXiv 2403.08763).
 CONTINUED = PRETRAIN.replace(lr=PRETRAIN.lr / 10)
 
+# May differ when a run is resumed: they change no weight, or only how long it goes on.
+FREE = ("workers", "keep", "strict", "parallel", "save_every", "max_minutes", "compare", "tensorboard")
+
 # What `minift finetune` chooses from the pairs and the model (`runs/defaults.py`), and what may be given instead of it.
 CHOSEN: dict[str, tuple[str, ...]] = {
     "lr": (),

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from minift.cli.parts import MODEL_HELP, add_command, add_encoding, add_plain, add_reading, check_fields
 from minift.cli.streams import outlive_reader
-from minift.config import CHOSEN, CONTINUED, FINETUNE, PRETRAIN, TrainConfig, not_given
+from minift.config import CHOSEN, CONTINUED, FINETUNE, FREE, PRETRAIN, TrainConfig, not_given
 from minift.errors import InputError
 from minift.look.report import few_line, samples, table, worse_line
 from minift.runs.stop import ended_at_once
@@ -18,8 +18,6 @@ from minift.storage.names import model_path
 from minift.storage.system import command_line
 
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
-# May differ when a run is resumed: they change no weight, or only how long it goes on.
-FREE = ("workers", "keep", "strict", "parallel", "save_every", "max_minutes", "compare", "tensorboard")
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -119,7 +117,7 @@ def _add_train_flags(command: argparse.ArgumentParser, defaults: TrainConfig, wi
 
 
 def _number_or_text(word: str) -> int | str:
-    return int(word) if word.lstrip("-").isdecimal() else word
+    return int(word) if word.removeprefix("-").isdecimal() else word
 
 
 # Commands -------------------------------------------------------------------------------------------------------------

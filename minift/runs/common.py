@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,17 +14,18 @@ from minift.formats.huggingface import check_shape
 from minift.model import Llama
 from minift.runs.clock import is_evaluated
 from minift.runs.contents import contents
+from minift.runs.events import FOLDER, open_events
 from minift.runs.final import Run, remove_saves, save_final
 from minift.runs.folder import check_free, check_made_from, newest_whole_step, start_folder
 from minift.runs.loop import run_steps
 from minift.runs.machine import check_compiler, choose_device, choose_dtype, choose_save_format
 from minift.runs.metrics import cut_metrics, read_metrics
-from minift.runs.place import check_replaceable
+from minift.runs.place import check_replaceable, remove_own_leftovers
 from minift.runs.progress import Best
 from minift.runs.space import bytes_of_saves, check_space
 from minift.runs.steps import load_step, save_best
 from minift.runs.stop import AFTER_FINAL, StopSignal
-from minift.storage.atomic import remove_leftovers, write_file
+from minift.storage.atomic import write_file
 from minift.storage.checksums import check_model
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import json_file
@@ -130,7 +132,7 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
     if resume:
         check_made_from(made_from, run.job, run.config, run.out)
     if resume and (run.out / "final").is_dir():
-        state.world.agreed(_check_files, run.out / "final", state, "to have it made again")
+        state.world.agreed(_check_files, run.out / "final", state, "and the step folders, to train again")
         state.world.agreed(_mend_metrics, run, state, None)
         remove_saves(run, state)
         print(f"{run.out}: is complete; no step is left to take")
@@ -145,9 +147,10 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
     steps, warmup = run.plan.steps, run.config.warmup_steps(run.plan.steps)
     if state.step == 0 and warmup >= steps:
         print(f"note: the run of {steps} steps ends within its warm-up of {warmup}, below --lr")
-    if not run_steps(state, run.plan, run.config, run.tokenizer, run.validation, run.out):
-        return False
-    with StopSignal(AFTER_FINAL, quiet=not state.world.is_main) as stop:  # nothing else may have been saved yet
+    with StopSignal(quiet=not state.world.is_main) as stop:
+        if not run_steps(state, run.plan, run.config, run.tokenizer, run.validation, run.out, stop):
+            return False
+        stop.first = AFTER_FINAL
         save_final(run, state)
         remove_saves(run, state)
     if state.world.any(stop.requested):
@@ -158,7 +161,7 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
 def _resume(run: Run, state: TrainState) -> None:
     """Load the newest step folder that is whole, if there is one, and forget what was measured after its step."""
     if state.world.is_main:
-        remove_leftovers(run.out)
+        remove_own_leftovers(run.out)
     folder = newest_whole_step(run.out)
     if folder is not None:
         load_step(folder, state)
@@ -179,10 +182,13 @@ def _evaluate_again(run: Run, state: TrainState) -> None:
     best = Best.of_records(records)
     records[-1]["validation_loss"] = validation_loss(state, run.validation)
     if best.add(records[-1]):
-        save_best(run.out / "best", state, run.tokenizer)
+        save_best(run.out / "best", state, run.tokenizer, best)
     if state.world.is_main:
         text = "".join(f"{json.dumps(record)}\n" for record in records)
         write_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+    if (run.out / FOLDER).is_dir():
+        with closing(open_events(run.config, run.out, state)) as events:
+            events.add({"step": state.step, "validation_loss": records[-1]["validation_loss"]})
     state.world.wait()
 
 

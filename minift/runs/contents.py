@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minift import __version__
-from minift.config import TrainConfig
+from minift.config import FREE, TrainConfig
 from minift.data.records import find_files
 from minift.data.shards import CHANGED
 from minift.data.stream import fingerprint
@@ -96,7 +96,7 @@ def run_id(out: Path) -> str | None:
     train, saved = run.get("train"), run.get("contents")
     if not isinstance(train, dict) or not isinstance(saved, dict):
         return None
-    settings = {name: value for name, value in train.items() if name != "template"}
+    settings = {name: value for name, value in train.items() if name not in ("template", *FREE)}
     made_from = {name: value for name, value in saved.items() if name not in ("minift", "torch", "device", "files")}
     return _checksum(json.dumps([run.get("job"), settings, made_from], sort_keys=True).encode())
 

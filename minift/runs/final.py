@@ -68,7 +68,7 @@ def save_final(run: Run, state: TrainState) -> None:
 def _load_best(run: Run, state: TrainState, best: Best) -> None:
     """Load the weights of the lowest validation loss. Raises InputError when they are missing or damaged."""
     if best.step or run.config.lora_rank:
-        load_best(run.out / "best", state.model)
+        load_best(run.out / "best", state.model, best)
         return
     parameters = dict(state.model.named_parameters())
     for name, tensor in run.first_weights():
@@ -82,6 +82,7 @@ def remove_saves(run: Run, state: TrainState) -> None:
             remove_older(run.out, run.plan.steps, 0)
         if not run.config.keep_last or not Best.of(run.out / "metrics.jsonl").evaluations_since:
             remove_folder(run.out / "best")
+            (run.out / "best.json").unlink(missing_ok=True)
     state.world.wait()
 
 

@@ -34,7 +34,7 @@ from minift.look.pages.run import run_page
 from minift.runs.contents import check_contents
 from minift.runs.inputs import from_anywhere
 from minift.runs.metrics import read_metrics
-from minift.runs.place import check_replaceable, is_free, next_name, remove_run
+from minift.runs.place import check_replaceable, is_free, is_run, next_name, remove_run
 from minift.runs.steps import check_step, step_folders
 from minift.storage.atomic import write_file
 from minift.storage.links import check_name
@@ -81,7 +81,7 @@ JOBS: dict[str, type[FinetuneJob] | type[PretrainJob]] = {job.name: job for job 
 def check_free(out: Path) -> None:
     """Raise InputError unless a new run can begin in `out`: it is free, and its name is one that a model may have."""
     check_name(out)
-    if out.is_dir() and (out / "config.json").exists():
+    if is_run(out):
         ways = f"continue it with --resume, replace it with --overwrite, or give --out {next_name(out)}"
         raise InputError(f"{out}: already holds a run; {ways}")
     if not is_free(out):

@@ -30,6 +30,7 @@ def run_steps(
     tokenizer: Tokenizer,
     validation: Sequence[Batch],
     out: Path,
+    stop: StopSignal | None = None,
 ) -> bool:
     """Take the steps that are left of `plan`, writing `metrics.jsonl` and checkpoints into `out`.
 
@@ -38,8 +39,12 @@ def run_steps(
     adapters are. With `config.patience` the run ends when so many evaluations have not found a lower one (Prechelt,
     "Early Stopping – But When?", 1998), and with `config.max_minutes` when they are over.
 
+    Args:
+        stop: the signals that end the run early; by default none do.
+
     Returns:
-        True when the run is done; False when Ctrl-C or SIGTERM ended it early (the state is then saved).
+        True when the run is done; False when a signal ended it before its last step, or in the evaluation after that
+        (the state is then saved).
 
     Raises:
         RunError: when a gradient or weight is not finite any more, memory is full, or one of several processes was
@@ -48,51 +53,52 @@ def run_steps(
             while other ranks go on: they would not take part in the saving.
     """
     world, clock, best = state.world, Clock(config), Best.of(out / "metrics.jsonl")
-    saved = state.step
+    saved, last, stop = state.step, dict[str, Any](), stop or StopSignal(quiet=True)
     world.wait()  # all have read the same
     if config.patience and best.evaluations_since >= config.patience:
         return True
-    with StopSignal(quiet=not world.is_main) as stop:
-        try:
-            events = open_events(config, out, state)
-            with metrics_file(out, world) as metrics, closing(events):
-                for record in _records(state, plan, config, validation, stop, clock):
-                    if best.add(record) and _must_be_kept(state, plan):
-                        save_best(out / "best", state, tokenizer)
-                    if state.step == 0:
-                        continue
-                    metrics.write(json.dumps(record) + "\n")
-                    metrics.flush()
-                    events.add(record)
-                    if "validation_loss" in record and best.rose and best.evaluations_since == 1 and world.is_main:
-                        tqdm.write(f"step {state.step}: {best.in_words()}")
-                    if config.patience and best.evaluations_since >= config.patience:
-                        return True
-                    if clock.save_is_due(state):
-                        if world.is_main:
-                            flush(metrics.fileno())  # or a step might be saved whose line is lost
-                        _check_weights(state)
-                        save_step(out, state, tokenizer, config.keep)
-                        saved = state.step
-            _check_weights(state)
-        except KeyboardInterrupt:  # on one of several ranks: the others cannot finish the step
-            since = f"--resume continues after step {saved}, which was saved last" if saved else "nothing is saved yet"
-            raise RunError(f"interrupted within step {state.step + 1}; {since}") from None
-        except Exception as error:
-            full = is_out_of_memory(error)
-            if not full and not isinstance(error, InputError | RunError):
-                raise
-            unsaved = saved != state.step and not (full and world.size > 1)
-            if unsaved and first_not_finite(state.model, world) is None:  # the steps before it are good
-                save_step(out, state, tokenizer, config.keep)
-            if full:
-                remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
-                raise RunError(f"step {state.step + 1}: {out_of_memory(error)}; {remedy}") from None
+    try:
+        events = open_events(config, out, state)
+        with metrics_file(out, world) as metrics, closing(events):
+            for record in _records(state, plan, config, validation, stop, clock):
+                last = record
+                if best.add(record) and _must_be_kept(state, plan):
+                    save_best(out / "best", state, tokenizer, best)
+                if state.step == 0:
+                    continue
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+                events.add(record)
+                if "validation_loss" in record and best.rose and best.evaluations_since == 1 and world.is_main:
+                    tqdm.write(f"step {state.step}: {best.in_words()}")
+                if config.patience and best.evaluations_since >= config.patience:
+                    return True
+                if clock.save_is_due(state):
+                    if world.is_main:
+                        flush(metrics.fileno())  # or a step might be saved whose line is lost
+                    _check_weights(state)
+                    save_step(out, state, tokenizer, config.keep)
+                    saved = state.step
+        _check_weights(state)
+    except KeyboardInterrupt:  # on one of several ranks: the others cannot finish the step
+        since = f"--resume continues after step {saved}, which was saved last" if saved else "nothing is saved yet"
+        raise RunError(f"interrupted within step {state.step + 1}; {since}") from None
+    except Exception as error:
+        full = is_out_of_memory(error)
+        if not full and not isinstance(error, InputError | RunError):
             raise
-        done = state.step >= plan.steps or not world.any(stop.requested)
-        if not done and saved != state.step:
+        unsaved = saved != state.step and not (full and world.size > 1)
+        if unsaved and first_not_finite(state.model, world) is None:  # the steps before it are good
             save_step(out, state, tokenizer, config.keep)
-        return done
+        if full:
+            remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
+            raise RunError(f"step {state.step + 1}: {out_of_memory(error)}; {remedy}") from None
+        raise
+    evaluated = "validation_loss" in last or not (last and validation and is_evaluated(state.step, plan, config))
+    done = (state.step >= plan.steps and evaluated) or not world.any(stop.requested)  # or a resumed run evaluates it
+    if not done and saved != state.step:
+        save_step(out, state, tokenizer, config.keep)
+    return done
 
 
 def _must_be_kept(state: TrainState, plan: Plan) -> bool:

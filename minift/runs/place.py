@@ -14,7 +14,6 @@ from glob import glob
 from pathlib import Path
 
 from minift.errors import InputError
-from minift.storage.atomic import remove_leftovers
 from minift.storage.checksums import CHECKSUMS, read_checksums
 from minift.storage.links import check_name
 from minift.storage.lock import LOCK
@@ -22,10 +21,17 @@ from minift.storage.names import base_of, is_adapter, names_in
 from minift.values import read_json
 
 CONFIG = "config.json"
-FILES = (CONFIG, "metrics.jsonl", "metrics.jsonl.damaged", "compare.json", "report.html", "curves.png")
+FILES = (CONFIG, "metrics.jsonl", "metrics.jsonl.damaged", "best.json", "compare.json", "report.html", "curves.png")
 FOLDERS = ("best", "final", "adapter", "tensorboard")
 _STEP = re.compile(r"step_\d+")
-_LEFTOVER = re.compile(r"\..+\.(partial|old)")
+_LEFTOVER = re.compile(r"\.(.+)\.(?:partial|old)")
+# What a run writes into a folder without checksums: a model's files, and TensorBoard's events.
+_OF_A_MODEL = re.compile(
+    r"(?:generation_|adapter_|tokenizer_)?config\.json|(?:model|adapter|training)\.pt|tokenizer\.(?:model|json)"
+    r"|(?:adapter_)?model[\w.-]*\.safetensors(?:\.index\.json)?|special_tokens_map\.json|added_tokens\.json"
+    r"|chat_template\.jinja|\.metadata|\w+\.distcp"
+)
+_EVENTS = re.compile(r"events\.out\.tfevents\.\d+")
 
 
 def is_free(out: Path) -> bool:
@@ -35,7 +41,19 @@ def is_free(out: Path) -> bool:
 
 def _is_leftover(file: Path) -> bool:
     """Return True for a file of a run that was killed before it had written its config.json."""
-    return file.name.endswith(".partial") or file.name == LOCK
+    return file.name in (f".{CONFIG}.partial", LOCK)
+
+
+def _is_own_leftover(path: Path) -> bool:
+    """Return whether a path has the name under which a run writes or removes one of its files or folders."""
+    match = _LEFTOVER.fullmatch(path.name)
+    return match is not None and (match[1] in (*FILES, *FOLDERS) or _STEP.fullmatch(match[1]) is not None)
+
+
+def remove_own_leftovers(out: Path) -> None:
+    """Remove what a run that was killed had begun to write or to remove."""
+    for path in filter(_is_own_leftover, out.iterdir()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_run(folder: Path) -> bool:
@@ -52,6 +70,7 @@ def is_run(folder: Path) -> bool:
 
 def next_name(out: Path) -> Path:
     """Return the numbered name after all that there are: `runs/mine-2`, or after `runs/mine-4` `runs/mine-5`."""
+    out = out if out.name.strip(".") else out.resolve()  # `.` and `..` are no names
     return out.with_name(f"{out.name}-{1 + max(_numbers(out), default=1)}")
 
 
@@ -104,7 +123,7 @@ def remove_run(out: Path) -> None:
         InputError: when something cannot be removed.
     """
     try:
-        remove_leftovers(out)
+        remove_own_leftovers(out)
         for path in sorted(out.iterdir(), key=lambda path: path.name == CONFIG):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -118,14 +137,16 @@ def _foreign(out: Path) -> Iterator[Path]:
     """Yield what is in a run's folder, and in the folders in it, that no run writes there. No link is one."""
     for path in sorted(out.iterdir()):
         folder = path.name in FOLDERS or _STEP.fullmatch(path.name)
-        known = folder or path.name in (*FILES, LOCK) or _LEFTOVER.fullmatch(path.name)
-        if not known or path.is_symlink() or (path.is_dir() and not folder and not _LEFTOVER.fullmatch(path.name)):
+        known = folder or path.name in (*FILES, LOCK) or _is_own_leftover(path)
+        if not known or path.is_symlink() or (path.is_dir() and not folder and not _is_own_leftover(path)):
             yield path
         elif path.is_dir() and folder:
             sums = path / CHECKSUMS
             listed = read_checksums(sums) if sums.is_file() else None
+            names = _EVENTS if path.name == "tensorboard" else _OF_A_MODEL
             for file in sorted(path.iterdir()):
-                if not file.is_file() or file.is_symlink() or not (listed is None or file.name in (*listed, CHECKSUMS)):
+                own = names.fullmatch(file.name) if listed is None else file.name in (*listed, CHECKSUMS)
+                if not own or not file.is_file() or file.is_symlink():
                     yield file
 
 

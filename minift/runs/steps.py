@@ -9,6 +9,7 @@
 In a sharded run (fsdp) each rank writes its part of the weights and moments (`distributed/shards.py`).
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from minift.lora import adapter_weights, base_checksum, has_adapter, merged_weig
 from minift.model import Llama
 from minift.optim import moments_of
 from minift.runs.contents import run_id
-from minift.storage.atomic import partial_name, remove_folder, write_folder
+from minift.runs.progress import Best
+from minift.storage.atomic import partial_name, remove_folder, write_file, write_folder
 from minift.storage.checksums import (
     CHECKSUMS,
     check_files,
@@ -38,6 +40,7 @@ from minift.storage.system import MOVES_OPEN_FILES
 from minift.tokenizer.base import Tokenizer
 from minift.tokenizer.save import save_tokenizer
 from minift.train import TrainState
+from minift.values import read_json
 
 WEIGHT_FILES = ("model.pt", "adapter.pt")  # one of them; in a sharded run the ranks' parts instead
 STEP_FILES = {"config.json", "training.pt"}  # in every step folder, with a tokenizer's files and the weights
@@ -136,14 +139,18 @@ def remove_older(run: Path, step: int, keep: int | None) -> None:
         remove_folder(old)
 
 
-def save_best(folder: Path, state: TrainState, tokenizer: Tokenizer | None) -> None:
-    """Write the weights that `load_weights` reads: a minift checkpoint; of a LoRA run, its adapters.
+def save_best(folder: Path, state: TrainState, tokenizer: Tokenizer | None, best: Best) -> None:
+    """Write the weights that `load_best` reads: a minift checkpoint; of a LoRA run, its adapters. Call on all ranks.
 
-    Call it on all ranks.
+    Next to the folder is a file with their step: a run that is resumed may have another best step than one that a later
+    step, which is lost, has written.
 
     Raises:
         RunError: when the disk refuses.
     """
+    note = folder.with_suffix(".json")
+    if state.world.is_main:
+        note.unlink(missing_ok=True)
     if has_adapter(state.model):
         adapter = adapter_weights(state.model)
 
@@ -155,14 +162,19 @@ def save_best(folder: Path, state: TrainState, tokenizer: Tokenizer | None) -> N
             write_folder(folder, write)
     else:
         save_model(folder, state.model, tokenizer, world=state.world)
+    if state.world.is_main:
+        text = json.dumps({"step": best.step, "validation_loss": best.loss})
+        write_file(note, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def load_best(folder: Path, model: Llama) -> None:
+def load_best(folder: Path, model: Llama, best: Best) -> None:
     """Copy the weights that `save_best` wrote into a model. Call on all ranks.
 
     Raises:
-        InputError: when a file is missing or damaged, or the weights are not of this model.
+        InputError: when a file is missing or damaged, or the weights are not of this model, or not those of `best`.
     """
+    if (step := read_json(folder.with_suffix(".json")).get("step")) != best.step:
+        raise InputError(f"{folder}: is the model of step {step}, not that of step {best.step}")
     check_model(folder)
     load_weights(folder, model)
 

@@ -21,6 +21,7 @@ class StopSignal:
 
     Attributes:
         requested: True from the first signal on.
+        first: what is said at the first one.
     """
 
     def __init__(self, first: str = AFTER_STEP, quiet: bool = False) -> None:
@@ -31,7 +32,8 @@ class StopSignal:
             quiet: say nothing, because another process of the run does.
         """
         self.requested = False
-        self._first, self._quiet, self._may_interrupt = first, quiet, False
+        self.first = first
+        self._quiet, self._may_interrupt = quiet, False
         self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -60,7 +62,7 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
             self.requested = True
-            self._say(self._first)
+            self._say(self.first)
         elif self._may_interrupt:
             self._may_interrupt = False
             self._say(WITHIN_STEP)

@@ -69,13 +69,6 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(renamed, ignore_errors=True)
 
 
-def remove_leftovers(run: Path) -> None:
-    """Remove what a killed run had begun to write or to remove."""
-    for pattern in (".*.partial", ".*.old"):
-        for path in run.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def partial_name(path: Path) -> Path:
     """Return the name that a file or folder has until it is complete."""
     return path.with_name(f".{path.name}.partial")

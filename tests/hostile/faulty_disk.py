@@ -22,8 +22,9 @@ import torch
 
 from minift.checkpoint import load_model, save_model
 from minift.errors import InputError, RunError
+from minift.runs.place import remove_own_leftovers
 from minift.runs.steps import check_step, load_step, save_step, step_folders
-from minift.storage.atomic import remove_leftovers, write_file
+from minift.storage.atomic import write_file
 from minift.storage.names import bundled
 from minift.tokenizer.load import load_tokenizer
 from tests.helpers import new_state, small_model, take_steps
@@ -190,7 +191,7 @@ def campaign(name: str, scratch: Path, careless: bool) -> None:
             try:
                 outcome["found"] = scenario.found(folder)
                 outcome["left"] = sorted(path.name for path in folder.glob(".*"))
-                remove_leftovers(folder)
+                remove_own_leftovers(folder)
                 scenario.save(folder)
                 outcome["then"] = scenario.found(folder)
                 outcome["as_good"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == good

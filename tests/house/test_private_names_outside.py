@@ -59,7 +59,8 @@ def private_names(source: str) -> Iterator[str]:
             # A private attribute of something that is not the class's own, or its base class's.
             own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             own = own or (isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()")
-            if is_private(node.attr) and not own and not of_torch:
+            documented = ast.unparse(node) == "os._exit"  # Python's, for all its underscore
+            if is_private(node.attr) and not own and not of_torch and not documented:
                 yield ast.unparse(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
             if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) and is_private(str(node.args[1].value)):

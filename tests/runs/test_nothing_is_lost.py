@@ -101,10 +101,12 @@ def test_in_a_forward_pass(
     assert "stopping after this step" in printed.err
     once = len(signals) == 1
     assert ("stopping now" in printed.err) == (not once)
+    assert code == 1
     if once and step == STEPS:  # it was the last one
-        assert code == 0
+        assert printed.err.splitlines()[-1].endswith("final is saved, and --resume does the rest")
+        assert not (tmp_path / "run" / "compare.json").exists()
+        assert main(["finetune", "--resume", "--out", str(tmp_path / "run")]) == 0
     else:
-        assert code == 1
         assert printed.out.splitlines()[-1].startswith("stopped and saved; continue with: ")
         taken = [int(folder.name[5:]) for folder in (tmp_path / "run").glob("step_*")]
         assert taken == ([step] if once else [step - 1] if step > 1 else [])
@@ -147,7 +149,7 @@ def test_where_nothing_may_be_interrupted(
     assert_same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("call", [1, 2], ids=["before the first step", "after a step"])
+@pytest.mark.parametrize("call", [1, 2, 5], ids=["before the first step", "after a step", "after the last"])
 def test_an_evaluation_that_is_interrupted_is_made_again(
     words: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
@@ -195,7 +197,7 @@ def test_the_comparison_of_a_runner(small_checkpoint: Path, tmp_path: Path, monk
     """Its run is in a temporary folder: what was trained has to be in the runner."""
     rows = [{"question": f"What is {i}?", "answer": f"The number {i}."} for i in range(9)]
     runner = BasicModelRunner(str(small_checkpoint), device="cpu")
-    runner.load_data(rows)
+    runner.load_data(rows, input_key="question", output_key="answer")
     before = runner.model.state_dict()["norm.weight"].clone()
     monkeypatch.setattr(finetune, "compare", lambda *arguments: interrupt(signal.SIGINT))
     with pytest.raises(RunError, match="the runner answers with the trained model"):

@@ -120,6 +120,16 @@ def test_a_process_that_may_be_started_again_keeps_to_its_place(
         assert message in done.stderr
 
 
+def test_a_place_without_a_name(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """`.` is a folder like others: the numbered name that is proposed stands next to it."""
+    out = make_run(Path("runs/mine")).resolve()
+    monkeypatch.chdir(out)
+    assert main([*words, "--out", "."]) == 2
+    assert f".: already holds a run; continue it with --resume, replace it with --overwrite, or give --out {out}-2" in (
+        capsys.readouterr().err
+    )
+
+
 # Replacing a run ------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +140,8 @@ def test_a_run_with_all_that_it_may_write_can_be_replaced(
     more = ["--save-every", "1", "--keep", "0", "--eval-every", "1", "--patience", "2", "--out", str(out)]
     events = ["--tensorboard"] if find_spec("tensorboard") else []
     assert main([*words, *more, *events, "--lora-rank", "2", "--seed", "1"]) == 0
+    shutil.copytree(out / "step_000001", out / "best")
+    (out / "best.json").write_text("{}")
     (out / ".step_000009.partial").mkdir()
     (out / ".step_000009.partial" / "x").write_text("half")
     first = set(os.listdir(out))
@@ -148,7 +160,7 @@ def test_one_of_several_processes_removes_it(words: list[str], tmp_path: Path) -
     job = finetune_job(words[words.index("--model") + 1], [words[words.index("--data") + 1]])
     config = TrainConfig(steps=2, batch_size=4, dtype="float32", device="cpu", parallel="ddp", save_every=1)
     out = make_run(tmp_path / "run")
-    by_two(finetune, job, config, out, False, False, True)
+    by_two(finetune, job, config, out, False, False, (), True)
     assert (out / "compare.json").is_file()
     assert not (out / "step_000003").exists()
 
@@ -189,10 +201,15 @@ def test_pretraining_replaces_runs_too(small_checkpoint: Path, tmp_path: Path) -
 
 def foreign(out: Path) -> Iterator[tuple[Path, str]]:
     """Yield folders in which something is not a run's, and the name of it."""
-    for name in ("notes.txt", "step_1.txt", "step_x", "checkpoints", ".git", "final2"):
+    for name in ("notes.txt", "step_1.txt", "step_x", "checkpoints", ".git", "final2", ".notes.old", "x.partial"):
         folder = make_run(out / name)
         (folder / name).write_text("mine")
         yield folder, name
+    for place, name in (("tensorboard", "notes.txt"), ("final", "chapter.txt"), (".thesis.old", "x")):
+        folder = make_run(out / f"in {place}")
+        (folder / place).mkdir()
+        (folder / place / name).write_text("mine")
+        yield folder, place if place.startswith(".") else f"{place}/{name}"
     for name in ("nested", "linked"):
         folder = make_run(out / name)
         (folder / "final").mkdir()
@@ -295,7 +312,7 @@ def test_what_came_in_between_is_found_under_the_lock(tmp_path: Path) -> None:
     with own_folder(out, False, World(), True):
         assert (out / "metrics.jsonl").exists()  # there are more checks to come
         job = finetune_job("bundled")
-        start_folder(job, TrainConfig(), out)
+        start_folder(job, TrainConfig(), out, {})
         assert sorted(os.listdir(out)) == [LOCK, "config.json"]
 
 

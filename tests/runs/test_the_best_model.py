@@ -6,6 +6,8 @@ no step has lowered it, the model is the base, to the bit.
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from minift.data.conversations import Reading, read_all_conversations
 from minift.data.records import Skipped
 from minift.data.templates import template_named
 from minift.evaluation.evaluate import answer_likelihoods, make_questions
+from minift.runs import common
 from minift.runs.clock import is_evaluated
 from minift.train import Plan
 from tests.helpers import write_jsonl
@@ -134,3 +137,29 @@ def test_a_loss_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
     best = Best.of_records([{"step": 1, "validation_loss_before": math.nan, "validation_loss": 2.0}])
     assert (best.step, best.loss) == (1, 2.0)
     assert Best.of_records([{"step": 1, "validation_loss_before": 1.0, "validation_loss": 2.0}]).step == 0
+
+
+def test_the_best_of_a_later_step_that_is_lost_is_not_taken(
+    small_checkpoint: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run was killed after it had written best/, and goes on from an earlier step, but not so far."""
+    out = tmp_path / "run"
+    run = words(small_checkpoint, data, out, "--lr", "0.02", "--steps", "60", "--eval-every", "2", "--save-every", "4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "remove_saves", lambda run, state: None)
+        assert main([*run, "--keep", "0"]) == 0
+    losses = validation_losses(out)
+    best = min(losses, key=lambda step: losses[step])
+    early = max(step for step in range(4, best, 4))  # of an earlier best step
+    for folder in [folder for folder in out.glob("step_*") if int(folder.name[5:]) > early]:
+        shutil.rmtree(folder)
+    shutil.rmtree(out / "final")
+    capsys.readouterr()
+    assert main(["finetune", "--resume", "--max-minutes", "1e-9", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    losses = validation_losses(out)
+    if f"best: is the model of step {best}, not that of step" in printed:
+        (said,) = re.findall(r"final/ is the model of step (\d+)", printed)
+    else:
+        said = str(max(losses))
+    assert loss_of(out / "final", data[1]) == pytest.approx(losses[int(said)], rel=1e-5)
