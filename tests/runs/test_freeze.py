@@ -322,7 +322,7 @@ def test_the_step_folder_of_a_sharded_run_holds_the_frozen_weights(
     base, out = tmp_path / "base", tmp_path / "run"
     shutil.copytree(model, base)
     moved = finetune_job(str(base), list(job.data))
-    config = CONFIG.replace(freeze=("embed_tokens*", "layers.0.*"), save_every=2, parallel="fsdp")
+    config = CONFIG.replace(freeze=("embed_tokens*", "layers.0.*"), save_every=2, keep=0, parallel="fsdp")
     by_two(finetune, moved, config, out)
     whole = weights(out / "final")
     shutil.rmtree(out / "final")

@@ -120,7 +120,9 @@ def test_a_process_that_may_be_started_again_keeps_to_its_place(
         assert message in done.stderr
 
 
-def test_a_place_without_a_name(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_place_without_a_name(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`.` is a folder like others: the numbered name that is proposed stands next to it."""
     out = make_run(Path("runs/mine")).resolve()
     monkeypatch.chdir(out)

@@ -265,8 +265,11 @@ def test_a_step_folder_under_another_number_is_refused(place: Path, capsys: pyte
     assert "step_000003: holds the state after step 2; give it that name, or remove it" in capsys.readouterr().err
 
 
-def test_a_damaged_best_model_is_named_before_any_step(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_best_model_is_named_before_any_step(
+    made: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = place / "finetune"
+    shutil.copytree(made / "finetune" / "final", out / "best")
     flip(out / "best" / "model.pt")
     assert main(["finetune", "--resume", "--out", str(out)]) == 2
     (message,) = capsys.readouterr().err.splitlines()
@@ -285,7 +288,7 @@ def test_a_damaged_final_model_is_named(made: Path, place: Path, job: str, capsy
     assert main([job, "--resume", "--out", str(out)]) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert "final/model.pt: damaged, or changed" in message
-    assert message.endswith(f"or remove {out / 'final'} to have it made again")
+    assert message.endswith(f"or remove {out / 'final'} and the step folders, to train again")
     shutil.rmtree(out / "final")
     assert main([job, "--resume", "--out", str(out)]) == 0
     assert same_end(place, made, job)
