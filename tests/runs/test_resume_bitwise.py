@@ -94,7 +94,7 @@ def child(words: list[str], log: Path, hooks: Hooks) -> None:
 
     def watched_train(*arguments: Any) -> bool:
         done = train_all(*arguments)
-        write_random(random_of(arguments[-1]))  # a run that is killed after this is not trained again
+        write_random(random_of(arguments[5]))  # a run that is killed after this is not trained again
         return done
 
     common.run_steps = watched_train
