@@ -18,6 +18,7 @@ divided by the targets of *all* ranks. There are two ways to keep the weights:
 What is not PyTorch's own here is how the ranks agree: on the number of targets, on stopping, on which error is printed.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -188,6 +189,9 @@ def join(parallel: str, device: torch.device) -> Iterator[World]:
             raise SystemExit(1) from None
         raise RunError(message) from None
     finally:
+        # The group's own end waits for its threads, and holds the interpreter, which they may need to free what they
+        # have called: so it is kept until the process ends, and its threads with it.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
         dist.destroy_process_group()
 
 

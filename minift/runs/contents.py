@@ -30,6 +30,7 @@ from minift.tokenizer.base import Tokenizer
 from minift.train import TrainState
 from minift.values import read_json
 
+OF_THE_END = ("save_format", "keep_last", "eval_every", "patience")  # settings that decide no step, but what is kept
 REMEDY = "restore it, or start a new run"
 
 
@@ -96,7 +97,7 @@ def run_id(out: Path) -> str | None:
     train, saved = run.get("train"), run.get("contents")
     if not isinstance(train, dict) or not isinstance(saved, dict):
         return None
-    settings = {name: value for name, value in train.items() if name not in ("template", *FREE)}
+    settings = {name: value for name, value in train.items() if name not in (*FREE, *OF_THE_END, "template")}
     made_from = {name: value for name, value in saved.items() if name not in ("minift", "torch", "device", "files")}
     return _checksum(json.dumps([run.get("job"), settings, made_from], sort_keys=True).encode())
 

@@ -124,6 +124,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FLAGS = [
+    "--keep-last",
     "--steps",
     4,
     "--save-every",

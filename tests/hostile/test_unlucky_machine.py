@@ -114,7 +114,7 @@ def test_of_two_runs_that_begin_at_once_one_is_done_and_one_is_refused(words: li
 
 def test_a_run_that_began_after_the_first_look_is_found_under_the_lock(tmp_path: Path) -> None:
     """Both looked, one began and ended; the other has the lock only then."""
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"job": "finetune", "inputs": {}, "train": {}}')
     with pytest.raises(InputError, match="already holds a run"), own_folder(tmp_path, False, World()):
         pass
     with own_folder(tmp_path, True, World()):

@@ -135,7 +135,7 @@ def test_what_does_not_go_together_is_refused(
 
 def test_it_resumes_bit_for_bit(job: PretrainJob, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert pretrain(job, CONFIG.replace(save_every=2), out)
+    assert pretrain(job, CONFIG.replace(save_every=2, keep=0), out)
     whole = weights(out / "final")
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "step_000004")
@@ -147,7 +147,7 @@ def test_a_run_of_an_earlier_version_resumes(small_checkpoint: Path, pages: Path
     """Its config.json says nothing of a model."""
     out, shape = tmp_path / "run", str(small_checkpoint / "config.json")
     job = pretrain_job(shape, [str(pages)], str(small_checkpoint))
-    assert pretrain(job, CONFIG.replace(save_every=2), out)
+    assert pretrain(job, CONFIG.replace(save_every=2, keep=0), out)
     whole = weights(out / "final")
     shutil.rmtree(out / "final")
     run: dict[str, Any] = json.loads((out / "config.json").read_text())

@@ -309,7 +309,7 @@ def test_the_length_of_a_run_is_announced(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{pages.config}: {count:,} parameters, from random weights, on cpu in float32"
     flops = 2 * 2 * 4 * T * training_flops_per_token(shape, T)  # 2 steps of 2 micro-batches of 4 rows
-    assert lines[1] == f"2 steps, {flops:.2g} FLOPs"
+    assert lines[1] == f"2 steps of {2 * 4 * T} tokens, {flops:.2g} FLOPs"
 
 
 def test_a_bad_page_that_was_only_read_ahead_is_not_reported(

@@ -100,7 +100,7 @@ def test_pretraining_reads_and_counts_the_first_documents(
     config = TrainConfig(epochs=3, batch_size=1, max_length=4, limit=12, shuffle_buffer=5, dtype="float32")
     ids = sum(len(tokenizer.encode(f"page {i}", bos=True, eos=True)) for i in range(12))
     assert make_plan(job, tokenizer, config).micro_batches == round(3 * ids / 4)
-    config = config.replace(steps=20, device="cpu", save_every=10)
+    config = config.replace(steps=20, device="cpu", save_every=10, keep=0)
     assert pretrain(job, config, tmp_path / "run")
     assert "--limit: no more than the first 12 documents" in capsys.readouterr().out
     final = load_model(tmp_path / "run" / "final").state_dict()

@@ -15,8 +15,8 @@ from minift.cli import main
 from minift.config import TrainConfig
 from minift.errors import InputError
 from minift.model import DecoderLayer, RMSNorm
+from minift.runs import common, loop
 from minift.runs import finetune as finetuning
-from minift.runs import loop
 from minift.runs import pretrain as pretraining
 from minift.runs.finetune import finetune, finetune_job
 from minift.runs.folder import FinetuneJob, PretrainJob
@@ -156,7 +156,7 @@ def test_a_run_may_be_resumed_the_other_way(
     words = ["finetune", "--model", job.model, "--data", *job.data, "--out", str(out), "--device", "cpu"]
     words += ["--steps", "12", "--dtype", "float32", "--batch-size", "4"]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopSignal", StopAfterFive)
+        patch.setattr(common, "StopSignal", StopAfterFive)
         assert main([*words, *["--plain"] * plain_first]) == 1
     assert step_folders(out) == [out / "step_000005"]
     assert ("--plain" in capsys.readouterr().out.splitlines()[-1]) == plain_first
