@@ -193,7 +193,8 @@ class Run:
             self._child.kill()
             self._child.wait()
         if blow == "full disk":
-            self._check_end(self._process(again, full=True), blow)
+            self._log(".full").unlink(missing_ok=True)  # it is on that disk, too, and must not be full itself
+            self._check_end(self._process(again, full=True, log=".full"), blow, ".full")
         if self._child.returncode:
             again = ["finetune", "--resume", "--out", str(self.out)] if (self.out / "config.json").exists() else again
             self._start(again)
