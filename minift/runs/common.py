@@ -144,6 +144,7 @@ def complete(run: Run, state: TrainState, resume: bool) -> bool:
         _evaluate_again(run, state)
     elif state.world.is_main:
         start_folder(run.job, run.config, run.out, made_from)
+    state.world.wait()  # until the main rank has prepared the folder
     steps, warmup = run.plan.steps, run.config.warmup_steps(run.plan.steps)
     if state.step == 0 and warmup >= steps:
         print(f"note: the run of {steps} steps ends within its warm-up of {warmup}, below --lr")
