@@ -51,7 +51,7 @@ _REPLACED = {CONFIG_FILE, GENERATION_FILE, CHECKSUMS, ADAPTER_FILE, "trainer_sta
 
 @dataclass(frozen=True)
 class Carried:
-    """What a Hugging Face folder holds besides its weights.
+    """The rest of a Hugging Face folder: all that it holds besides its weights.
 
     Attributes:
         config, generation: the content of `config.json` and `generation_config.json`; the latter may be missing.

@@ -43,7 +43,7 @@ ROOM = 0.8  # share of the free memory: the ledger has no workspaces of kernels,
 
 @dataclass(frozen=True)
 class Task:
-    """What the settings are chosen for.
+    """A task, for which settings are chosen.
 
     Attributes:
         shape: of the model.

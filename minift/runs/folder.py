@@ -5,7 +5,8 @@
     metrics.jsonl    one object for each optimizer step (what was damaged of it is in metrics.jsonl.damaged)
     tensorboard/     with --tensorboard: the same numbers as TensorBoard's events (`events.py`)
     step_NNNNNN/     a resumable checkpoint (`steps.py`)
-    best/            until the run is complete: the model of the lowest validation loss so far (of a LoRA run, adapters)
+    best/            until the run is complete: the model of the lowest validation loss so far (of a LoRA run, its
+                     adapters), and best.json next to it, with its step
     final/           that model: a minift checkpoint or, of a Hugging Face folder, such a folder with all in it that
                      training did not change (`formats/carried.py`); --save-format says otherwise
     adapter/         with --lora-rank: the adapters, as the `peft` package stores them; in final/ they are merged
@@ -44,7 +45,7 @@ from minift.values import read_json
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """What to finetune: a model folder, files of pairs, and files of held-out pairs (none: a tenth of the pairs).
+    """A job of finetuning: a model folder, files of pairs, and files of held-out pairs (none: a tenth of the pairs).
 
     `encoding` is that of all these files, and `fields` are the keys of their records, if the user names them.
     """
@@ -59,7 +60,7 @@ class FinetuneJob:
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """What to pretrain: a preset or config file, pages, a tokenizer, and held-out pages (none: no evaluation).
+    """A job of pretraining: a preset or config file, pages, a tokenizer, and held-out pages (none: no evaluation).
 
     `encoding` is that of all pages. `model` is the one whose training continues; `config` is "" then.
     """

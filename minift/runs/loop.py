@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
@@ -84,21 +84,32 @@ def run_steps(
         since = f"--resume continues after step {saved}, which was saved last" if saved else "nothing is saved yet"
         raise RunError(f"interrupted within step {state.step + 1}; {since}") from None
     except Exception as error:
-        full = is_out_of_memory(error)
-        if not full and not isinstance(error, InputError | RunError):
-            raise
-        unsaved = saved != state.step and not (full and world.size > 1)
-        if unsaved and first_not_finite(state.model, world) is None:  # the steps before it are good
-            save_step(out, state, tokenizer, config.keep)
-        if full:
-            remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
-            raise RunError(f"step {state.step + 1}: {out_of_memory(error)}; {remedy}") from None
-        raise
+        _end_after(error, state, config, tokenizer, out, saved)
     evaluated = "validation_loss" in last or not (last and validation and is_evaluated(state.step, plan, config))
     done = (state.step >= plan.steps and evaluated) or not world.any(stop.requested)  # or a resumed run evaluates it
     if not done and saved != state.step:
         save_step(out, state, tokenizer, config.keep)
     return done
+
+
+def _end_after(
+    error: Exception, state: TrainState, config: TrainConfig, tokenizer: Tokenizer, out: Path, saved: int
+) -> NoReturn:
+    """Save the steps before an error, where they are good and have not been saved; then raise it, or what it means.
+
+    Args:
+        saved: the step that was saved last.
+    """
+    full = is_out_of_memory(error)
+    if not full and not isinstance(error, InputError | RunError):
+        raise
+    unsaved = saved != state.step and not (full and state.world.size > 1)
+    if unsaved and first_not_finite(state.model, state.world) is None:  # the steps before it are good
+        save_step(out, state, tokenizer, config.keep)
+    if full:
+        remedy = "lower --batch-size and raise --grad-accum, or --checkpoint-activations"
+        raise RunError(f"step {state.step + 1}: {out_of_memory(error)}; {remedy}") from None
+    raise
 
 
 def _must_be_kept(state: TrainState, plan: Plan) -> bool:

@@ -4,10 +4,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AFTER_STEP = "stopping after this step, then saving (once more: without this step)"
 AFTER_FINAL = "stopping when final/ is saved"
 WITHIN_STEP = "stopping now, then saving"
@@ -34,17 +35,16 @@ class StopSignal:
         self.requested = False
         self.first = first
         self._quiet, self._may_interrupt = quiet, False
-        self._handlers_before: dict[int, Any] = {}
+        self._handling = ExitStack()
 
     def __enter__(self) -> "StopSignal":
-        self._handlers_before = _replace_handlers(self._handle)
+        self._handling.enter_context(_handled_by(self._handle))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
+        self._handling.close()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -89,12 +89,8 @@ def ended_at_once() -> Iterator[None]:
             os.write(2, b"minift: interrupted\n")
         os._exit(1)
 
-    before = _replace_handlers(end)
-    try:
+    with _handled_by(end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -104,16 +100,17 @@ def ended_by_signals() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = _replace_handlers(interrupt)
+    with _handled_by(interrupt):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Any) -> Iterator[None]:
+    """Let a handler take both signals in the block. Python sets handlers in the main thread only."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in SIGNALS} if in_main_thread else {}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _replace_handlers(handler: Any) -> dict[int, Any]:
-    """Set a handler for both signals; return the earlier ones. Python sets handlers in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
