@@ -21,6 +21,7 @@ from benchmarks import (
     packing,
     peers,
     profile,
+    record,
     scale,
     soak,
     step,
@@ -76,6 +77,7 @@ def main() -> int:
                 print(f"\npython -m benchmarks {command_line(words)}", flush=True)
             options_of = parser.parse_args(words)
             arguments.check_files(options_of)
+            record.begin()
             BENCHMARKS[options_of.name].run(options_of)
     except InputError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
