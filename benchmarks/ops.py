@@ -55,13 +55,14 @@ def run(options: argparse.Namespace) -> None:
     around = [roofs(roof.REPEATS)]  # before each operation, and after the last: the clock rate may change in between
     print(_heading(options.config, setting, around[0]))
     step = make_step(setting)
-    operations = {}
+    operations, rows = {}, []
     for name in options.only or OPERATIONS:
         operation = OPERATIONS[name](step)
         check(name, operation, setting.dtype)
         times = measure(operation, options.repeats, setting.device)
         around.append(roofs(roof.REPEATS_A_TURN))
         operations[name] = summary(operation, times, roof.best(around[-2:]))
+        rows += sample_rows(name, times)
         del operation  # release its tensors before the next operation makes its own
         print(_rows(name, operations[name]), flush=True)
     measured = roof.best(around)
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
         "length": setting.length,
         "roof": measured.to_dict(),
         "operations": operations,
+        "rows": [*rows, *record.control(around)],
     }
     if not options.only:
         result["step_seconds"] = step_seconds(operations)
@@ -132,6 +134,16 @@ def measure(operation: Operation, repeats: int, device: str) -> Times:
     forward, both = ({name: seconds[f"{name} {phase}"] for name in operation.variants} for phase in ("forward", "both"))
     backward = {name: [b - f for b, f in zip(both[name], forward[name], strict=True)] for name in both}
     return {"forward": forward, "backward": backward, "both": both}
+
+
+def sample_rows(name: str, times: Times) -> list[dict[str, Any]]:
+    """Return the rows of an operation's record; not of the backward pass, which is a difference of two of them."""
+    timed = {phase: variants for phase, variants in times.items() if phase != "backward"}
+    return [
+        record.row(f"{name}/{variant}/{phase}/warm", seconds)
+        for phase, variants in timed.items()
+        for variant, seconds in variants.items()
+    ]
 
 
 def summary(operation: Operation, times: Times, measured: roof.Roof) -> dict[str, Any]:

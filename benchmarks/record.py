@@ -109,23 +109,38 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def row(
-    name: str, samples: Sampled | Sequence[float], unit: str = "s", per: str = "call", **more: Any
+    name: str,
+    samples: Sampled | Sequence[float] | Sequence[Mapping[str, Any]],
+    unit: str = "s",
+    per: str = "call",
+    **more: Any,
 ) -> dict[str, Any]:
     """Return a row of a result: all samples of one thing, in order.
 
     Args:
         name: what it is, with its parts separated by "/": "norm/used/both/warm".
-        samples: with their times of day and turns; or the values alone, one a turn.
+        samples: `samples.Samples`; or, one a turn, the values alone, or what a process answers: {"seconds": …, "at":
+            …, "calls": …}.
         unit: of a value.
         per: what a value is for: "call", "step", "token".
         more: other values of the row, such as `work={"flops": …, "bytes": …}`.
     """
     if isinstance(samples, Sequence):
         found: dict[str, Any] = {"timer": "wall", "caches": "warm", "stopped": "repeats", "floor_seconds": 0.0}
-        found |= {"left_out": {}, "samples": [[None, value, 1, turn, []] for turn, value in enumerate(samples)]}
+        answers = [one if isinstance(one, Mapping) else {"seconds": one} for one in samples]
+        lists: list[Any] = [
+            [one.get("at"), one["seconds"], one.get("calls", 1), turn, []] for turn, one in enumerate(answers)
+        ]
+        found |= {"left_out": {}, "samples": lists}
     else:
         found = samples.to_dict()
     return {"name": name, "unit": unit, "per": per, **more, **found}
+
+
+def control(roofs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the rows that tell machines apart: what a product and a copy took in each turn, by its `roof.Roof`."""
+    works = (("machine/product", "flops", 1e12, "TFLOP"), ("machine/copy", "bandwidth", 1e9, "GB"))
+    return [row(name, [work / getattr(one, key) for one in roofs], per=per) for name, key, work, per in works]
 
 
 def write(file: str | None, result: dict[str, Any]) -> None:

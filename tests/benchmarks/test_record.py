@@ -3,16 +3,17 @@
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import benchmarks
-from benchmarks import hardware, record
+from benchmarks import hardware, record, roof
 from benchmarks.__main__ import BENCHMARKS
 from minift.errors import InputError
-from tests.helpers import ROOT, SMALL
+from tests.helpers import ROOT, SMALL, run_here
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
@@ -232,3 +233,34 @@ def test_caches_and_governor_are_those_of_the_cores(tmp_path: Path, monkeypatch:
     assert hardware.governor([3, 4]) == "performance, powersave"
     assert hardware.governor([5]) is None
     assert hardware.governor(None) is None
+
+
+# What the benchmarks write --------------------------------------------------------------------------------------------
+
+
+def test_medians_are_those_of_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a record says in its own keys can be computed again from its rows, which hold each sample with its time."""
+    monkeypatch.setattr(roof, "SIDE", {"cpu": 32})
+    monkeypatch.setattr(roof, "COPIED", {"cpu": 2**14})
+    (tmp_path / "shape.json").write_text(json.dumps(SMALL))
+    words = ["--config", tmp_path / "shape.json", "--device", "cpu", "--repeats", 3]
+
+    result = run_here("ops", tmp_path, *words, "--batch-size", 2, "--length", 16, "--no-compile", "--only", "norm")
+    rows = {row["name"]: [sample[1] for sample in row["samples"]] for row in result["rows"]}
+    for phase in ("forward", "both"):
+        for name, variant in result["operations"]["norm"]["phases"][phase]["variants"].items():
+            assert record.spread(rows[f"norm/{name}/{phase}/warm"]) == variant["seconds"]
+    assert len(rows["machine/product"]) == 2  # before and after
+
+    before = time.time()
+    sides = ["--sides", "minift", "minift, plain"]
+    result = run_here("generate", tmp_path, *words, "--prompt-length", 4, "--new-tokens", 3, *sides)
+    (model,) = result["models"].values()
+    rows = {row["name"]: row for row in result["rows"]}
+    for side, numbers in model["sides"].items():
+        samples = rows[f"a config.json/{side}/decode"]["samples"]
+        assert record.spread([1 / seconds for _, seconds, *_ in samples]) == numbers["decode_tokens_per_second"]
+        assert [turn for *_, turn, _ in samples] == [0, 1, 2]
+        assert all(before < at < time.time() for at, *_ in samples)
+    assert len(rows["machine/product"]["samples"]) == 3
+    assert result["settings"]["prompt_length"] == 4
