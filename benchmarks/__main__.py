@@ -1,86 +1,99 @@
 """Run one benchmark, `python -m benchmarks NAME [options]`; without a name, run a quick tour."""
 
 import argparse
+import ast
 import io
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
 
-from benchmarks import (
-    arguments,
-    attention,
-    audit,
-    data,
-    defaults,
-    generate,
-    ladder,
-    lesson,
-    load,
-    lora,
-    loss,
-    memory,
-    ops,
-    packing,
-    peers,
-    profile,
-    scale,
-    soak,
-    step,
-    stream,
+from benchmarks import tour
+from benchmarks.words import Parser
+from minift.errors import InputError, one_line
+
+NAMES = (
+    *("load", "data", "stream", "packing", "audit", "ops", "attention", "loss", "ladder", "peers", "step", "profile"),
+    *("memory", "generate", "lora", "defaults", "scale", "soak", "lesson", "tables"),
 )
-from minift.errors import InputError
-from minift.storage.system import command_line
 
-BENCHMARKS = {
-    "load": load,
-    "data": data,
-    "stream": stream,
-    "packing": packing,
-    "audit": audit,
-    "ops": ops,
-    "attention": attention,
-    "loss": loss,
-    "ladder": ladder,
-    "peers": peers,
-    "step": step,
-    "profile": profile,
-    "memory": memory,
-    "generate": generate,
-    "lora": lora,
-    "defaults": defaults,
-    "scale": scale,
-    "soak": soak,
-    "lesson": lesson,
-}
 
-# A first look in under three minutes on two cores. Few repeats: a result to keep comes from each benchmark alone.
-TOUR = (
-    ("step",),
-    ("ladder", "--repeats", "3", "--rungs", "textbook", "plain", "+ AMP", "+ packing"),
-    ("generate", "--config", "stories15m", "--repeats", "3"),
-)
+class Benchmark(Protocol):
+    """The interface of a module with a benchmark. The first line of its docstring is its help text."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options of this benchmark."""
+
+    def run(self, options: argparse.Namespace) -> None:
+        """Measure, print a table and write the JSON."""
+
+
+class Benchmarks(Mapping[str, Any]):
+    """The modules of `NAMES`. Each is imported when it is asked for, because importing PyTorch takes seconds."""
+
+    def __getitem__(self, name: str) -> Benchmark:
+        if name not in NAMES:
+            raise KeyError(name)
+        return import_module(f"benchmarks.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMES)
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+
+BENCHMARKS = Benchmarks()
+
+
+def summary(name: str) -> str:
+    """Return the first line of a benchmark's docstring, without importing it."""
+    page = ast.parse((Path(__file__).parent / f"{name}.py").read_bytes())
+    return (ast.get_docstring(page) or "").splitlines()[0]
+
+
+def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return a parser for these words: of all benchmarks, the one that they name has its options."""
+    parser = Parser(prog="python -m benchmarks", description="Measure minift. Without a NAME, run a quick tour.")
+    names = parser.add_subparsers(dest="name", metavar="NAME")
+    named = next((word for word in words if not word.startswith("-")), None)
+    for name in NAMES:
+        text = summary(name)
+        one = names.add_parser(name, help=text, description=text)
+        if name == named:
+            BENCHMARKS[name].add_arguments(one)
+    return parser
 
 
 def main() -> int:
     """Run one benchmark, or the tour. Return the exit code: 2 for wrong input, which is reported in one line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure minift.")
-    names = parser.add_subparsers(dest="name", metavar="NAME")
-    for name, module in BENCHMARKS.items():
-        text = (module.__doc__ or "").splitlines()[0]
-        module.add_arguments(names.add_parser(name, help=text, description=text))
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is escaped
-    options = parser.parse_args()
+    words = sys.argv[1:]
     try:
-        for words in [sys.argv[1:]] if options.name else TOUR:
-            if not options.name:
-                print(f"\npython -m benchmarks {command_line(words)}", flush=True)
-            options_of = parser.parse_args(words)
-            arguments.check_files(options_of)
-            BENCHMARKS[options_of.name].run(options_of)
+        if words:
+            run(words)
+        else:
+            tour.take(run, NAMES)
     except InputError as error:
-        print(f"benchmarks: error: {error}", file=sys.stderr)
+        print(f"benchmarks: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the benchmark that these words name. Raises InputError for words that say nothing."""
+    options = make_parser(words).parse_args(words)
+    from benchmarks import arguments, record
+
+    arguments.check_files(options)
+    if not getattr(options, "measure", None):  # a child process measures one thing, and writes no record
+        record.begin()
+    BENCHMARKS[options.name].run(options)
 
 
 if __name__ == "__main__":

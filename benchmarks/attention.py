@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
         "length": options.length,
         "roof_flops": roof.measure(device.type, getattr(torch, dtype)).flops,
         "cases": {},
+        "rows": [],
     }
     inputs = make_inputs(shape, options.batch_size, options.length, getattr(torch, dtype), device)
     cases = {"one document a row": options.length}
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
     for name, document in cases.items():
         documents = (torch.arange(options.length, device=device) // document).expand(options.batch_size, -1)
         case = measure(inputs, documents, document, dtype, options.repeats)
+        result["rows"] += [record.row(f"{name}/{side}", seconds) for side, seconds in case.pop("seconds").items()]
         result["cases"][name] = {"document": document, **case}
         print(_table(name, result), flush=True)
     record.write(options.json, result)
@@ -210,7 +212,7 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
             "both_flops_per_second": 3 * flops / both_ways["median"],
             "used_is_times_as_fast": paired_ratio(seconds[f"{name} both"], seconds["used both"]),
         }
-    return {"forward_flops": flops, "skipped": skipped, "kernels": found_of}
+    return {"forward_flops": flops, "skipped": skipped, "kernels": found_of, "seconds": seconds}
 
 
 def _formula(inputs: Sequence[Tensor], document: int) -> tuple[Tensor, ...]:

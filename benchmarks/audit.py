@@ -51,7 +51,9 @@ def run(options: argparse.Namespace) -> None:
                 f"{size(last['peak_bytes'])}, {last['peak_bytes'] / runs[0]['peak_bytes']:.2f} of the first; of a "
                 f"process that encodes {size(last['worker_peak_bytes'])}"
             )
-    record.write(options.json, {"benchmark": "audit", **record.environment(), "model": options.model, "runs": runs})
+    rows = [record.row(f"{run['conversations']} conversations", [run], per="file") for run in runs]
+    result = {"benchmark": "audit", **record.environment(), "model": options.model, "runs": runs, "rows": rows}
+    record.write(options.json, result)
 
 
 def _write(file: Path, count: int) -> Path:

@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
         "times_as_fast_as": {  # medians over the turns: another load on the machine slowed both sides of a turn
             name: {other: _ratio(runs[other], runs[name]) for other in runs} for name in runs
         },
+        "rows": [record.row(name, measured, per="corpus") for name, measured in runs.items()],
     }
     print(_table(result))
     record.write(options.json, result)

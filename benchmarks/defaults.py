@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
             rows.append({"size": size, **_sweep(model, n, options)})
             print(("" if len(rows) > 1 else HEAD + "\n") + _lines(rows[-1]), flush=True)
     print(conclusion(rows))
-    record.write(options.json, {"benchmark": "defaults", **record.environment(), "rows": rows})
+    record.write(options.json, {"benchmark": "defaults", **record.environment(), "sweeps": rows})
 
 
 def _lines(row: Mapping[str, Any]) -> str:

@@ -43,6 +43,7 @@ from minift.values import check_number, size
 CONFIGS = ("smollm2-135m", "stories15m")
 SIDES = ("minift", "minift, plain", "transformers", "transformers, bare loop", "transformers, compiled")
 Text: TypeAlias = tuple[list[int], list[float]]  # the ids, and the time at which each of them came
+Timed: TypeAlias = tuple[float, float, float]  # the seconds of prefill and of decode, and the time of day
 Speak: TypeAlias = Callable[[list[int], int], Text]
 
 
@@ -82,14 +83,19 @@ def run(options: argparse.Namespace) -> None:
         "new_tokens": options.new_tokens,
         "skipped": skipped,
         "models": {},
+        "rows": [],
     }
+    turns: list[roof.Roof] = []
     for name, config in shapes:
         texts, seconds, measured, joules = _measure(config, sides, device, dtype, roofs, options)
         label = name if not name.endswith(".json") else "a config.json"
         result["models"][label] = _summary(config, dtype, options, measured, texts, seconds)
         if joules:
             result["models"][label]["joules_per_new_token"] = joules
+        result["rows"] += _sample_rows(label, options, seconds)
+        turns += measured
         print(_table(label, result))
+    result["rows"] += record.control(turns)
     record.write(options.json, result)
 
 
@@ -113,7 +119,7 @@ def _measure(
     dtype: str,
     roofs: Callable[[int], roof.Roof],
     options: argparse.Namespace,
-) -> tuple[dict[str, list[int]], dict[str, list[tuple[float, float]]], list[roof.Roof], dict[str, float]]:
+) -> tuple[dict[str, list[int]], dict[str, list[Timed]], list[roof.Roof], dict[str, float]]:
     """Return each side's text, the seconds of prefill and decode of each of its runs, and the roofs of each turn.
 
     Where the machine tells it, the last are the joules of a new token, of which reading the prompt is a part.
@@ -137,16 +143,16 @@ def _measure(
         theirs.to(getattr(torch, dtype))
     speak = {side: _speaker(side, model, theirs) for side in sides}
     texts = {side: speak[side](prompt, new_tokens)[0] for side in sides}  # warms up, too
-    seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    seconds: dict[str, list[Timed]] = {side: [] for side in sides}
     measured = []
     for turn in range(options.repeats):
         measured.append(roofs(roof.REPEATS_A_TURN))
         for side in sides if turn % 2 == 0 else reversed(sides):
             wait_for(device.type)
-            start = time.perf_counter()
+            at, start = time.time(), time.perf_counter()
             ids, times = speak[side](prompt, new_tokens)
             assert len(ids) == len(times) == new_tokens
-            seconds[side].append((times[0] - start, times[-1] - times[0]))
+            seconds[side].append((times[0] - start, times[-1] - times[0], at))
     meter = energy.find(device.type)
     used = {side: energy.joules_a_call(partial(speak[side], prompt, new_tokens), meter) for side in sides}
     joules = {side: one.joules / new_tokens for side, one in used.items() if one.joules is not None}
@@ -231,7 +237,7 @@ def _summary(
     options: argparse.Namespace,
     measured: Sequence[roof.Roof],
     texts: dict[str, list[int]],
-    seconds: dict[str, list[tuple[float, float]]],
+    seconds: dict[str, list[Timed]],
 ) -> dict[str, Any]:
     steps = options.new_tokens - 1
     flops = prefill_flops(config, options.prompt_length)
@@ -270,6 +276,17 @@ def _summary(
             if "minift" in seconds
         },
     }
+
+
+def _sample_rows(label: str, options: argparse.Namespace, seconds: dict[str, list[Timed]]) -> list[dict[str, Any]]:
+    """Return the rows of a shape's record: prefill and decode of each side."""
+    rows = []
+    for side, runs in seconds.items():
+        prefill = [{"at": at, "seconds": first} for first, _, at in runs]
+        decode = [{"at": at, "seconds": rest / (options.new_tokens - 1)} for _, rest, at in runs]
+        rows.append(record.row(f"{label}/{side}/prefill", prefill, per="prompt"))
+        rows.append(record.row(f"{label}/{side}/decode", decode, per="token"))
+    return rows
 
 
 def _share(work: float, seconds: Sequence[float], roofs: Sequence[float]) -> dict[str, float]:

@@ -178,6 +178,7 @@ def _result(
             }
             for below, name in zip([None, *names[:-1]], names, strict=True)
         },
+        "rows": [record.row(f"{name}/step", given, per="step") for name, given in answers.items()],
     }
     if names[-1] == "+ compile" and len(names) > 1:
         pays = break_even(ready, seconds, names[-2])

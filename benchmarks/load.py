@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
         "weights_bytes": nbytes,
         "load": {name: _summary(measured) for name, measured in runs.items()},
         "convert_from_hf": conversions,
+        "rows": [row for name, measured in runs.items() for row in _sample_rows(name, measured)],
     }
     print(_table(result))
     record.write(options.json, result)
@@ -142,7 +143,14 @@ def _measure(name: str, path: str, dtype_or_target: str) -> dict[str, float]:
 
 
 def _summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {key: record.spread([run[key] for run in runs]) for key in runs[0]}
+    return {key: record.spread([run[key] for run in runs]) for key in runs[0] if key != "at"}
+
+
+def _sample_rows(name: str, runs: list[dict[str, float]]) -> list[dict[str, Any]]:
+    return [
+        record.row(f"{name}/{what}", [{"at": run.get("at"), "seconds": run[f"{what}_seconds"]} for run in runs])
+        for what in ("load", "ready")
+    ]
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> None:
         name = f"adapters, rank {rank}" if rank else "all weights"
         sides[name] = process.fresh("lora", json.dumps({"model": options.model, "data": options.data, "train": config}))
         print(f"{name}: done", flush=True)
-    result = {"benchmark": "lora", **record.environment(), "sides": sides}
+    rows = [record.row(f"{name}/step", side.pop("samples"), per="step") for name, side in sides.items()]
+    result = {"benchmark": "lora", **record.environment(), "sides": sides, "rows": rows}
     print(_table(sides))
     record.write(options.json, result)
 
@@ -81,6 +82,7 @@ def _measure(words: str) -> dict[str, Any]:
         "peak_bytes": process.peak_of(choose_device(config).type),
         "steps": len(seconds),
         "step_seconds": record.spread(seconds),
+        "samples": seconds,
         "scores": result["after"],
         "before": result["before"],
     }

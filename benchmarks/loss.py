@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
         return
     inputs = make_inputs(shape, config.batch_size, config.max_length, torch.device(config.device))
     found = measure(ways(dtype, config.loss_chunk), inputs, config.dtype, options.repeats)
+    rows = [record.row(f"{name}/both", seconds) for name, seconds in found.pop("seconds").items()]
     words = [*arguments.words(options, config), f"--loss-chunk={config.loss_chunk}"]
     for name, way in found["ways"].items():
         way["peak_bytes"] = process.fresh("loss", name, *words)
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
         "loss_chunk": config.loss_chunk,
         "roof_flops": roof.measure(config.device, dtype).flops,
         **found,
+        "rows": rows,
     }
     print(_table(result))
     record.write(options.json, result)
@@ -150,6 +152,7 @@ def measure(sides: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor], dtype:
     flops = 3 * 2 * N * D * V
     return {
         "flops": flops,
+        "seconds": seconds,
         "skipped": skipped,
         "ways": {
             name: {

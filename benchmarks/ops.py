@@ -80,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
     around = [roofs(roof.REPEATS)]  # before each operation, and after the last: the clock rate may change in between
     print(_heading(options.config, setting, around[0], floors))
     step = make_step(setting)
+    rows: list[dict[str, Any]] = []
     operations: dict[str, dict[str, Any]] = {mode: {} for mode in modes}
     for i, name in enumerate(names):
         operation = OPERATIONS[name](step)
@@ -91,9 +92,10 @@ def run(options: argparse.Namespace) -> None:
         around.append(roofs(roof.REPEATS_A_TURN))
         for mode in modes:
             operations[mode][name] = summary(operation, times[mode], roof.best(around[-2:]))
+            rows += sample_rows(name, mode, times[mode])
         del operation  # release its tensors before the next operation makes its own
-        rows = _rows(name, {mode: operations[mode][name] for mode in modes})
-        print(rows + _how_it_ended(times[modes[0]]), flush=True)
+        lines = _rows(name, {mode: operations[mode][name] for mode in modes})
+        print(lines + _how_it_ended(times[modes[0]]), flush=True)
     measured = roof.best(around)
     result: dict[str, Any] = {
         "benchmark": "ops",
@@ -108,6 +110,7 @@ def run(options: argparse.Namespace) -> None:
         "floors": {mode: asdict(one) for mode, one in floors.items()},
         "operations": operations[modes[0]],
         **({"operations_cold": operations["cold"]} if len(modes) > 1 else {}),
+        "rows": [*rows, *record.control(around)],
     }
     if not options.only:
         result["step_seconds"] = step_seconds(result["operations"])
@@ -175,6 +178,16 @@ def measure(operation: Operation, device: str, modes: Sequence[str] = ("warm",),
             of = {"forward": of["forward"], "backward": rest, "both": of["both"]}
         found[mode] = of
     return found
+
+
+def sample_rows(name: str, mode: str, times: Times) -> list[dict[str, Any]]:
+    """Return the rows of an operation's record; not of the backward pass, which is a difference of two of them."""
+    timed = {phase: variants for phase, variants in times.items() if phase != "backward"}
+    return [
+        record.row(f"{name}/{variant}/{phase}/{mode}", samples)
+        for phase, variants in timed.items()
+        for variant, samples in variants.items()
+    ]
 
 
 def summary(operation: Operation, times: Times, measured: roof.Roof) -> dict[str, Any]:

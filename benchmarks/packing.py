@@ -60,13 +60,14 @@ def run(options: argparse.Namespace) -> None:
     model = Llama(shape)
     model.init_weights(torch.Generator().manual_seed(0))
     state = start_state(model.to(device), batches[True], config)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+    seconds: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     losses: dict[bool, list[float]] = {}
     for turn in range(options.repeats + 1):
         for pack in (True, False) if turn % 2 else (False, True):
+            at = time.time()
             taken, losses[pack] = _steps(state, windows[pack], config)
             if turn:  # the first turn warms up
-                seconds[pack].append(taken)
+                seconds[pack].append({"at": at, "seconds": taken})
     _report(options, config.dtype, windows, seconds, losses)
 
 
@@ -81,12 +82,12 @@ def _report(
     options: argparse.Namespace,
     dtype: str,
     windows: dict[bool, list[Batch]],
-    seconds: dict[bool, list[float]],
+    seconds: dict[bool, list[dict[str, float]]],
     losses: dict[bool, list[float]],
 ) -> None:
     targets = sum(batch.n_targets for batch in windows[True])
     positions = {pack: sum(batch.tokens.numel() for batch in batches) for pack, batches in windows.items()}
-    speed = {pack: record.spread([targets / taken for taken in seconds[pack]]) for pack in seconds}
+    speed = {pack: record.spread([targets / one["seconds"] for one in seconds[pack]]) for pack in seconds}
     difference = max(abs(a - b) / b for a, b in zip(losses[True], losses[False], strict=True))
     result = {
         "benchmark": "packing",
@@ -98,6 +99,7 @@ def _report(
         "positions": {"packed": positions[True], "padded": positions[False]},
         "targets_per_second": {"packed": speed[True], "padded": speed[False]},
         "largest_relative_difference_of_loss": difference,
+        "rows": [record.row(name, seconds[pack], per="window") for pack, name in ((True, "packed"), (False, "padded"))],
     }
     print(f"{targets:,} targets in {WINDOWS} batches of {options.batch_size} pairs; {options.config}, {dtype}")
     for pack, name in ((True, "packed"), (False, "padded")):

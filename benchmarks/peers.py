@@ -243,6 +243,10 @@ def _result(options: argparse.Namespace, config: TrainConfig, shape: LlamaConfig
         "peak_bytes": {name: given[-1]["peak_bytes"] for name, given in turns.answers.items()},
         "losses": {name: [round(loss, 4) for loss in values] for name, values in losses.items()},
         "losses_apart_at_most": side.losses_apart(losses),
+        "rows": [
+            *(record.row(f"{name}/step", given, per="step") for name, given in turns.answers.items()),
+            record.row("machine/product", [1e12 / rate for rate in next(iter(turns.rates.values()))], per="TFLOP"),
+        ],
     }
 
 

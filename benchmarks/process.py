@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def fresh(benchmark: str, *words: object, cores: int | None = None, stdin: Iterable[bytes] | None = None) -> Any:
     """Run `python -m benchmarks BENCHMARK --measure WORDS`. Return what it measures.
 
+    If that is an object, it gets "at", the time of day when the process was started.
+
     Args:
         cores: how many the process may run on; by default all.
         stdin: blocks to write to its standard input.
@@ -42,7 +45,7 @@ def fresh(benchmark: str, *words: object, cores: int | None = None, stdin: Itera
     pipe = subprocess.PIPE
     if cores is not None:
         check_system("sched_setaffinity", "keeping a process to some of the cores")
-    child = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
+    at, child = time.time(), subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
     if cores is not None:
         os.sched_setaffinity(child.pid, sorted(os.sched_getaffinity(0))[:cores])
     assert child.stdin is not None
@@ -54,7 +57,8 @@ def fresh(benchmark: str, *words: object, cores: int | None = None, stdin: Itera
     stdout, stderr = child.communicate()
     if child.returncode:
         raise InputError(f"{words[0]} failed: {(stderr.decode().strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(stdout.splitlines()[-1])
+    answer = json.loads(stdout.splitlines()[-1])
+    return {"at": at, **answer} if isinstance(answer, dict) else answer
 
 
 class Worker:

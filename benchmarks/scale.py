@@ -153,6 +153,7 @@ def _result(
         "of_one_process": {name: paired_ratio(seconds["one process"], times) for name, times in seconds.items()},
         "peak_bytes": {name: given[-1]["peak_bytes"] for name, given in answers.items()},
         "losses_apart_at_most": side.losses_apart(losses),
+        "rows": [record.row(f"{name}/step", given, per="step") for name, given in answers.items()],
     }
 
 

@@ -59,8 +59,14 @@ def serve(
     print(json.dumps(ready), file=out, flush=True)
     for _ in sys.stdin:
         together()
-        seconds = seconds_a_call(lambda: losses.append(step()), steps, device, clock)
-        answer = {"seconds": seconds, "losses": losses[-steps:], "peak_bytes": process.peak_of(device)}
+        at, seconds = time.time(), seconds_a_call(lambda: losses.append(step()), steps, device, clock)
+        answer = {
+            "at": at,
+            "calls": steps,
+            "seconds": seconds,
+            "losses": losses[-steps:],
+            "peak_bytes": process.peak_of(device),
+        }
         print(json.dumps(answer), file=out, flush=True)
 
 

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print a table and write the JSON."""
     arguments.check_counts(options, "repeats")
     job = prepare(options)
-    whole, around, parts = measure(job, options.repeats)
+    whole, around, parts, began = measure(job, options.repeats)
     result = {
         "benchmark": "step",
         **record.environment(),
@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
         "length": job.config.max_length,
         "threads": torch.get_num_threads(),
         **summary(job, whole, around, parts),
+        "rows": sample_rows(whole, parts, began),
     }
     used = energy.joules_a_call(lambda: whole_step(job), energy.find(job.config.device))
     if used.joules is not None:
@@ -96,19 +97,22 @@ def whole_step(job: Job) -> None:
 
 def measure(
     job: Job, repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> tuple[list[float], list[float], list[dict[str, float]]]:
+) -> tuple[list[float], list[float], list[dict[str, float]], list[tuple[float, float]]]:
     """Time whole steps, and in turns with them steps in parts.
 
     Returns:
-        The seconds of each whole step; of each step in parts by one clock around it; and of its parts.
+        The seconds of each whole step; of each step in parts by one clock around it; and of its parts. Last, the times
+        of day at which both steps of a turn began.
     """
     device = job.config.device
     whole: list[float] = []
     around: list[float] = []
     parts: list[dict[str, float]] = []
+    began: list[dict[str, float]] = []
 
     def take_whole() -> None:
         wait_for(device)
+        began[-1]["whole"] = time.time()
         start = clock()
         whole_step(job)
         wait_for(device)
@@ -117,6 +121,7 @@ def measure(
     def take_parts() -> None:
         watch = Stopwatch(device, clock)
         wait_for(device)
+        began[-1]["parts"] = time.time()
         start = clock()
         take_step(job, watch.part)
         wait_for(device)
@@ -124,9 +129,21 @@ def measure(
         parts.append(dict(watch.seconds))
 
     for turn in range(WARMUP + repeats):
+        began.append({})
         for take in (take_whole, take_parts) if turn % 2 else (take_parts, take_whole):
             take()
-    return whole[WARMUP:], around[WARMUP:], parts[WARMUP:]
+    times = [(turn["whole"], turn["parts"]) for turn in began[WARMUP:]]
+    return whole[WARMUP:], around[WARMUP:], parts[WARMUP:], times
+
+
+def sample_rows(
+    whole: list[float], parts: list[dict[str, float]], began: list[tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """Return the rows of the record: of the whole step, and of each part. A part's time of day is that of its step."""
+    answers = {"train_step": [{"at": at, "seconds": taken} for taken, (at, _) in zip(whole, began, strict=True)]}
+    for name in PARTS:
+        answers[name] = [{"at": at, "seconds": step[name]} for step, (_, at) in zip(parts, began, strict=True)]
+    return [record.row(name, given, per="step") for name, given in answers.items()]
 
 
 def summary(job: Job, whole: list[float], around: list[float], parts: list[dict[str, float]]) -> dict[str, Any]:

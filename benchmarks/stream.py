@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
             f"{last['peak_bytes'] / runs[0]['peak_bytes']:.3f} of the first; "
             f"{last['documents']:,} documents, {last['tokens']:,} tokens in {last['seconds']:,.0f} s"
         )
-    record.write(options.json, {"benchmark": "stream", **record.environment(), "runs": runs})
+    rows = [record.row(size(run["bytes"]), [run], per="corpus") for run in runs]
+    record.write(options.json, {"benchmark": "stream", **record.environment(), "runs": runs, "rows": rows})
 
 
 def _endless(lines: list[bytes], nbytes: float) -> Iterator[bytes]:

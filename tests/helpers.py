@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import record
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.samples import Sample, Samples
 from minift.config import LlamaConfig, TrainConfig
@@ -167,12 +168,12 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
 
 
 def run_here(name: str, tmp_path: Path, *words: object) -> dict[str, Any]:
-    """What a benchmark writes, run in this process: a fresh one for each part takes its time."""
+    """What a benchmark writes, run in this process: a fresh one for each part takes its time. It can be read again."""
     parser = argparse.ArgumentParser()
     BENCHMARKS[name].add_arguments(parser)
     out = tmp_path / "result.json"
     BENCHMARKS[name].run(parser.parse_args([*map(str, words), "--json", str(out)]))
-    return json.loads(out.read_text())
+    return record.read(out)
 
 
 def as_samples(seconds: Mapping[str, Sequence[float]], caches: str = "warm") -> dict[str, Samples]:

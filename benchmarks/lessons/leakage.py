@@ -61,14 +61,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_model(model_path("bundled")), load_tokenizer(model_path("bundled"))
     rows = _rows(tokenizer, options.rows, Random(f"{options.seed} leakage"))
     found = [_row(model, *row) for row in rows]
+    cost = [_cost(model, tokenizer, length, options) for length in options.lengths]
     return {
         "seed": options.seed,
-        "rows": options.rows,
+        "pages": options.rows,
         "places": [_place(place, found) for place in PLACES],
         "whole": {side: estimate.mean([float(one["nll"][side].mean()) for one in found]) for side in found[0]["nll"]},
         "naive": _crossed(found, "naive"),
         "isolated": _crossed(found, "isolated"),
-        "cost": [_cost(model, tokenizer, length, options) for length in options.lengths],
+        "cost": cost,
+        "rows": [row for one in cost for row in one.pop("samples")],
     }
 
 
@@ -243,4 +245,5 @@ def _cost(model: Llama, tokenizer: Tokenizer, length: int, options: argparse.Nam
         **{side: record.spread(taken) for side, taken in seconds.items()},
         "ratio": timing.paired_ratio(seconds["isolated"], seconds["naive"]),
         "mask_bytes": B * T * T,
+        "samples": [record.row(f"{length}/{side}", taken, per="step") for side, taken in seconds.items()],
     }

@@ -16,7 +16,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     words = ["--sizes", "small", "--pairs", 4, "--factors", 3, "--questions", 6, "--device", "cpu"]
     words += ["--folder", tmp_path / "models", "--pretrain-steps", 2]
     result = run_here("defaults", tmp_path, *words)
-    (row,) = result["rows"]
+    (row,) = result["sweeps"]
     assert (row["size"], row["pairs"], row["steps"]) == ("small", 4, 10)
     rule, tripled = row["runs"]
     assert (rule["factor"], tripled["factor"]) == (1, 3)
@@ -43,7 +43,7 @@ def test_wrong_input(tmp_path: Path) -> None:
 def test_ten_pairs_make_the_bundled_model_better_at_nearly_the_best_rate(tmp_path: Path) -> None:
     """Fewer pairs than a batch: ten epochs of one step each changed nothing."""
     words = ["--sizes", "bundled", "--pairs", 10, "--factors", 3, "--questions", 40, "--device", "cpu"]
-    (row,) = run_here("defaults", tmp_path, *words)["rows"]
+    (row,) = run_here("defaults", tmp_path, *words)["sweeps"]
     rule = row["runs"][0]
     assert rule["best"] < 0.5 * rule["losses"][0]
     assert rule["best"] < min(one["best"] for one in row["runs"]) + 0.3

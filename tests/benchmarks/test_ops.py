@@ -396,7 +396,7 @@ def test_wrong_input_is_refused_before_anything_is_measured(
 
 def test_the_record_does_not_say_where_the_plot_went() -> None:
     words = ["ops", "--plot", "somewhere/roofline.png", "--repeats", "1"]
-    assert record._without_places(words) == ["ops", "--repeats", "1"]
+    assert record.named_command(words) == ["ops", "--repeats", "1"]
 
 
 # The plot -------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_the_parts_are_held_against_the_whole(
     monkeypatch.setattr(step, "take_step", take_parts)
     monkeypatch.setattr(step, "whole_step", take_whole)
     monkeypatch.setattr(roof, "measure", lambda device, dtype: roof.Roof("float32", 1e9, 1e9, 1e9))
-    whole, around, parts = step.measure(running, 3, clock)
+    whole, around, parts, _ = step.measure(running, 3, clock)
     assert taken == ["parts", "whole", "whole", "parts"] * 2 + ["parts", "whole"]
     assert whole == pytest.approx([whole_seconds] * 3)
     assert around == pytest.approx([4.5 + gap] * 3)

@@ -11,14 +11,20 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from benchmarks import arguments, data, process, prose
+from benchmarks import __main__ as command
+from benchmarks import arguments, data, process, prose, tour
 from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.operations import OPERATIONS
+from benchmarks.words import SYNONYMS
+from minift.config import DEVICES, DTYPES
 from minift.errors import InputError
 from minift.storage.names import bundled
+from minift.storage.system import command_line
 from minift.tokenizer.load import load_tokenizer
 from tests.helpers import ROOT, SMALL, run_here, write_jsonl
 
@@ -60,7 +66,7 @@ def test_wrong_input_is_one_line() -> None:
 WRONG = [
     (["load", "--repeats", "0"], "--repeats is 0; it must be at least 1"),
     (["ladder", "--length", "1"], "max_length is 1"),
-    (["ops", "--dtype", "int8"], "argument --dtype"),
+    (["ops", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     (["peers", "--json", "/dev/null/result.json"], "/dev/null/result.json: cannot be written"),
     (["nonesuch"], "nonesuch"),
 ]
@@ -73,22 +79,110 @@ def test_wrong_input_is_named(
     if "load" in words:
         pytest.importorskip("safetensors")
     monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
-    try:
-        code: object = main()
-    except SystemExit as error:  # of argparse
-        code = error.code
-    assert code == 2
+    assert main() == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+class Machine:
+    """A clock that only the tour's parts move, each by its usual seconds times `slower`."""
+
+    def __init__(self, slower: float):
+        self.now, self.slower, self.taken = 0.0, slower, list[str]()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def run(self, words: Sequence[str]) -> None:
+        self.now += tour.PARTS[tuple(words)] * self.slower
+        self.taken.append(words[0])
 
 
 def test_without_a_name_it_is_a_tour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     taken = []
-    for name, module in BENCHMARKS.items():
-        monkeypatch.setattr(module, "run", lambda options, name=name: taken.append((name, options.name)))
+    monkeypatch.setattr(command, "run", lambda words: taken.append(words[0]))
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
     assert main() == 0
-    assert taken == [(name, name) for name in ("step", "ladder", "generate")]
-    assert capsys.readouterr().out.count("python -m benchmarks ") == 3  # each says how it is called
+    assert taken == ["step", "generate", "ladder"]
+    out = capsys.readouterr().out
+    assert out.count("\npython -m benchmarks ") == 3  # each says how it is called
+    assert "Left out" not in out
+    assert re.search(r"Not part of the tour: load, .*peers", out)
+
+
+@pytest.mark.parametrize("words", tour.PARTS, ids=lambda words: words[0])
+def test_a_part_of_the_tour_can_be_parsed(words: tuple[str, ...]) -> None:
+    options = command.make_parser(words).parse_args(words)
+    assert options.json is None
+
+
+@pytest.mark.parametrize(("slower", "left_out"), [(1.0, 0), (2.7, 0), (3.0, 1), (7.0, 1), (8.0, 2)])
+def test_the_tour_ends_in_three_minutes(slower: float, left_out: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a slower machine later parts are left out, each with its command and how long it would take."""
+    machine = Machine(slower)
+    tour.take(machine.run, BENCHMARKS, machine)
+    assert machine.now <= tour.BUDGET
+    assert len(machine.taken) == 3 - left_out
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Left out")]
+    assert len(said) == left_out
+    for line, (words, seconds) in zip(said, list(tour.PARTS.items())[3 - left_out :], strict=True):
+        assert line.endswith(f"python -m benchmarks {command_line(words)}")
+        assert f"about {seconds * slower:,.0f} s" in line
+
+
+MISTYPED = [
+    (["ops", "--only", "rmsnorm"], "unknown 'rmsnorm' (did you mean norm?); choose from embedding, norm, "),
+    (["ops", "--only", "mlp"], "(did you mean swiglu?)"),
+    (["ops", "--only", "norm", "Cross_Entropy"], "(did you mean loss?)"),
+    (["ops", "--only", "sdpa"], "(did you mean attention?)"),
+    (["opps"], "unknown 'opps' (did you mean ops?); choose from load, data, "),
+    (["inference"], "(did you mean generate?)"),
+    (["step", "--dtype", "bf16"], "(did you mean bfloat16?)"),
+    (["step", "--device", "gpu"], "(did you mean cuda?)"),
+    (["step", "--repeat", "3"], "--repeat (did you mean --repeats?)"),
+    (["lesson", "leak"], "(did you mean leakage?)"),
+    (["ladder", "--rungs", "AMP"], "(did you mean + AMP?)"),
+    (["peers", "--sides", "mini, compiled"], "(did you mean minift, compiled?)"),
+    (["peers", "--config", "stories15"], "(did you mean stories15m?)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), MISTYPED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_mistyped_word_is_answered_with_the_one_that_is_meant(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    assert main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmarks: error: ")
+    assert said in line
+
+
+def test_each_synonym_means_something_that_is_here() -> None:
+    known = {*OPERATIONS, *BENCHMARKS, *DTYPES, *DEVICES}
+    assert set(SYNONYMS.values()) <= known
+    assert not set(SYNONYMS) & known
+
+
+def test_a_help_does_not_wait_for_torch() -> None:
+    """It lists every benchmark with the first line of its module, and takes less than half a second of computing."""
+    code = (
+        "import sys, time\n"
+        "from benchmarks.__main__ import main\n"
+        "sys.argv = ['benchmarks', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)), time.process_time())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    *shown, last = done.stdout.splitlines()
+    heavy, _, seconds = last.rpartition(" ")
+    assert heavy == "[]"
+    assert float(seconds) < 0.5
+    text = " ".join(" ".join(shown).split())
+    for name, module in BENCHMARKS.items():
+        assert f" {name} {(module.__doc__ or '').splitlines()[0]}" in text
 
 
 def test_every_benchmark_is_explained() -> None:
