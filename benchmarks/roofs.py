@@ -14,6 +14,7 @@ Where the device is a GPU whose data sheet is known (`minift/costs/peaks.py`), e
 """
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from minift.values import check_number
 
 BUDGET = 10.0  # seconds
 BOOST, SUSTAINED = 1.0, 60.0  # seconds of the two rates
+REST = 10.0  # seconds in which a processor cools down before the minute
 LABELS = {"product": "product", "copy": "copy", "matvec": "matrix-vector"}
 
 
@@ -72,6 +74,8 @@ def measure(
     seconds = loads.time(repeats)
     rates = {name: [loads.amounts[name] / one for one in times] for name, times in seconds.items()}
     flops, multiply = loads.amounts["product"], loads.sides["product"]
+    if sustained:
+        time.sleep(REST)
     lasting = roof.rates(multiply, flops, SUSTAINED if sustained else BOOST, device)
     reads = [name for name in rates if name.startswith("read/")]
     found = {
