@@ -138,8 +138,12 @@ def row(
 
 
 def control(roofs: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return the rows that tell machines apart: what a product and a copy took in each turn, by its `roof.Roof`."""
-    works = (("machine/product", "flops", 1e12, "TFLOP"), ("machine/copy", "bandwidth", 1e9, "GB"))
+    """Return rows that tell machines apart: what a product, a copy and a reading took in each turn (`roof.Roof`)."""
+    works = (
+        ("machine/product", "flops", 1e12, "TFLOP"),
+        ("machine/copy", "bandwidth", 1e9, "GB"),
+        ("machine/read", "read_bandwidth", 1e9, "GB"),
+    )
     return [row(name, [work / getattr(one, key) for one in roofs], per=per) for name, key, work, per in works]
 
 

@@ -1,8 +1,9 @@
 """Draw the operations under the machine's roofs: FLOPs a second over arithmetic intensity.
 
 A point on the slope moves its bytes as fast as a copy does; one on the flat top computes as fast as a matrix product.
-The distance to the roof is what could still be gained. All variants of an operation have the same intensity, because
-its bytes are the least that it needs, not those that a variant moves.
+The distance to the roof is what could still be gained. The dashed slope is memory that is only read, at the highest
+speed: what writes little may come near it. All variants of an operation have the same intensity, because its bytes are
+the least that it needs, not those that a variant moves.
 
     python -m benchmarks ops --plot roofline.png
 
@@ -47,13 +48,17 @@ def draw(result: Mapping[str, Any], file: str) -> None:
     """Draw a result of `ops` to a PNG file."""
     plt = need("matplotlib.pyplot", "plot", "--plot")
     found, roof = points(result["operations"]), result["roof"]
-    ridge = roof["flops"] / roof["bandwidth"]
-    left, right = min(ridge, *(p.intensity for p in found)) / 2, max(ridge, *(p.intensity for p in found)) * 4
-    bottom, top = min(p.speed for p in found) / 2, max(roof["flops"], *(p.speed for p in found)) * 2
+    read = roof.get("read_bandwidth") or 0.0  # 0: a record that is older than this roof
+    ridges = [roof["flops"] / rate for rate in (roof["bandwidth"], read) if rate]
+    left, right = (f(*ridges, *(p.intensity for p in found)) for f in (min, max))
+    left, right = left / 2, right * 4
+    bottom, top = min(p.speed for p in found) / 2, max(roof["flops"], *(p.speed for p in found)) * 2.5
 
     figure, axes = plt.subplots(figsize=(10, 6.5), dpi=150, layout="constrained")
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
-    axes.plot([left, ridge, right], [left * roof["bandwidth"], roof["flops"], roof["flops"]], color="black", lw=1.5)
+    axes.plot([left, ridges[0], right], [left * roof["bandwidth"], roof["flops"], roof["flops"]], color="black", lw=1.5)
+    if read:
+        axes.plot([left, ridges[1]], [left * read, roof["flops"]], color="black", lw=1.5, ls=(0, (5, 3)))
     axes.grid(which="major", color="0.9")
     for variant, (colour, marker) in STYLES.items():
         reached = [(p.intensity, p.speed) for p in found if p.variant == variant]
@@ -71,16 +76,43 @@ def draw(result: Mapping[str, Any], file: str) -> None:
     for group in _groups(found, math.log(right / left) * NEAR):
         _label(axes, group)
     axes.set_title(
-        f"{result['batch_size']} x {result['length']} tokens, forward and backward on {result['device']}; the roof: "
-        f"{roof['dtype']} product {roof['flops'] / 1e9:,.0f} GFLOP/s, copy {roof['bandwidth'] / 1e9:,.1f} GB/s",
+        f"{result['batch_size']} x {result['length']} tokens, forward and backward in {roof['dtype']} on "
+        f"{result['device']}: operations, and the roofs of the same run",
         fontsize=10,
     )
     axes.set_xlabel("arithmetic intensity: FLOPs for each byte of the least traffic")
     axes.set_ylabel("FLOP/s")
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc="lower right", frameon=False)
+    _name_roofs(
+        axes, roof["flops"], {"copy": roof["bandwidth"], "read only": read} if read else {"copy": roof["bandwidth"]}
+    )
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
     plt.close(figure)
+
+
+def _name_roofs(axes: Any, flops: float, slopes: Mapping[str, float]) -> None:
+    """Write the name and the rate of each roof along it: of the highest slope above it, of another below it."""
+    axes.figure.draw_without_rendering()  # the layout settles the angle of a slope
+    left, _ = axes.get_xlim()
+    ridge = flops / min(slopes.values())
+    near = {"textcoords": "offset points", "fontsize": 9}
+    axes.annotate(f"product {flops / 1e9:,.0f} GFLOP/s", (ridge, flops), xytext=(2, 3), va="bottom", **near)
+    for name, rate in slopes.items():
+        start, end = axes.transData.transform([(left, left * rate), (10 * left, 10 * left * rate)])
+        angle = math.degrees(math.atan2(end[1] - start[1], end[0] - start[0]))
+        above = rate == max(slopes.values())
+        place = left * (ridge / left) ** 0.3
+        axes.annotate(
+            f"{name} {rate / 1e9:,.1f} GB/s",
+            (place, place * rate),
+            xytext=(-4, 4) if above else (4, -4),
+            rotation=angle,
+            rotation_mode="anchor",
+            ha="center",
+            va="bottom" if above else "top",
+            **near,
+        )
 
 
 def spread_out(places: Sequence[float], gap: float) -> list[float]:

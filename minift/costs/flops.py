@@ -14,7 +14,8 @@ The backward pass is twice the forward pass. Operations that are repeated to sav
 "model FLOPs" of Chowdhery et al., "PaLM" (arXiv 2204.02311), appendix B, without the half that causality masks.
 
 *MFU*, the model FLOPs utilization, is these operations, for every token that was read, divided by the peak of the
-device's data sheet in the same time. Each row counts as one document.
+device's data sheet (`peaks.py`), for dense products of the run's dtype, in the same time. Each row counts as one
+document.
 
     minift info --model bundled
 """
@@ -24,12 +25,9 @@ from dataclasses import dataclass
 import torch
 
 from minift.config import LlamaConfig
+from minift.costs.peaks import peak_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-# The peak of dense products of bfloat16 or float16 matrices, operations a second, by a part of the GPU's name. Source:
-# NVIDIA's data sheets, whose larger number is "with sparsity" and twice as much.
-PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,18 @@ def training_flops_per_token(config: LlamaConfig, length: int) -> float:
 
 
 def peak_flops(gpu: str, dtype: str) -> float | None:
-    """Return the peak of a GPU of this name, operations a second, or None where it is not known."""
-    if dtype == "float32":
+    """Return the peak of dense products of a GPU of this name, operations a second, or None where it is not known.
+
+    Args:
+        gpu: as `torch.cuda.get_device_name` gives it.
+        dtype: of the matrices. Those of "float32" are rounded to TF32 where PyTorch is told so; minift never does that,
+            and its runs in float32 are a share of the rate of float32.
+    """
+    peak = peak_of(gpu)
+    if peak is None:
         return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
+    tf32 = dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return peak.flops("tf32" if tf32 and peak.tf32 else dtype)
 
 
 def data_sheet_flops(device: torch.device, dtype: str) -> float | None:

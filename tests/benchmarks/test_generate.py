@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_all_sides_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for numbers in model["sides"].values():
         assert numbers["ids_as_minift"] == 5
         assert numbers["decode_tokens_per_second"]["n"] == 2
-        assert numbers["decode_share_of_matvec_roof"]["n"] == 2
+        assert numbers["decode_share_of_matvec_roof"]["n"] == numbers["decode_share_of_read_roof"]["n"] == 2
     assert model["minift_times_as_fast_as"]["minift"] == {"prefill": 1, "decode": 1}
     assert {"machine", "versions", "commit"} <= set(result)
     assert "stories260k, float32 on cpu" in capsys.readouterr().out
@@ -86,6 +87,29 @@ def test_wrong_input(tmp_path: Path, words: tuple[object, ...]) -> None:
 def test_the_record_can_be_read(tmp_path: Path) -> None:
     run_here("generate", tmp_path, *WORDS, "--sides", "minift")
     assert json.loads((tmp_path / "result.json").read_text())["benchmark"] == "generate"
+
+
+def test_decoding_is_a_share_of_the_fastest_way_to_read_as_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is in the table, too; the roof reads what a token reads, so that a small model has the roof of a cache."""
+    read: list[float] = []
+
+    def meter(device: str, dtype: torch.dtype, shape: roof.Shape, nbytes: float) -> Callable[[int], roof.Roof]:
+        read.append(nbytes)
+        return lambda repeats: roof.Roof("float32", 1e12, 1e9, 2e9, 4e12)
+
+    monkeypatch.setattr(roof, "meter", meter)
+    result = run_here("generate", tmp_path, *WORDS, "--sides", "minift")
+    model = result["models"]["stories260k"]
+    numbers = model["sides"]["minift"]
+    assert read == [model["decode_bytes_per_token"]]
+    assert model["roof"]["read_bandwidth"] == {"median": 4e12, "min": 4e12, "max": 4e12, "n": 2}
+    share = numbers["decode_share_of_read_roof"]
+    assert share["max"] == pytest.approx(numbers["decode_bytes_per_second"]["max"] / 4e12)
+    assert numbers["decode_share_of_matvec_roof"]["max"] == pytest.approx(2_000 * share["max"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("minift"))
+    assert row.split()[-1] == f"{share['median']:.2f}"
 
 
 def test_a_share_is_of_the_roof_of_its_turn() -> None:

@@ -148,7 +148,7 @@ def test_sides_that_train_differently_are_no_result(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_roof_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fastest of its runs: 2 n³ operations, a tensor read and written, each weight read once."""
+    """The fastest of its runs: 2·M·N·K operations, a tensor read and written, each weight read once."""
     monkeypatch.setattr(roof, "SIDE", {"cpu": 16})
     monkeypatch.setattr(roof, "COPIED", {"cpu": 4096})
     seen: list[tuple[tuple[int, ...], int]] = []
@@ -158,9 +158,10 @@ def test_the_roof_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         return as_samples({name: [2.0, 0.5, 4.0] for name in sides})
 
     monkeypatch.setattr(roof, "in_turns", in_turns)
-    roofs = roof.meter("cpu", torch.bfloat16)
-    assert [roofs(3), roofs(2)] == [roof.Roof("bfloat16", 2 * 16**3 / 0.5, 2 * 2048 / 0.5, 2048 / 0.5)] * 2
-    assert seen == [((16, 16), 3), ((16, 16), 2)]
+    roofs = roof.meter("cpu", torch.bfloat16, (16, 8, 4))
+    flops = 2 * 16 * 8 * 4 / 0.5
+    assert [roofs(3), roofs(2)] == [roof.Roof("bfloat16", flops, 4096 / 0.5, 2048 / 0.5, 4096 / 0.5, (16, 8, 4))] * 2
+    assert seen == [((16, 8), 3), ((16, 8), 2)]
 
 
 @pytest.fixture

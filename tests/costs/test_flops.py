@@ -126,12 +126,26 @@ def test_flops_of_a_training_step(shape: dict[str, Any], length: int) -> None:
     [
         ("NVIDIA H200", "bfloat16", 989e12),
         ("NVIDIA A100-SXM4-80GB", "float16", 312e12),
-        ("NVIDIA H100 PCIe", "bfloat16", None),  # a slower one, of which nothing is said
-        ("NVIDIA H200", "float32", None),
+        ("NVIDIA A100-SXM4-80GB", "float32", 19.5e12),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", "bfloat16", None),  # a part of one
     ],
 )
 def test_peaks(gpu: str, dtype: str, peak: float | None) -> None:
     assert peak_flops(gpu, dtype) == peak
+
+
+def test_the_peak_of_float32_is_that_of_tf32_where_pytorch_is_told_to_round() -> None:
+    """By its older switch, too. What has no such products keeps the rate of float32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert peak_flops("NVIDIA A100-SXM4-80GB", "float32") == 156e12
+        assert peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+        assert peak_flops("Tesla V100-SXM2-16GB", "float32") == 15.7e12
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "float32") == 19.5e12
 
 
 def test_mfu_is_recorded_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
