@@ -15,6 +15,7 @@ are timed together, right after the forward pass alone, and the backward pass is
 
     python -m benchmarks ops
     python -m benchmarks ops --only attention swiglu --no-compile --plot roofline.png
+    python -m benchmarks ops --add my_norm.py:fast_norm --against norm
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import agreement, arguments, record, roof, roofline
+from benchmarks import added, agreement, arguments, contract, rank, record, roof, roofline
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
 from benchmarks.timing import in_turns, paired_ratio
@@ -45,25 +46,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="without the compiled variants")
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, metavar="NAME", help="of " + ", ".join(OPERATIONS))
     parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline to FILE.png (needs the plot extra)")
+    added.add_arguments(parser)
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print a table, write the JSON and draw the plot."""
+    if options.contract:
+        print(contract.describe(options.contract))
+        return
     setting = _setting(options)
     arguments.check_plot(options.plot)
+    limits = AGREE[str(setting.dtype).removeprefix("torch.")], AGREE["float32"]
+    own = added.Added(options, limits)
+    if options.rank or options.measure:
+        rank.run(options, setting, limits)
+        return
     roofs = roof.meter(setting.device, setting.dtype)
     around = [roofs(roof.REPEATS)]  # before each operation, and after the last: the clock rate may change in between
-    print(_heading(options.config, setting, around[0]))
+    heading = _heading(options.config, setting, around[0])
+    print(heading.partition("\n")[0] if own.places else heading)
     step = make_step(setting)
     operations = {}
-    for name in options.only or OPERATIONS:
+    for name in own.operations or options.only or OPERATIONS:
         operation = OPERATIONS[name](step)
         check(name, operation, setting.dtype)
-        times = measure(operation, options.repeats, setting.device)
+        operation = own.beside(name, operation, step)
+        if own.places and not own.trials:
+            continue
+        times = own.still_right(measure(operation, options.repeats, setting.device))
         around.append(roofs(roof.REPEATS_A_TURN))
         operations[name] = summary(operation, times, roof.best(around[-2:]))
         del operation  # release its tensors before the next operation makes its own
-        print(_rows(name, operations[name]), flush=True)
+        rows = own.table(operations[name]["phases"], times) if own.places else _rows(name, operations[name])
+        print(rows, flush=True)
     measured = roof.best(around)
     result: dict[str, Any] = {
         "benchmark": "ops",
@@ -75,8 +91,9 @@ def run(options: argparse.Namespace) -> None:
         "length": setting.length,
         "roof": measured.to_dict(),
         "operations": operations,
+        **({"added": own.to_dict()} if own.places else {}),
     }
-    if not options.only:
+    if not options.only and not own.places:
         result["step_seconds"] = step_seconds(operations)
         result["step_seconds_of_whole_layers"] = step_seconds(operations, whole_layers=True)
         print("All, each as often as a step does it (ms)")
@@ -86,6 +103,8 @@ def run(options: argparse.Namespace) -> None:
     record.write(options.json, result)
     if options.plot:
         roofline.draw(result, options.plot)
+    if own.wrong:
+        raise SystemExit(1)
 
 
 def _setting(options: argparse.Namespace) -> Setting:
