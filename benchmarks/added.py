@@ -15,14 +15,14 @@ from typing import Any
 
 from benchmarks.contract import CONTRACTS, contract
 from benchmarks.operation import Operation, Step
-from benchmarks.samples import median_interval
+from benchmarks.samples import Samples, median_interval
+from benchmarks.timing import FEWEST
 from benchmarks.user_file import split
 from benchmarks.variant import Trial, WrongError
 from minift.errors import InputError, did_you_mean, one_line
 
 BUILT_IN = ("naive", "used", "compiled")
-TURNS = 6  # fewer give no interval
-Times = dict[str, dict[str, list[float]]]  # by phase, by variant: seconds in each turn
+Times = dict[str, dict[str, dict[str, Samples]]]  # by caches, by phase, by variant
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a table of the files in DIR by the speed of their functions that are named as the operation; each is run "
         "in a process of its own, in turns with what minift trains with",
     )
-    group.add_argument("--limit", type=float, metavar="S", help="with --rank: seconds that a file may take (60)")
+    group.add_argument(
+        "--limit",
+        type=float,
+        metavar="S",
+        help="with --rank: seconds that a file may take (60 and its share of --budget)",
+    )
     group.add_argument(
         "--memory", type=float, metavar="GB", help="with --rank: memory that a file may take (half of what is free)"
     )
@@ -131,31 +136,41 @@ class Added:
                 self._refuse(label, error)
                 del self.trials[label]
         return {
-            phase: {name: seconds for name, seconds in sides.items() if name not in self.wrong}
-            for phase, sides in times.items()
+            mode: {
+                phase: {name: samples for name, samples in sides.items() if name not in self.wrong}
+                for phase, sides in phases.items()
+            }
+            for mode, phases in times.items()
         }
 
     def _refuse(self, label: str, error: WrongError) -> None:
         self.wrong[label] = str(error)
         print(f"{label}: wrong: {error}; it gets no time", flush=True)
 
-    def table(self, phases: Mapping[str, Any], times: Times) -> str:
-        """Return a row for each variant, and a sentence for each function that was added.
+    def table(self, of_mode: Mapping[str, Any], times: Times) -> str:
+        """Return a row for each variant and each state of the caches, and sentences on the functions that were added.
 
         Args:
-            phases: the operation's record by phase, with `roof_seconds`.
+            of_mode: by caches, the operation's record.
         """
-        shown = [phase for phase in times if phase != "backward"]
-        whole = times[shown[-1]]
-        width = max(map(len, [*whole, *self.operations]))
+        shown = [phase for phase in next(iter(times.values())) if phase != "backward"]
+        whole = shown[-1]
+        width = max(map(len, [*next(iter(times.values()))[whole], *self.operations]))
         columns = "".join(f"{phase + ' ms':>12}{'±':>5}" for phase in shown)
-        lines = [f"{self.operations[0]:<{width}}{columns}{'share':>7}{'x naive':>9}{'x used':>8}"]
-        for variant in whole:
-            cells = "".join(_time(times[phase][variant]) for phase in shown)
-            share = phases[shown[-1]]["roof_seconds"] / statistics.median(whole[variant])
-            faster = [ratio(whole[other], whole[variant])[0] for other in BUILT_IN[:2]]
-            lines.append(f"{variant:<{width}}{cells}{share:>7.2f}{faster[0]:>9.2f}{faster[1]:>8.2f}")
-        sentences = [sentence(label, *ratio(whole["used"], whole[label])) for label in self.trials]
+        lines = [f"{self.operations[0]:<{width}} {'':<4}{columns}{'share':>7}{'x naive':>9}{'x used':>8}"]
+        sentences = []
+        for mode, record in of_mode.items():
+            of_variant = times[mode][whole]
+            for name, values in record["phases"][whole]["variants"].items():
+                cells = "".join(_time(record["phases"][phase]["variants"][name]) for phase in shown)
+                share = values["share_of_roof"]
+                cells += f"{'-' if share is None else f'{share:.2f}':>7}"
+                for other, space in (("naive", 9), ("used", 8)):
+                    faster = ratio(of_variant[other], of_variant[name])
+                    cells += f"{'-' if faster is None else f'{faster[0]:.2f}':>{space}}"
+                lines.append(f"{name:<{width}} {mode:<4}{cells}")
+            for label in self.trials:
+                sentences.append(f"{mode}: {sentence(label, ratio(of_variant['used'], of_variant[label]))}")
         return "\n".join([*lines, *sentences])
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,23 +186,34 @@ def identity(file: Path) -> dict[str, str]:
     return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
-def ratio(slower: list[float], faster: list[float]) -> tuple[float, float, float]:
-    """Return how many times as fast, the median over the turns, and the interval that holds the true one in 95 %."""
-    ratios = [one / other for one, other in zip(slower, faster, strict=True)]
+def ratio(slower: Samples, faster: Samples) -> tuple[float, float, float] | None:
+    """Return how many times as fast: the median of the ratios by turn, and the interval that holds it in 95 %.
+
+    None where one of the two is too short to be timed. With too few turns the interval is infinite.
+    """
+    if slower.median is None or faster.median is None:
+        return None
+    ratios = [one / other for one, other in zip(slower.seconds, faster.seconds, strict=True)]
     return statistics.median(ratios), *median_interval(ratios)
 
 
-def sentence(label: str, middle: float, low: float, high: float) -> str:
+def sentence(label: str, found: tuple[float, float, float] | None) -> str:
     """Return in words whether a function is faster than what minift trains with."""
+    if found is None:
+        return f"{label} or used is too short to be timed: give a larger --batch-size"
+    middle, low, high = found
     if not math.isfinite(high - low):
-        return f"{label} is {middle:.2f} times as fast as used; an interval takes {TURNS} turns (--repeats)"
+        return f"{label} is {middle:.2f} times as fast as used; an interval takes {FEWEST} turns (--repeats)"
     interval = f"in 95 % between {low:.2f} and {high:.2f}"
     if low > 1 or high < 1:
         return f"{label} is {middle:.2f} times as fast as used, {interval}"
     return f"whether {label} is faster than used is undecided: {middle:.2f} times as fast, {interval}"
 
 
-def _time(seconds: Sequence[float]) -> str:
-    middle = statistics.median(seconds)
-    around = (max(seconds) - min(seconds)) / 2 / middle
-    return f"{1e3 * middle:>12.4g}{around:>5.0%}"
+def _time(variant: Mapping[str, Any]) -> str:
+    """Format the median, and how far its interval reaches as a share of it."""
+    middle, interval = variant["seconds"]["median"], variant["interval"]
+    if (least := variant["least_seconds"]) is not None:
+        return f"{f'< {1e3 * least:.3g}':>12}{'-':>5}"
+    reach = f"{min(9.99, max(interval[1] - middle, middle - interval[0]) / middle):.0%}" if interval else "-"
+    return f"{1e3 * middle:>12.4g}{reach:>5}"

@@ -198,7 +198,7 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
         sides[f"{name} forward"] = lambda kernel=kernel: kernel(*tensors)
         sides[f"{name} both"] = lambda kernel=kernel: both(kernel)
         working.append(name)
-    seconds = in_turns(sides, repeats, device=query.device.type)
+    seconds = {name: one.seconds for name, one in in_turns(sides, repeats, device=query.device.type).items()}
     flops = visible_flops(tuple(query.shape), document)
     found_of = {}
     for name in working:

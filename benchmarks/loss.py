@@ -144,7 +144,7 @@ def measure(sides: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor], dtype:
         raise InputError(f"used: {skipped['used']}")
     if not max(off["used"]) <= AGREE[dtype]:
         raise InputError(f"used: {off['used']} off the formula; times would compare nothing")
-    seconds = in_turns(calls, repeats, device=device)
+    seconds = {name: one.seconds for name, one in in_turns(calls, repeats, device=device).items()}
     spreads = {name: record.spread(times) for name, times in seconds.items()}
     N, D, V = targets.numel(), *weight.shape[::-1]
     flops = 3 * 2 * N * D * V

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,12 +35,14 @@ from benchmarks.added import identity, ratio
 from benchmarks.contract import CONTRACTS, describe
 from benchmarks.operation import Setting, make_step
 from benchmarks.operations import OPERATIONS
+from benchmarks.samples import Samples
 from benchmarks.timing import in_turns
 from benchmarks.variant import Trial, WrongError
 from minift.errors import InputError, one_line
 from minift.runs import machine
 
-SECONDS = 60.0  # that a submission may take
+SECONDS = 60.0  # that a submission may take, in addition to its budget of turns
+LEAST = 2.0  # seconds of turns for a submission, however many there are
 GLANCE = 0.05  # seconds between two looks at a process
 SAID = 2**20  # bytes that a process may print before they are thrown away
 FORMULA = "the formula"
@@ -49,16 +50,16 @@ FORMULA = "the formula"
 
 @dataclass(frozen=True)
 class Timed:
-    """A submission that is right: its seconds in each turn, and those of `used` in the same turns."""
+    """A submission that is right: its samples, and those of `used` in the same turns.
+
+    Attributes:
+        ratio: how many times as fast as `used` it is, and the interval of that.
+    """
 
     name: str
-    own: list[float]
-    used: list[float]
-
-    @property
-    def ratio(self) -> tuple[float, float, float]:
-        """Return how many times as fast as `used` it is, and the interval of that."""
-        return ratio(self.used, self.own)
+    own: Samples
+    used: Samples
+    ratio: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ def serve(options: argparse.Namespace, setting: Setting, limits: tuple[float, fl
         if operation.leaves:
             operation.variants["own"] = sides["own"]
             sides = {side: partial(operation.both, side) for side in sides}
-        answer: dict[str, Any] = {"seconds": in_turns(sides, options.repeats, device=setting.device)}
+        how: dict[str, Any] = {"device": setting.device, "timer": timer_of(options, setting), "caches": caches(options)}
+        samples = in_turns(sides, options.repeats, budget=options.budget, **how)
         trial.check_again()
+        answer: dict[str, Any] = {side: one.to_dict() for side, one in samples.items()}
     except WrongError as error:
         answer = {"error": str(error)}
     out = Path(options.measure[0])
@@ -183,12 +186,14 @@ def run(options: argparse.Namespace, setting: Setting, limits: tuple[float, floa
         serve(options, setting, limits)
     files = submissions(options.rank)
     names = [options.against] if options.against else operations_in(files)
-    words = [*_words(options, setting), f"--repeats={options.repeats}"]
+    budget = max(LEAST, options.budget / len(files) / len(names))
+    words = _words(options, setting, budget)
+    seconds = options.limit or SECONDS + budget
     nbytes = 1e9 * options.memory if options.memory else (machine.free_memory(torch.device("cpu")) or math.inf) / 2
     digests = {file.stem: identity(file) for file in files}
     tables: dict[str, Any] = {}
     for name in names:
-        formula, entries = _measured(name, files, words, options.limit or SECONDS, nbytes)
+        formula, entries = _measured(name, files, words, seconds, nbytes)
         print(f"{_heading(name, entries, options, setting)}\n\n{table(formula, entries)}\n", flush=True)
         submitted = {entry.name: {**digests[entry.name], **_recorded(entry)} for entry in entries}
         tables[name] = {"formula": _recorded(formula), "submissions": submitted}
@@ -247,7 +252,13 @@ def _measured(
         answer = measure(f"{file.resolve()}:{name}", name, words, seconds, nbytes)
         if "error" in answer:
             return Wrong(label, answer["error"].replace(str(file.resolve()), one_line(file.name)))
-        return Timed(label, answer["seconds"]["own"], answer["seconds"]["used"])
+        own, used = (Samples.from_dict(side, answer[side]) for side in ("own", "used"))
+        found = ratio(used, own)
+        if found is None:
+            return Wrong(
+                label, f"a call is shorter than {own.floor:.1g} s, and cannot be timed: give more --batch-size"
+            )
+        return Timed(label, own, used, found)
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "formula.py"
@@ -267,12 +278,24 @@ def _recorded(entry: Timed | Wrong) -> dict[str, Any]:
     """Return an entry's values for a record."""
     if isinstance(entry, Wrong):
         return {"error": entry.error}
-    return {"times_as_fast_as_used": entry.ratio, "seconds": {"own": entry.own, "used": entry.used}}
+    return {"times_as_fast_as_used": entry.ratio, "own": entry.own.to_dict(), "used": entry.used.to_dict()}
 
 
-def _words(options: argparse.Namespace, setting: Setting) -> list[str]:
+def timer_of(options: argparse.Namespace, setting: Setting) -> str:
+    """Return what reads the time."""
+    return options.timer or ("events" if setting.device == "cuda" else "wall")
+
+
+def caches(options: argparse.Namespace) -> str:
+    """Return the state of the caches that is ranked by: warm, unless cold is asked for."""
+    return "cold" if options.caches == "cold" else "warm"
+
+
+def _words(options: argparse.Namespace, setting: Setting, budget: float) -> list[str]:
     config = setting.train_config().replace(batch_size=setting.batch_size, max_length=setting.length)
-    return [*arguments.words(options, config), "--no-compile"]
+    turns = f"--budget={budget}" if options.repeats is None else f"--repeats={options.repeats}"
+    how = [f"--timer={timer_of(options, setting)}", f"--caches={caches(options)}", turns]
+    return [*arguments.words(options, config), "--no-compile", *how]
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -288,7 +311,7 @@ def table(formula: Timed, entries: Sequence[Timed | Wrong]) -> str:
     place_of = dict(zip((id(entry) for entry in right), places(right), strict=True))
     for entry in in_order([*right, formula]):
         middle, low, high = entry.ratio
-        times = [f"{1e3 * statistics.median(seconds):.4g}" for seconds in (entry.own, entry.used)]
+        times = [f"{1e3 * (side.median or 0):.4g}" for side in (entry.own, entry.used)]
         interval = f"{low:.2f} and {high:.2f}" if math.isfinite(high - low) else "too few turns"
         place = str(place_of.get(id(entry), ""))
         rows.append([place, one_line(entry.name), f"{middle:.2f}", interval, *times])
@@ -319,5 +342,6 @@ def _heading(name: str, entries: Sequence[Timed | Wrong], options: argparse.Name
     wrong = sum(isinstance(entry, Wrong) for entry in entries)
     return (
         f"{name}: {len(entries)} submissions, {wrong} wrong; {setting.batch_size} x {setting.length} tokens of "
-        f"{shape}, {str(setting.dtype).removeprefix('torch.')} on {setting.device}, forward and backward"
+        f"{shape}, {str(setting.dtype).removeprefix('torch.')} on {setting.device}, {caches(options)} caches, forward "
+        "and backward"
     )

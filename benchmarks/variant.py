@@ -97,8 +97,10 @@ class Trial:
         self._compare(self._found(arguments, once), self.expected, "for other inputs in the same tensors, ")
         if self.contract.writes:
             return
-        held = self.held
+        held, threads = self.held, threading.active_count()  # a compiler's threads were left by the calls before
         self._found(arguments, again)
+        if threading.active_count() > threads:
+            raise WrongError("it leaves a thread running")
         if again.calls < once.calls:
             raise WrongError(
                 f"called again with the same inputs it does less work, {again.calls} operations in place of "
@@ -156,7 +158,6 @@ class Trial:
     def _found(self, arguments: Arguments, counter: TorchFunctionMode | None = None) -> Results:
         """Return what the function gives; look at what it returns, what it changes and what it leaves running."""
         before, upstream = _copied(arguments), [one.clone() for one in self.operation.gradients]
-        threads = threading.active_count()
         with said_of(self.file, "the forward pass raises "), self._context(), counter or nullcontext():
             result = self.function(*arguments.values())
         self._check_settings()
@@ -167,8 +168,6 @@ class Trial:
         values = tuple(one.detach().clone() for one in outputs)  # now: nothing may fill them in later
         with said_of(self.file, "the backward pass raises "):
             gradients = _gradients_of(outputs, arguments, upstream)
-        if self.held and threading.active_count() > threads:  # a compiler's threads are left by the first call only
-            raise WrongError("it leaves a thread running")
         self.held = [one for one in (*outputs, *gradients.values()) if one is not None]
         self._check_untouched(before, arguments)
         if any(not torch.equal(*pair) for pair in zip(upstream, self.operation.gradients, strict=True)):

@@ -235,7 +235,7 @@ def _cost(model: Llama, tokenizer: Tokenizer, length: int, options: argparse.Nam
         model.zero_grad(set_to_none=True)
 
     sides = {"naive": lambda: step(naive(isolated)), "isolated": lambda: step(isolated)}
-    seconds = timing.in_turns(sides, options.repeats)
+    seconds = {name: one.seconds for name, one in timing.in_turns(sides, options.repeats).items()}
     B, T = isolated.tokens.shape
     return {
         "length": length,

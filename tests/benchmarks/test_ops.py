@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import arguments, ops, record, roof, roofline, timing
+from benchmarks import arguments, cold, floor, ops, record, roof, roofline
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
+from benchmarks.samples import Samples
 from minift.config import LlamaConfig, TrainConfig
 from minift.costs.flops import forward_flops_per_token
 from minift.data.batches import PairBatches
@@ -30,7 +31,7 @@ from minift.kernels.layer import LONGEST, WrittenShared
 from minift.model import Llama, Shared
 from minift.pack import Example
 from minift.runs.start import start_state
-from tests.helpers import SMALL, run_here
+from tests.helpers import SMALL, as_samples, run_here
 
 B, T = 2, 12
 SHAPE = LlamaConfig(**{**SMALL, "initializer_range": 0.2})
@@ -215,7 +216,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
     """The words that make a run take no time. Its roof is then not one."""
     monkeypatch.setitem(roof.SIDE, "cpu", 32)
     monkeypatch.setitem(roof.COPIED, "cpu", 2**14)
-    monkeypatch.setattr(timing, "SHORTEST", 1e-4)
+    monkeypatch.setattr(floor, "TIMES", 0)  # the operations are as short as the clock's own cost
+    monkeypatch.setattr(cold, "cache", lambda device: cold.Cache(2**16))
     (tmp_path / "shape.json").write_text(json.dumps(SMALL))
     size = ["--batch-size", B, "--length", T, "--repeats", 2, "--dtype", "float32", "--device", "cpu"]
     return ["--config", tmp_path / "shape.json", *size]
@@ -265,19 +267,31 @@ def test_a_compiled_run(tiny: list[object], tmp_path: Path, monkeypatch: pytest.
 def test_the_backward_pass_is_what_a_turn_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Phases are paired turn by turn; the sum of a step takes each operation as often as a step does it."""
 
-    def in_turns(sides: dict[str, object], repeats: int, device: str) -> dict[str, list[float]]:
-        assert list(sides) == ["naive forward", "naive both", "used forward", "used both"]  # pairs side by side
-        return {
-            "naive forward": [4.0, 1.0, 2.0],
-            "naive both": [10.0, 4.0, 6.0],
-            "used forward": [1.0, 1.0, 1.0],
-            "used both": [3.0, 2.0, 3.0],
-        }
+    seconds = {
+        "naive forward warm": [4.0, 1.0, 2.0],
+        "naive both warm": [10.0, 4.0, 6.0],
+        "naive forward cold": [5.0, 2.0, 3.0],
+        "naive both cold": [11.0, 5.0, 8.0],
+        "used forward warm": [1.0, 1.0, 1.0],
+        "used both warm": [3.0, 2.0, 3.0],
+        "used forward cold": [2.0, 2.0, 2.0],
+        "used both cold": [6.0, 4.0, 5.0],
+    }
+
+    def in_turns(sides: dict[str, object], **how: object) -> dict[str, Samples]:
+        assert list(sides) == list(seconds)  # pairs side by side
+        assert how == {"device": "cpu", "repeats": 3, "caches": {name: name.split()[-1] for name in seconds}}
+        return as_samples(seconds)
 
     monkeypatch.setattr(ops, "in_turns", in_turns)
     operation = make("norm")
-    times = ops.measure(operation, 3, "cpu")
-    assert times["backward"] == {"naive": [6.0, 3.0, 4.0], "used": [2.0, 1.0, 2.0]}
+    found = ops.measure(operation, "cpu", ("warm", "cold"), repeats=3)
+    backward = {mode: {name: one.seconds for name, one in times["backward"].items()} for mode, times in found.items()}
+    assert backward == {
+        "warm": {"naive": [6.0, 3.0, 4.0], "used": [2.0, 1.0, 2.0]},
+        "cold": {"naive": [6.0, 3.0, 5.0], "used": [4.0, 2.0, 3.0]},
+    }
+    times = found["warm"]
     machine = roof.Roof("float32", 100.0, 10.0, 10.0)
     summary = ops.summary(operation, times, machine)
     both, work = summary["phases"]["both"], operation.work["forward"] + operation.work["backward"]
@@ -303,8 +317,8 @@ def test_a_step_is_counted_by_operations_or_by_layers() -> None:
 def test_a_share_is_withheld_where_phases_do_not_compare() -> None:
     work = {"forward": Work(10.0, 10.0), "backward": Work(20.0, 10.0)}
     operation = Operation(1, 0, work, {}, leaves=(torch.ones(1),), early=("used",))
-    times = {phase: {"naive": [2.0], "used": [1.0]} for phase in ("forward", "both")}
-    times["backward"] = {"naive": [-0.5], "used": [1.0]}  # by chance
+    times = {phase: as_samples({"naive": [2.0], "used": [1.0]}) for phase in ("forward", "both")}
+    times["backward"] = as_samples({"naive": [-0.5], "used": [1.0]})  # by chance
     phases = ops.summary(operation, times, roof.Roof("float32", 10.0, 10.0, 10.0))["phases"]
     shares = {phase: [v["share_of_roof"] for v in values["variants"].values()] for phase, values in phases.items()}
     assert shares == {"forward": [0.5, None], "backward": [None, None], "both": [1.5, 3.0]}
@@ -314,6 +328,8 @@ def test_a_share_is_withheld_where_phases_do_not_compare() -> None:
     ("words", "named"),
     [
         (["--repeats", "0"], "--repeats"),
+        (["--budget", "0"], "--budget"),
+        (["--device", "cpu", "--dtype", "float32", "--timer", "graph"], "graph"),
         (["--config", "nonesuch"], "nonesuch"),
         (["--plot", "roofline.pdf"], "roofline.pdf"),
         (["--device", "cpu", "--dtype", "float16"], "float16"),
