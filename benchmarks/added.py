@@ -84,15 +84,13 @@ def named(places: Sequence[str]) -> dict[str, str]:
         InputError: when a file is not there, or a function is named twice.
     """
     found: dict[str, str] = {}
-    names = [split(place)[1] for place in places]
-    for place, name in zip(places, names, strict=True):
-        file, _ = split(place)
-        label = name if names.count(name) == 1 and name not in BUILT_IN else f"{file.name}:{name}"
-        if label in found:
-            label = one_line(place)
-        if label in found:
+    parts = [split(place) for place in places]
+    names = [name for _, name in parts]
+    for place, (file, name) in zip(places, parts, strict=True):
+        if any(Path(other).samefile(file) and name == known for other, known in map(split, found.values())):
             raise InputError(f"--add {one_line(place)} is given twice")
-        found[label] = place
+        label = name if names.count(name) == 1 and name not in BUILT_IN else f"{file.name}:{name}"
+        found[one_line(place) if label in found else label] = place
     return found
 
 

@@ -45,6 +45,7 @@ SECONDS = 60.0  # that a submission may take, in addition to its budget of turns
 LEAST = 2.0  # seconds of turns for a submission, however many there are
 GLANCE = 0.05  # seconds between two looks at a process
 SAID = 2**20  # bytes that a process may print before they are thrown away
+LAST = 2**12  # bytes of its last words
 FORMULA = "the formula"
 
 
@@ -108,11 +109,24 @@ def measure(place: str, operation: str, words: Sequence[str], seconds: float, nb
         words: the options that say what is timed.
         seconds, nbytes: what the process may take.
     """
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks", "ops", f"--add={place}", f"--against={operation}", *words]
+        error = bounded([*command, "--measure", str(out)], seconds, nbytes)
+        if error is None and not out.is_file():
+            error = "its process ended before it was done"
+        answer: dict[str, Any] = {"error": error} if error else json.loads(out.read_text(encoding="utf-8"))
+    return answer
+
+
+def bounded(command: Sequence[str], seconds: float, nbytes: float) -> str | None:
+    """Run a command to its end within bounds of time and memory, and end all that it has started.
+
+    What it prints is thrown away. Return what went wrong, or None.
+    """
+    with tempfile.TemporaryFile() as said:
         child = subprocess.Popen(
-            [*command, "--measure", str(out)],
+            command,
             cwd=process.ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -123,12 +137,7 @@ def measure(place: str, operation: str, words: Sequence[str], seconds: float, nb
             error = _watch(child, said, seconds, nbytes)
         finally:
             _end(child)
-        if error is not None:
-            return {"error": error}
-        if out.is_file():
-            answer: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-            return answer
-        return {"error": _how_it_ended(child.returncode, said)}
+        return error or _how_it_ended(child.returncode, said)
 
 
 def _watch(child: subprocess.Popen[bytes], said: BinaryIO, seconds: float, nbytes: float) -> str | None:
@@ -164,12 +173,14 @@ def _memory_of(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:")), 0)
 
 
-def _how_it_ended(code: int, said: BinaryIO) -> str:
+def _how_it_ended(code: int, said: BinaryIO) -> str | None:
+    if code == 0:
+        return None
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
-    said.seek(0)
-    last = said.read(SAID).decode(errors="replace").strip().splitlines()
-    return f"its process ended before it was done, with exit code {code}" + (f": {one_line(last[-1])}" if last else "")
+    said.seek(max(0, os.fstat(said.fileno()).st_size - LAST))
+    last = said.read(LAST).decode(errors="replace").strip("\0 \n").splitlines()
+    return f"its process ended with exit code {code}" + (f": {one_line(last[-1])}" if last else "")
 
 
 # All of them ----------------------------------------------------------------------------------------------------------
