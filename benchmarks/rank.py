@@ -20,13 +20,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
@@ -44,8 +45,7 @@ from minift.runs import machine
 SECONDS = 60.0  # that a submission may take, in addition to its budget of turns
 LEAST = 2.0  # seconds of turns for a submission, however many there are
 GLANCE = 0.05  # seconds between two looks at a process
-SAID = 2**20  # bytes that a process may print before they are thrown away
-LAST = 2**12  # bytes of its last words
+LAST = 2**12  # bytes that are kept of what a process prints to standard error
 FORMULA = "the formula"
 
 
@@ -122,25 +122,36 @@ def measure(place: str, operation: str, words: Sequence[str], seconds: float, nb
 def bounded(command: Sequence[str], seconds: float, nbytes: float) -> str | None:
     """Run a command to its end within bounds of time and memory, and end all that it has started.
 
-    What it prints is thrown away. Return what went wrong, or None.
+    What it prints is thrown away, but for its last words. Return what went wrong, or None.
     """
-    with tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(
-            command,
-            cwd=process.ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            start_new_session=True,
-        )
-        try:
-            error = _watch(child, said, seconds, nbytes)
-        finally:
-            _end(child)
-        return error or _how_it_ended(child.returncode, said)
+    child = subprocess.Popen(
+        command,
+        cwd=process.ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert child.stderr is not None
+    said: list[bytes] = [b""]
+    reader = threading.Thread(target=_read, args=(child.stderr, said), daemon=True)
+    reader.start()
+    try:
+        error = _watch(child, seconds, nbytes)
+    finally:
+        _end(child)
+    reader.join(1)
+    return error or _how_it_ended(child.returncode, said[0])
 
 
-def _watch(child: subprocess.Popen[bytes], said: BinaryIO, seconds: float, nbytes: float) -> str | None:
+def _read(pipe: IO[bytes], said: list[bytes]) -> None:
+    """Read to the end, and keep the last bytes."""
+    with pipe:
+        while block := os.read(pipe.fileno(), 2**16):
+            said[0] = (said[0] + block)[-LAST:]
+
+
+def _watch(child: subprocess.Popen[bytes], seconds: float, nbytes: float) -> str | None:
     """Return when a process has ended, or took too much: then, what."""
     end = time.monotonic() + seconds
     while child.poll() is None:
@@ -149,8 +160,6 @@ def _watch(child: subprocess.Popen[bytes], said: BinaryIO, seconds: float, nbyte
             return f"it took more than {seconds:g} s (--limit)"
         if (held := _memory_of(child.pid)) > nbytes:
             return f"it took {held / 1e9:.1f} GB of memory; {nbytes / 1e9:.1f} GB are allowed (--memory)"
-        if os.fstat(said.fileno()).st_size > SAID:
-            os.ftruncate(said.fileno(), 0)
     return None
 
 
@@ -173,13 +182,12 @@ def _memory_of(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:")), 0)
 
 
-def _how_it_ended(code: int, said: BinaryIO) -> str | None:
+def _how_it_ended(code: int, said: bytes) -> str | None:
     if code == 0:
         return None
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
-    said.seek(max(0, os.fstat(said.fileno()).st_size - LAST))
-    last = said.read(LAST).decode(errors="replace").strip("\0 \n").splitlines()
+    last = said.decode(errors="replace").strip().splitlines()
     return f"its process ended with exit code {code}" + (f": {one_line(last[-1])}" if last else "")
 
 

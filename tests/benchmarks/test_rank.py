@@ -118,8 +118,7 @@ def test_one_that_takes_too_much_memory_is_ended() -> None:
     assert said.endswith("GB of memory; 0.1 GB are allowed (--memory)")
 
 
-def test_what_it_prints_takes_no_disk() -> None:
-    """Thrown away while it runs, not after it: its last words are still said."""
+def test_of_all_that_it_prints_its_last_words_are_said() -> None:
     said = python("import sys\nfor _ in range(10**5): sys.stderr.write('x' * 99 + chr(10))\nsys.exit('the end')")
     assert said == "its process ended with exit code 1: the end"
 
