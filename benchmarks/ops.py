@@ -18,6 +18,7 @@ before each call (`cold.py`). In a step, an operation has some of each. ± is ho
 
     python -m benchmarks ops
     python -m benchmarks ops --only attention swiglu --no-compile --plot roofline.png
+    python -m benchmarks ops --add my_norm.py:fast_norm --against norm
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import agreement, arguments, cold, floor, record, roof, roofline, timers
+from benchmarks import added, agreement, arguments, cold, contract, floor, rank, record, roof, roofline, timers
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
 from benchmarks.samples import Samples, median_interval
@@ -62,13 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="without the compiled variants")
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, metavar="NAME", help="of " + ", ".join(OPERATIONS))
     parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline to FILE.png (needs the plot extra)")
+    added.add_arguments(parser)
+    arguments.add_measure(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print a table, write the JSON and draw the plot."""
+    if options.contract:
+        print(contract.describe(options.contract))
+        return
     setting = _setting(options)
     arguments.check_plot(options.plot)
-    names = options.only or list(OPERATIONS)
+    limits = AGREE[str(setting.dtype).removeprefix("torch.")], AGREE["float32"]
+    own = added.Added(options, limits)
+    if options.rank or options.measure:
+        rank.run(options, setting, limits)
+        return
+    names = own.operations or options.only or list(OPERATIONS)
     modes = cold.MODES if options.caches == "both" else (options.caches,)
     timer = options.timer or ("events" if setting.device == "cuda" else "wall")
     floors = {mode: floor.measure(timer, setting.device, mode) for mode in modes}
@@ -78,23 +89,29 @@ def run(options: argparse.Namespace) -> None:
     left = options.budget
     roofs = roof.meter(setting.device, setting.dtype)
     around = [roofs(roof.REPEATS)]  # before each operation, and after the last: the clock rate may change in between
-    print(_heading(options.config, setting, around[0], floors))
+    heading = _heading(options.config, setting, around[0], floors)
+    print(heading.rpartition("\n")[0] if own.places else heading)
     step = make_step(setting)
     rows: list[dict[str, Any]] = []
     operations: dict[str, dict[str, Any]] = {mode: {} for mode in modes}
     for i, name in enumerate(names):
         operation = OPERATIONS[name](step)
         check(name, operation, setting.dtype)
+        operation = own.beside(name, operation, step)
+        if own.wrong and not own.trials:
+            continue
         start, budget = time.perf_counter(), max(left, 0) / (len(names) - i)  # with what the others have not used
         how = {"repeats": options.repeats, "budget": budget, "timer": timer, "watch": watch}
         times = measure(operation, setting.device, modes, **how)
+        times = own.still_right(times)
         left -= time.perf_counter() - start
         around.append(roofs(roof.REPEATS_A_TURN))
         for mode in modes:
             operations[mode][name] = summary(operation, times[mode], roof.best(around[-2:]))
             rows += sample_rows(name, mode, times[mode])
         del operation  # release its tensors before the next operation makes its own
-        lines = _rows(name, {mode: operations[mode][name] for mode in modes})
+        of_mode = {mode: operations[mode][name] for mode in modes}
+        lines = own.table(of_mode, times) if own.places else _rows(name, of_mode)
         print(lines + _how_it_ended(times[modes[0]]), flush=True)
     measured = roof.best(around)
     result: dict[str, Any] = {
@@ -111,14 +128,17 @@ def run(options: argparse.Namespace) -> None:
         "operations": operations[modes[0]],
         **({"operations_cold": operations["cold"]} if len(modes) > 1 else {}),
         "rows": [*rows, *record.control(around)],
+        **({"added": own.to_dict()} if own.places else {}),
     }
-    if not options.only:
+    if not options.only and not own.places:
         result["step_seconds"] = step_seconds(result["operations"])
         result["step_seconds_of_whole_layers"] = step_seconds(result["operations"], whole_layers=True)
         print(_sums(result))
     record.write(options.json, result)
     if options.plot:
         roofline.draw(result, options.plot)
+    if own.wrong:
+        raise SystemExit(1)
 
 
 def _setting(options: argparse.Namespace) -> Setting:
