@@ -83,6 +83,9 @@ def run(options: argparse.Namespace) -> None:
         for name in together if options.apart else ():  # a long run may be interrupted before its table
             seconds = record.spread([answer["seconds"] for answer in turns.answers[name]])["median"]
             print(f"{name}: {config.batch_size * config.max_length / seconds:,.0f} tokens/s", flush=True)
+            record.write(options.json, _result(options, config, shape, turns))
+    if not turns.answers:
+        raise InputError("no side fits in memory; lower --batch-size or --length")
     result = _result(options, config, shape, turns)
     print(_table(result))
     record.write(options.json, result)

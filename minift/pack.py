@@ -183,13 +183,13 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
             document_ids[b, start:end] = document
             start = end
     isolated, n_targets = any(len(row) > 1 for row in rows), sum(example.n_targets for example in examples)
-    return Batch(*map(torch.from_numpy, (tokens, targets, positions, document_ids)), isolated, n_targets)
+    tensor = torch.from_numpy
+    return Batch(tensor(tokens), tensor(targets), tensor(positions), tensor(document_ids), isolated, n_targets)
 
 
 def _first_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
     """Put each example, longest first, into the first row of `length` positions that has room for it."""
-    rows: list[list[Example]] = []
-    room: list[int] = []  # free positions of each row
+    rows, room = list[list[Example]](), list[int]()  # room: the free positions of each row
     for example in sorted(examples, key=len, reverse=True):
         for index, free in enumerate(room):
             if len(example) <= free:
