@@ -15,7 +15,7 @@ from minift.errors import InputError, one_line
 
 NAMES = (
     *("load", "data", "stream", "packing", "audit", "ops", "attention", "loss", "ladder", "peers", "step", "profile"),
-    *("memory", "roofs", "generate", "lora", "defaults", "scale", "soak", "lesson", "tables"),
+    *("memory", "roofs", "generate", "card", "lora", "defaults", "scale", "soak", "lesson", "tables"),
 )
 
 

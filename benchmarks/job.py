@@ -145,18 +145,18 @@ def take_step(job: Job, part: Part) -> StepResult:
             with part("forward"):
                 hidden, targets = objective.states(batch)
             with part("loss"):
-                nll_sum = objective.loss(hidden, model.head_weight, targets)
+                nll = objective.loss(hidden, model.head_weight, targets, batch.n_targets)
         del hidden  # freed here, as when the objective's `forward` returns
         with part("backward"):
-            scaler.scale(nll_sum / n_targets).backward()
-        total_nll += nll_sum.detach()
+            scaler.scale(nll / n_targets).backward()
+        total_nll += nll.detach()
 
     with part("clip"):
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        grad_norm = float(norm)
+        grad_norm, nll_sum = torch.stack((norm, total_nll)).tolist()
         stepped = math.isfinite(grad_norm)
         if stepped and 0 < config.clip < grad_norm:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
@@ -169,6 +169,6 @@ def take_step(job: Job, part: Part) -> StepResult:
     with part("zero_grad"):
         optimizer.zero_grad(set_to_none=True)
     with part("bookkeeping"):
-        result = StepResult(float(total_nll) / n_targets, grad_norm, stepped)
+        result = StepResult(nll_sum / n_targets, grad_norm, stepped)
         state.step += result.stepped
     return result

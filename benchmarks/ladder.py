@@ -142,7 +142,9 @@ class TextbookAttention(ScaledDotProduct):
 class TextbookLoss(NextTokenLoss):
     """The summed loss with all logits in memory."""
 
-    def forward(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, n_targets: int | None = None
+    ) -> torch.Tensor:
         """Sum the loss: [B, T, D], [V, D] and [B, T] → scalar."""
         return textbook.loss(hidden, weight, targets)
 

@@ -8,7 +8,9 @@ valid.
 * *minift, compiled* and *minift*: `train_step`, with and without `--compile`;
 * *transformers, compiled* and *transformers*: the loop of its documentation around `LlamaForCausalLM`;
 * *transformers, checkpointed*: the same with activation checkpointing; only when it is named in `--sides`, for models
-  that do not fit a GPU without it.
+  that do not fit a GPU without it;
+* *litgpt* and *torchtune*, compiled or not: the same loop around their models and losses (`others.py`); only when they
+  are named, by who has installed them.
 
     python -m benchmarks peers
     python -m benchmarks peers --config smollm2-135m --batch-size 4 --length 512
@@ -29,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import arguments, process, record, roof, side
+from benchmarks import arguments, others, process, record, roof, side
 from benchmarks.timing import in_turn_order, paired_ratio
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.costs.flops import data_sheet_flops, training_flops_per_token
@@ -83,6 +85,9 @@ def run(options: argparse.Namespace) -> None:
         for name in together if options.apart else ():  # a long run may be interrupted before its table
             seconds = record.spread([answer["seconds"] for answer in turns.answers[name]])["median"]
             print(f"{name}: {config.batch_size * config.max_length / seconds:,.0f} tokens/s", flush=True)
+            record.write(options.json, _result(options, config, shape, turns))
+    if not turns.answers:
+        raise InputError("no side fits in memory; lower --batch-size or --length")
     result = _result(options, config, shape, turns)
     print(_table(result))
     record.write(options.json, result)
@@ -138,9 +143,8 @@ def _serve(name: str, shape: LlamaConfig, config: TrainConfig, steps: int) -> No
         model = Llama(shape)
         model.init_weights(generator)
         ids = torch.randint(shape.vocab_size, (side.BATCHES, config.batch_size, config.max_length), generator=generator)
-    make = _minift_step if name.startswith("minift") else _transformers_step
     how = {"compile": name.endswith("compiled"), "checkpoint_activations": name.endswith("checkpointed")}
-    step = make(model, ids, config.replace(**how))
+    step = MAKERS[name.partition(",")[0]](model, ids, config.replace(**how))
     del model
     if config.device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # two models existed for a short time
@@ -159,20 +163,43 @@ def _minift_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callab
 
 def _transformers_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[], float]:
     theirs = to_transformers(model, use_cache=False)
-    theirs.train()
     if config.checkpoint_activations:
         theirs.gradient_checkpointing_enable()
+    forward = torch.compile(theirs) if config.compile else theirs
+    return _step_of(theirs, lambda tokens: forward(tokens, labels=tokens).loss, ids, config)  # it shifts the labels
+
+
+def _litgpt_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[], float]:
+    return _step_of(*others.litgpt(model, bool(config.compile)), ids, config)
+
+
+def _torchtune_step(model: Llama, ids: torch.Tensor, config: TrainConfig) -> Callable[[], float]:
+    return _step_of(*others.torchtune(model, bool(config.compile)), ids, config)
+
+
+MAKERS = {
+    "minift": _minift_step,
+    "transformers": _transformers_step,
+    "litgpt": _litgpt_step,
+    "torchtune": _torchtune_step,
+}
+
+
+def _step_of(
+    theirs: torch.nn.Module, loss_of: others.LossOf, ids: torch.Tensor, config: TrainConfig
+) -> Callable[[], float]:
+    """Return a step of full finetuning by the usual loop around a model and its mean loss."""
+    theirs.train()
     optimizer = torch.optim.AdamW(
         theirs.parameters(), config.lr, (config.beta1, config.beta2), 1e-8, config.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(ids.device.type, enabled=config.dtype == "float16")
-    forward = torch.compile(theirs) if config.compile else theirs
     dtype, batches = getattr(torch, config.dtype), cycle(ids)
 
     def step() -> float:
         tokens = next(batches)
         with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = forward(tokens, labels=tokens).loss  # it shifts the labels
+            loss = loss_of(tokens)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.clip)
@@ -198,7 +225,8 @@ def to_transformers(model: Llama, use_cache: bool = True) -> Any:
 
 
 UNASKED = ("minift, compiled", "minift", "transformers, compiled", "transformers")
-SIDES = (*UNASKED, "transformers, checkpointed")
+OTHERS = ("litgpt, compiled", "litgpt", "torchtune, compiled", "torchtune")
+SIDES = (*UNASKED, "transformers, checkpointed", *OTHERS)
 
 
 # The result -----------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def _steps(
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     tokens, positions, document_ids = _left_pad(prompts, ends[0], model.device)  # [B, T] each
     B, T = tokens.shape
-    padded = bool((document_ids == PADDING).any())
+    padded = any(len(prompt) < T for prompt in prompts)
     length = T + max(limits)
     length += -length % 8  # a multiple of 8: the attention kernels of a GPU want masks of aligned length
     cache = KVCache(model.config, B, length, model.device, model.embed_tokens.weight.dtype)

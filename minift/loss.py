@@ -21,22 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from minift.config import LOSS_CHUNK
-from minift.pack import IGNORE
+from minift.pack import places_with_target
 from minift.values import check_ids
 
 
-def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = LOSS_CHUNK) -> Tensor:
+def next_token_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = LOSS_CHUNK, n_targets: int | None = None
+) -> Tensor:
     """Return the summed negative log-likelihood of the targets, in nats: a scalar, float32 (float64 of float64).
 
     Args:
         hidden: [B, T, D], the model's final hidden states.
         weight: [V, D], the head.
-        targets: int64 [B, T]; IGNORE where there is nothing to learn.
+        targets, n_targets: int64 [B, T], IGNORE where there is nothing to learn; and N, where it is known.
         chunk: positions whose logits exist at the same time.
     """
-    learned = targets != IGNORE
-    check_ids(targets[learned], len(weight))
-    return ChunkedCrossEntropy.apply(hidden[learned], weight, targets[learned], chunk)  # of [N, D], [V, D], [N]
+    places = places_with_target(targets, n_targets)
+    hidden, targets = hidden.flatten(0, -2)[places], targets.flatten()[places]  # [N, D], [N]
+    check_ids(targets, len(weight))
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
 
 
 def nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,5 +82,5 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         self.chunk = chunk
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return next_token_loss(hidden, weight, targets, self.chunk)
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, n_targets: int | None = None) -> Tensor:
+        return next_token_loss(hidden, weight, targets, self.chunk, n_targets)

@@ -68,9 +68,7 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of all angles, float32 [B, 1, T, C]; both halves of C are alike. positions: int64 [B, T]."""
     frequencies = rope_frequencies(head_dim, theta, scaling, positions.device)  # [C/2]
-    angles = (positions[:, None, :, None].float() * frequencies).repeat(
-        1, 1, 1, 2
-    )  # [B, 1, T, C]; the 1: for the heads
+    angles = (positions[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)  # [B, 1 (for the heads), T, C]
     return angles.cos(), angles.sin()
 
 

@@ -73,6 +73,12 @@ class Batch:
         return Batch(tokens, targets, positions, ids, self.isolated, self.n_targets)
 
 
+def places_with_target(targets: Tensor, n_targets: int | None = None) -> Tensor:
+    """Return where a flattened batch has targets, int64 [N]. To count them on a GPU would be to wait for it."""
+    learned = targets.flatten() != IGNORE
+    return torch.nonzero_static(learned, size=int(learned.sum()) if n_targets is None else n_targets)[:, 0]
+
+
 @dataclass(frozen=True)
 class Example:
     """A conversation as ids, up to the last one that is learned.
@@ -176,20 +182,14 @@ def collate(examples: Sequence[Example], pad_id: int, length: int | None = None,
             positions[b, start:end] = np.arange(len(example))
             document_ids[b, start:end] = document
             start = end
-    return Batch(
-        torch.from_numpy(tokens),
-        torch.from_numpy(targets),
-        torch.from_numpy(positions),
-        torch.from_numpy(document_ids),
-        isolated=any(len(row) > 1 for row in rows),
-        n_targets=sum(example.n_targets for example in examples),
-    )
+    isolated, n_targets = any(len(row) > 1 for row in rows), sum(example.n_targets for example in examples)
+    tensor = torch.from_numpy
+    return Batch(tensor(tokens), tensor(targets), tensor(positions), tensor(document_ids), isolated, n_targets)
 
 
 def _first_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
     """Put each example, longest first, into the first row of `length` positions that has room for it."""
-    rows: list[list[Example]] = []
-    room: list[int] = []  # free positions of each row
+    rows, room = list[list[Example]](), list[int]()  # room: the free positions of each row
     for example in sorted(examples, key=len, reverse=True):
         for index, free in enumerate(room):
             if len(example) <= free:

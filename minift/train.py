@@ -47,8 +47,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss of a micro-batch, a scalar, in nats."""
         hidden = self.model.hidden(batch.tokens, batch.positions, batch.documents)  # [B, T, D]
-        loss: torch.Tensor = self.loss(hidden, self.model.head_weight, batch.targets)
-        return loss
+        return self.loss(hidden, self.model.head_weight, batch.targets, batch.n_targets)
 
 
 class Batches(Protocol):
@@ -128,7 +127,7 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
         group["lr"] = lr
     scaler.unscale_(optimizer)  # gradients back to their true size, to be measured and clipped
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    grad_norm = float(gathered(norm))
+    grad_norm, nll_sum = torch.stack((gathered(norm), total_nll)).tolist()  # here, and only here, a GPU is waited for
     stepped = math.isfinite(grad_norm)
     culprit = None if stepped else first_not_finite(model, world)
     if stepped and 0 < config.clip < grad_norm:
@@ -139,7 +138,7 @@ def train_step(state: TrainState, window: Sequence[Batch], lr: float, config: Tr
         scaler.update()  # … and then halves the scale
         stepped = scaler.get_scale() >= scale  # it is lower only where the step was left out
     optimizer.zero_grad(set_to_none=True)
-    (nll_sum,) = world.total(float(total_nll))
+    (nll_sum,) = world.total(nll_sum)
     return StepResult(nll_sum / n_targets, grad_norm, stepped, culprit)
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minift.loss import NextTokenLoss
-from minift.pack import IGNORE
+from minift.pack import places_with_target
 from minift.values import check_ids
 
 ALIGNED = 64  # positions: 0.65 MB for the kernels of each shape, and the number of targets differs from step to step
@@ -35,16 +35,16 @@ WIDE_HEAD = 2**14  # ids of a vocabulary from which a CPU is faster with the hea
 class FusedNextTokenLoss(NextTokenLoss):
     """`NextTokenLoss`, with both passes tuned."""
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, n_targets: int | None = None) -> Tensor:
         """Return the summed negative log-likelihood of the targets, in nats. [B, T, D], [V, D], [B, T] → scalar."""
-        learned = targets != IGNORE
-        states, wanted = hidden.flatten(0, -2), targets.flatten()
-        if int(learned.sum()) < len(wanted):
-            states, wanted = hidden[learned], targets[learned]  # [N, D], [N]
-        check_ids(wanted, len(weight))
+        places = places_with_target(targets, n_targets)
+        states, targets = hidden.flatten(0, -2), targets.flatten()
+        if len(places) < len(targets):
+            states, targets = states[places], targets[places]  # [N, D], [N]
+        check_ids(targets, len(weight))
         if not torch.is_grad_enabled():
             weight = weight.detach()  # or autograd would prepare the parameter's gradient all the same
-        return cast(Tensor, _ChunkedCrossEntropy.apply(states, weight, wanted, self.chunk))
+        return cast(Tensor, _ChunkedCrossEntropy.apply(states, weight, targets, self.chunk))
 
     @torch.no_grad()
     def in_detail(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -55,13 +55,13 @@ class FusedNextTokenLoss(NextTokenLoss):
             nll: [n], float32 (float64 of float64 input), in nats.
             gradient: [n, V], of these nll at these logits: p − one-hot. The next chunk overwrites it.
         """
-        learned = targets != IGNORE
-        states, wanted = _align(hidden[learned], targets[learned])
-        n_targets = int(learned.sum())
+        places = places_with_target(targets)
+        n_targets = len(places)
+        states, targets = _align(hidden.flatten(0, -2)[places], targets.flatten()[places])
         columns = _transposed(weight, _matmul_dtype(states))
         for here, _, gradient in _logits_by_chunk(states, columns, self.chunk):
             logits = gradient.clone()
-            nll = nll_and_gradient_(gradient, wanted[here, None])
+            nll = nll_and_gradient_(gradient, targets[here, None])
             n = n_targets - here.start
             if n > 0:  # the rows after the last target fill the shape up
                 yield logits[:n], nll[:n], gradient[:n]

@@ -60,7 +60,7 @@ class GraphDecoder:
         self.model, self.cache = with_kernels(model, ("norm", "flex")), cache
         device, dtype, past = positions.device, cache.stored.dtype, cache.length
         self.tokens, self.positions = torch.zeros_like(positions), positions.clone()
-        self.recorded = RecordedCache(cache, torch.tensor([past], device=device))
+        self.recorded = RecordedCache(cache, torch.full((1,), past, device=device))
         # What is added to the scores: 0, or −inf where attention may not look. (0 times a NaN is a NaN, so the empty
         # places are set to zero.)
         self.mask = torch.full((len(positions), 1, 1, cache.max_length), -math.inf, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minift.model import DecoderLayer, Shared, check_input
-from minift.pack import IGNORE, Batch
+from minift.pack import Batch, places_with_target
 from minift.train import Objective
 
 FEW = 0.9  # the share of positions with a target up to which the others are left out
@@ -40,7 +40,7 @@ class TargetsObjective(Objective):
     def forward(self, batch: Batch) -> Tensor:
         """Return the summed loss of a micro-batch, a scalar, in nats."""
         hidden, targets = self.states(batch)
-        return cast(Tensor, self.loss(hidden, self.model.head_weight, targets))
+        return cast(Tensor, self.loss(hidden, self.model.head_weight, targets, batch.n_targets))
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return final hidden states and their targets: [1, N, D] and [1, N], or of many, [B, T, D] and [B, T]."""
@@ -48,8 +48,7 @@ class TargetsObjective(Objective):
         check_input(batch.tokens, batch.positions, None, model.config)
         if batch.n_targets > FEW * batch.targets.numel() or not isinstance(model.layers[-1], TargetsLayer):
             return model.hidden(batch.tokens, batch.positions, batch.documents), batch.targets
-        targets = batch.targets.flatten()
-        places = (targets != IGNORE).nonzero()[:, 0]  # [N]
+        places = places_with_target(batch.targets, batch.n_targets)  # [N]
         padded = F.pad(places, (0, -len(places) % ALIGNED))  # with place 0; what comes of it is cut off again
         x = model.embed_tokens(batch.tokens)
         shared = model.prepare(batch.tokens, batch.positions, batch.documents, None)
@@ -57,4 +56,4 @@ class TargetsObjective(Objective):
         for layer in layers:
             x = model.through(layer, x, shared)
         hidden = model.norm(model.through(last, x, shared, padded))[: len(places)]
-        return hidden[None], targets[places][None]
+        return hidden[None], batch.targets.flatten()[places][None]
