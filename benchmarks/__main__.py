@@ -5,9 +5,11 @@ import io
 import sys
 
 from benchmarks import (
+    alike,
     arguments,
     attention,
     audit,
+    compare,
     data,
     defaults,
     generate,
@@ -49,6 +51,8 @@ BENCHMARKS = {
     "scale": scale,
     "soak": soak,
     "lesson": lesson,
+    "compare": compare,
+    "alike": alike,
 }
 
 # A first look in under three minutes on two cores. Few repeats: a result to keep comes from each benchmark alone.
@@ -60,7 +64,10 @@ TOUR = (
 
 
 def main() -> int:
-    """Run one benchmark, or the tour. Return the exit code: 2 for wrong input, which is reported in one line."""
+    """Run one benchmark, or the tour. Return the exit code: 2 for wrong input, which is reported in one line.
+
+    `compare` has its own: 1 when something is slower.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure minift.")
     names = parser.add_subparsers(dest="name", metavar="NAME")
     for name, module in BENCHMARKS.items():
@@ -70,17 +77,18 @@ def main() -> int:
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is escaped
     options = parser.parse_args()
+    code = 0
     try:
         for words in [sys.argv[1:]] if options.name else TOUR:
             if not options.name:
                 print(f"\npython -m benchmarks {command_line(words)}", flush=True)
             options_of = parser.parse_args(words)
             arguments.check_files(options_of)
-            BENCHMARKS[options_of.name].run(options_of)
+            code = max(code, BENCHMARKS[options_of.name].run(options_of) or 0)
     except InputError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 if __name__ == "__main__":
