@@ -15,7 +15,20 @@ from minift.errors import InputError, one_line
 
 NAMES = (
     *("load", "data", "stream", "packing", "audit", "ops", "attention", "loss", "ladder", "peers", "step", "profile"),
-    *("memory", "roofs", "generate", "card", "lora", "defaults", "scale", "soak", "lesson", "tables"),
+    *(
+        "memory",
+        "roofs",
+        "generate",
+        "card",
+        "lora",
+        "defaults",
+        "scale",
+        "soak",
+        "lesson",
+        "compare",
+        "alike",
+        "tables",
+    ),
 )
 
 
@@ -27,8 +40,8 @@ class Benchmark(Protocol):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of this benchmark."""
 
-    def run(self, options: argparse.Namespace) -> None:
-        """Measure, print a table and write the JSON."""
+    def run(self, options: argparse.Namespace) -> int | None:
+        """Measure, print a table and write the JSON. Return the exit code, where it is not 0."""
 
 
 class Benchmarks(Mapping[str, Any]):
@@ -69,31 +82,35 @@ def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run one benchmark, or the tour. Return the exit code: 2 for wrong input, which is reported in one line."""
+    """Run one benchmark, or the tour. Return the exit code: 2 for wrong input, which is reported in one line.
+
+    A benchmark may have a code of its own, such as 1 where `compare` finds that something is slower.
+    """
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is escaped
     words = sys.argv[1:]
+    code = 0
     try:
         if words:
-            run(words)
+            code = run(words)
         else:
             tour.take(run, NAMES)
     except InputError as error:
         print(f"benchmarks: error: {one_line(error)}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
-def run(words: Sequence[str]) -> None:
-    """Run the benchmark that these words name. Raises InputError for words that say nothing."""
+def run(words: Sequence[str]) -> int:
+    """Run the benchmark that these words name. Return its exit code. Raises InputError for words that say nothing."""
     options = make_parser(words).parse_args(words)
     from benchmarks import arguments, record
 
     arguments.check_files(options)
     if not getattr(options, "measure", None):  # a child process measures one thing, and writes no record
         record.begin()
-    BENCHMARKS[options.name].run(options)
+    return BENCHMARKS[options.name].run(options) or 0
 
 
 if __name__ == "__main__":
