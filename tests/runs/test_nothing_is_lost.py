@@ -341,7 +341,7 @@ def test_a_number_of_steps_may_be_given_as_before() -> None:
 # Space ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", ["", "--keep 3", "--keep 0", "--keep-last", "--keep 2 --lora-rank 40"])
+@pytest.mark.parametrize("flags", ["", "--keep 3", "--keep 0", "--keep-last", "--keep 2 --lora-rank 24"])
 def test_the_space_that_saves_take(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:
