@@ -2,7 +2,7 @@
 
 A wrong value is refused with its name and place; nothing is guessed.
 
-Read next: `config.py`.
+Read next: `shape.py`.
 """
 
 import json

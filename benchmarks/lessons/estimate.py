@@ -11,7 +11,8 @@ from minift.evaluation.intervals import Score
 def mean(values: Sequence[float]) -> dict[str, Any]:
     """Return the mean as `value`, the ends of its 95 % `interval` (bootstrap), and `n`, the number of values."""
     score = Score(list(values), [1.0] * len(values))
-    return {"value": score.value, "interval": list(score.interval()), "n": len(values)}
+    ends = score.interval() or (min(values), max(values))
+    return {"value": score.value, "interval": list(ends), "n": len(values)}
 
 
 def of_runs(values: Sequence[float]) -> dict[str, Any]:

@@ -220,11 +220,12 @@ def _together(runs: list[dict[str, Any]], asks: list[bool], base: dict[str, Any]
     ]
     before, after = (likelihood_scores(found)["perplexity"] for found in (likelihoods(base, False), summed))
     rise = difference(before, after)
+    ends = rise["low"], rise["high"]
     return {
         "trained": runs[0]["trained"],
         "right": estimate.of_runs([run["right"] for run in runs]),
         "tell": perplexities(False),
-        "rise": {"value": rise["value"], "interval": [rise["low"], rise["high"]]},
+        "rise": {"value": rise["value"], "interval": [rise["value"] if end is None else end for end in ends]},
         "ask": perplexities(True) if any(asks) else None,
     }
 

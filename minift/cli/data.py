@@ -279,6 +279,7 @@ def _audit(options: dict[str, Any]) -> int:
     from minift.data.records import find_files
     from minift.look.audit import audit_text
     from minift.look.pages.audit import audit_page
+    from minift.runs.defaults import batch_size_of
     from minift.tokenizer.load import load_tokenizer
 
     names = ("template", "learn", "rendered", "seed")
@@ -296,7 +297,7 @@ def _audit(options: dict[str, Any]) -> int:
     drawn = 20 if options["html"] is not None and count is None else shown
     if 0 < positions < config.max_length:
         raise InputError(f"--max-length is {config.max_length}; the model has {positions} positions")
-    result = audit(files, tokenizer, config, reading_of(options), test, drawn, positions)
+    result = audit(files, tokenizer, config, reading_of(options), test, drawn, positions, batch_size_of)
     print(audit_text(result, shown))
     texts = {}
     if options["html"] is not None:

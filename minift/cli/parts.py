@@ -233,15 +233,16 @@ def print_answer(
 ) -> str:
     """Print what a model adds to a prompt, as it comes, without white space around it. Return all of its text.
 
-    In a conversation (`talks`), Ctrl-C ends the answer alone.
+    In a conversation (`talks`), Ctrl-C ends the answer alone. On a terminal, an answer that was cut is said to be.
     """
     from minift.generate import stream
     from minift.tokenizer.stream import TextStream
 
     text, answer, waiting = TextStream(tokenizer), "", ""
-    shown = False
+    shown, count, room = False, 0, model.config.max_position_embeddings - len(prompt)
     try:
         for id in chain(stream(model, prompt, limit, sampling, plain), [None]):
+            count += id is not None
             part = text.end() if id is None else text.add(id)
             answer, waiting = answer + part, waiting + part
             ready = waiting.rstrip()  # no blank lines around the text: white space is shown when something follows it
@@ -253,6 +254,9 @@ def print_answer(
         if not talks:
             raise
     print()
+    if count == min(limit, room) and sys.stderr.isatty():
+        why = f"--max-new-tokens {limit}" if limit <= room else f"the model's last position, {len(prompt) + room}"
+        print(f"note: stopped at {why}; the model had not ended its text", file=sys.stderr)
     return answer
 
 

@@ -21,14 +21,7 @@ import numpy as np
 from minift.config import TrainConfig
 from minift.data.batches import PairBatches
 from minift.data.conversations import SHOWN_UNREAD, Reading, scan_conversations
-from minift.data.duplicates import (
-    Fingerprinter,
-    Fingerprints,
-    contradictions,
-    earlier,
-    near_pairs,
-    on_both_sides,
-)
+from minift.data.duplicates import Fingerprinter, Fingerprints, contradictions, earlier, near_pairs, on_both_sides
 from minift.data.encode import in_workers
 from minift.data.examine import Examined, Examiner, reason_of
 from minift.data.findings import KINDS, Finding, Found, sentence
@@ -87,6 +80,7 @@ def audit(
     test: Sequence[Path] = (),
     samples: int = 3,
     positions: int = 0,
+    batch_size: Callable[[int], int] | None = None,
 ) -> Audit:
     """Look at all records of some files.
 
@@ -95,11 +89,12 @@ def audit(
         test: the files that are held out; by default the tenth that `finetune` holds out.
         samples: how many records are shown, besides those of the findings.
         positions: those of the model, to which the advice about lengths is held; 0 for an unknown number.
+        batch_size: chooses the examples of a step by the number of all (default: that of `config`).
 
     Raises:
         InputError: for files without a usable record, or which cannot be read to their end; as `choose_template`.
     """
-    return _Auditor(files, tokenizer, config, reading or Reading(), test, samples, positions).audit()
+    return _Auditor(files, tokenizer, config, reading or Reading(), test, samples, positions, batch_size).audit()
 
 
 @dataclass
@@ -113,6 +108,7 @@ class _Auditor:
     test: Sequence[Path]
     n_samples: int
     positions: int = 0
+    batch_size: Callable[[int], int] | None = None
     found: dict[str, Found] = field(default_factory=dict)
     reasons: dict[str, Found] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)  # key → the first record that has it
@@ -172,9 +168,9 @@ class _Auditor:
         """Look at the files once more, in the template that all of them need, not only the first records."""
         if any(map(is_pipe, self.files)) or any(map(is_pipe, self.test)):
             raise InputError(f"{self.files[0]}: all records together need --template {template}; give it")
-        config = self.config.replace(template=template)
         reading = Reading(self.reading.encoding, self.reading.fields)
-        return _Auditor(self.files, self.tokenizer, config, reading, self.test, self.n_samples, self.positions).audit()
+        options = self.config.replace(template=template), reading, self.test, self.n_samples, self.positions
+        return audit(self.files, self.tokenizer, *options, self.batch_size)
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -264,6 +260,8 @@ class _Auditor:
     def _measure_padding(self, held_out: set[int]) -> None:
         """Measure how much of the rows of some batches is padding, with and without packing."""
         lengths = self._trained_lengths(held_out)
+        if self.batch_size:
+            self.config = self.config.replace(batch_size=self.batch_size(len(lengths)))
         for pack in (True, False):
             share = padding_share(lengths, self.config, self.tokenizer.eos_id, pack)
             self.counts[f"padding {'packed' if pack else 'not packed'}"] = share  # type: ignore[assignment]

@@ -314,7 +314,7 @@ class Skipped:
             raise fault
         self.records += lost or 0
         self.skipped += 1 + (lost or 0)
-        shown = len(self.first) < SHOWN and _reason(fault) not in map(_reason, self.first)
+        shown = len(self.first) < SHOWN and kind_of(fault) not in map(kind_of, self.first)
         if shown:
             self.first.append(one_line(fault))
         if self.strict:
@@ -339,6 +339,6 @@ class Skipped:
         return "\n  ".join((f"{self.skipped:,} of {self.records:,} records skipped{rest}:", *lines))
 
 
-def _reason(fault: object) -> str:
+def kind_of(fault: object) -> str:
     """Return what is wrong, without the place: two records with the same fault give the same."""
     return re.sub(r"\d+", "#", re.sub(r"^.*?:\d+(?=\D|$)", "", one_line(fault), count=1))

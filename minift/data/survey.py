@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minift.data.conversations import TEXT_FIELD, Reading, is_conversation, scan_conversations
-from minift.data.records import SHOWN, Record, scan
+from minift.data.records import SHOWN, Record, kind_of, scan
 from minift.data.templates import choose_template, template_named
 from minift.data.unpack import UnreadableError
 from minift.errors import InputError, one_line
@@ -166,17 +166,28 @@ def _add_conversation(
 
 
 class _Faults:
+    """What is wrong with the records that cannot be used: the first of each reason, and how many have it."""
+
     def __init__(self, reason: str = ""):
         self.count = 0
-        self.first: list[str] = []
+        self._first: dict[str, str] = {}  # by the reason
+        self._counts = Counter[str]()
         self.reason = reason  # why the first record is neither pair nor page
 
     def add(self, fault: InputError) -> None:
         if isinstance(fault, UnreadableError):  # the counts would be those of a part
             raise fault
         self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append(one_line(fault))
+        reason = kind_of(fault)
+        if reason in self._first or len(self._first) < SHOWN:
+            self._first.setdefault(reason, one_line(fault))
+            self._counts[reason] += 1
+
+    @property
+    def first(self) -> list[str]:
+        """Return a line for each of the first reasons."""
+        more = {reason: count - 1 for reason, count in self._counts.items()}
+        return [f"{text} (and {more[kind]:,} more)" if more[kind] else text for kind, text in self._first.items()]
 
 
 def _result(kind: str, faults: _Faults, columns: dict[str, Lengths]) -> dict[str, Any]:

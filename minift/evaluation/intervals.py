@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 DRAWS = 2_000
 LEVEL = 0.95
+FEWEST = 3  # items that must agree before an interval without width is given
 Z = 1.959963984540054  # the quantile (1 + LEVEL) / 2 of the normal distribution
 DRAWN_AT_ONCE = 2**20  # items
 LARGEST_EXPONENT = 700.0  # e⁷⁰⁰ is near the largest float64; a model with such a loss is far worse than chance
@@ -80,15 +81,23 @@ class Score:
         right = [part == whole for part, whole in items]
         return right if len(set(self.wholes)) == 1 or len(set(right)) == 1 else None
 
-    def interval(self, seed: int = 0) -> tuple[float, float]:
-        """Return the lower and the upper end of the score's 95 % interval."""
+    def interval(self, seed: int = 0) -> tuple[float, float] | None:
+        """Return the lower and the upper end of the score's 95 % interval; None where the items cannot tell one.
+
+        A mean of shares, none of which is above 1, varies at most as a proportion does: where all items agree, it has
+        that one's interval.
+        """
         if (right := self.right) is not None:
             return wilson(sum(right), len(right))
-        return _middle(_resampled([self], seed)[0])
+        low, high = _middle(_resampled([self], seed)[0])
+        n = len(self.parts)
+        if low == high and self.is_share:
+            return wilson(self.value * n, n)
+        return (low, high) if low < high or n >= FEWEST else None
 
 
-def difference(before: Score, after: Score, seed: int = 0) -> dict[str, float]:
-    """Return `value`, after minus before, and the `low` and `high` end of its 95 % interval.
+def difference(before: Score, after: Score, seed: int = 0) -> dict[str, float | None]:
+    """Return `value`, after minus before, and the `low` and `high` end of its 95 % interval, None where `interval` is.
 
     Two proportions have Newcombe's interval; other scores are computed on the same draws.
     """
@@ -99,10 +108,17 @@ def difference(before: Score, after: Score, seed: int = 0) -> dict[str, float]:
     else:
         old, new = _resampled([before, after], seed)
         low, high = _middle(new - old)
-    return {"value": after.value - before.value, "low": low, "high": high}
+    ends: tuple[float | None, float | None] = (low, high)
+    few = before.is_share or len(before.parts) < FEWEST
+    if low == high and few and (before.parts, before.wholes) != (after.parts, after.wholes):
+        ends_before, ends_after = before.interval(seed), after.interval(seed)
+        ends = (None, None)
+        if before.is_share and after.is_share and ends_before and ends_after:
+            ends = _joined(before.value, ends_before, after.value, ends_after)
+    return {"value": after.value - before.value, "low": ends[0], "high": ends[1]}
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: int) -> tuple[float, float]:
     """Return the ends of Wilson's 95 % interval of a proportion: `right` of `n` items.
 
     These are the proportions p from which the found one is no more than Z standard errors √(p (1 − p) / n) away. Unlike
@@ -133,18 +149,24 @@ def newcombe(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, floa
     if product > 0:
         product = max(0.0, product - n / 2)
     phi = product / math.sqrt(margins) if margins else 0.0
-    (old_low, old_high), (new_low, new_high) = wilson(old, n), wilson(new, n)
-    value = (gained - lost) / n
-    down, up = (new / n - new_low, old_high - old / n), (new_high - new / n, old / n - old_low)
+    return _joined(old / n, wilson(old, n), new / n, wilson(new, n), phi)
+
+
+def _joined(
+    old: float, old_ends: tuple[float, float], new: float, new_ends: tuple[float, float], phi: float = 0.0
+) -> tuple[float, float]:
+    """Return the ends of the interval of `new` - `old`, of those of both, whose correlation is `phi`."""
+    down, up = (new - new_ends[0], old_ends[1] - old), (new_ends[1] - new, old - old_ends[0])
     low, high = (math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b)) for a, b in (down, up))
-    return max(-1.0, value - low), min(1.0, value + high)
+    return max(-1.0, new - old - low), min(1.0, new - old + high)
 
 
 def score_values(scores: Mapping[str, Score | None]) -> dict[str, Any]:
-    """Return scores as plain numbers, and their `intervals`, each [low, high]."""
+    """Return scores as plain numbers, and their `intervals`, each [low, high], of those that have one."""
+    ends = {name: score.interval() for name, score in scores.items() if score is not None}
     return {
         **{name: None if score is None else score.value for name, score in scores.items()},
-        "intervals": {name: list(score.interval()) for name, score in scores.items() if score is not None},
+        "intervals": {name: list(pair) for name, pair in ends.items() if pair is not None},
     }
 
 

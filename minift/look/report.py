@@ -42,8 +42,8 @@ def table(result: dict[str, Any]) -> str:
         count = {"exact_match": "n", "token_f1": "n_token_f1"}.get(name)
         text = f"{label} (n = {before[count]:,})" if count else label
         change = result["difference"][name]
-        ends = f"[{number(change['low'])}, {number(change['high'])}]"
-        shown = f"{'+' * (change['value'] >= 0)}{number(change['value'])} {ends}"
+        ends = f" [{number(change['low'])}, {number(change['high'])}]" if change["low"] is not None else ""
+        shown = f"{'+' * (change['value'] >= 0)}{number(change['value'])}{ends}"
         lines.append(f"{text:<45} {number(before[name]):>9} {number(after[name]):>9}   {shown}")
     if result["skipped"]:
         why = "they have no answer, are too long, or have no place in the template"

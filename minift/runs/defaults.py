@@ -71,7 +71,7 @@ def choose_defaults(config: TrainConfig, choose: Collection[str], task: Task) ->
     """Return the config with the settings named in `choose`, and lines that say what was chosen and why."""
     n, why = len(task.lengths), dict[str, str]()
     if "batch_size" in choose:
-        config = config.replace(batch_size=_batch_size(n), grad_accum=1)
+        config = config.replace(batch_size=batch_size_of(n), grad_accum=1)
         why["batch_size"] = f"steps of {min(config.batch_size, n)} {task.kind}"
     if "max_length" in choose:
         longest, positions = max(*task.lengths, *task.held_out), task.shape.max_position_embeddings
@@ -103,7 +103,7 @@ def choose_defaults(config: TrainConfig, choose: Collection[str], task: Task) ->
 # The rule -------------------------------------------------------------------------------------------------------------
 
 
-def _batch_size(n: int) -> int:
+def batch_size_of(n: int) -> int:
     """Return the number of pairs of a step: the power of two below a tenth of all, within `BATCH`."""
     least, most = BATCH
     return int(min(most, 2 ** int(math.log2(max(least, n / 10)))))

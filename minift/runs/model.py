@@ -35,9 +35,22 @@ def open_model(name: str, tokenizer: Tokenizer, config: TrainConfig, world: Worl
     )
     check_fit(model.config, tokenizer)
     if config.lora_rank:
-        add_lora(model, LoRAConfig.of(config), torch.Generator().manual_seed(config.seed))
+        adapters = LoRAConfig.of(config)
+        _check_rank(adapters, model)
+        add_lora(model, adapters, torch.Generator().manual_seed(config.seed))
     freeze(model, config.freeze)
     return model
+
+
+def _check_rank(adapters: LoRAConfig, model: Llama) -> None:
+    """Raise InputError for a rank that no change of the adapted matrices can have."""
+    parameters = model.named_parameters()
+    most = max(min(weight.shape) for name, weight in parameters if name.split(".")[-2] in adapters.targets)
+    if adapters.rank > most:
+        raise InputError(
+            f"lora_rank is {adapters.rank:,}; no matrix that gets an adapter has a change of a rank above {most:,}, "
+            "the smaller one of its two sizes; lower it"
+        )
 
 
 def random_model(shape: LlamaConfig, config: TrainConfig, world: World) -> Llama:

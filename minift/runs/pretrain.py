@@ -119,7 +119,8 @@ def pretrain(
             print(f"--limit: no more than the first {config.limit:,} documents")
         size = f"{config.batch_size * config.max_length * config.grad_accum:,} tokens"
         compiled = ", compiled (the first step takes a minute or more)" if config.compile and not plain else ""
-        print(f"{plan.steps:,} steps of {size}, {flops:.2g} FLOPs{compiled}")
+        passes = f", {config.epochs:g} passes over the pages" if config.epochs else ""
+        print(f"{plan.steps:,} steps of {size}{passes}, {flops:.2g} FLOPs{compiled}")
         carried = carried_from(job.model) if job.model and config.save_format == "hf" else None
         if carried is not None and carried.in_words():
             print(carried.in_words())
@@ -136,6 +137,9 @@ def pretrain(
             done = complete(run, state, resume)
             _report_skipped(batches)
             if done and world.is_main:
+                if config.steps:
+                    rows = state.step * config.grad_accum * config.batch_size
+                    print(passes_in_words(batches, rows * config.max_length))
                 write_report(out)
         return done
 
@@ -233,6 +237,23 @@ def _validation_rows(job: PretrainJob, tokenizer: Tokenizer, config: TrainConfig
     if not rows:
         raise InputError(f"{job.validation[0]}: too little text for a row of {config.max_length} tokens")
     return rows
+
+
+def passes_in_words(batches: PageBatches, tokens: int) -> str:
+    """Return how often the pages were read for `tokens` positions of training: known from the first pass's end on.
+
+    The stream has been read further, by the ids that are left, and a part of a pass is counted in documents.
+    """
+    state = batches.state_dict()
+    stream, left = state["stream"], len(state["ids"])
+    documents, limit = sum(records for records, _ in stream["whole"].values()), stream["settings"]["limit"]
+    if limit and len(stream["whole"]) < len(stream["files"]):  # which come after those that it leaves
+        documents = limit
+    read = stream["epoch"] and stream["epoch"] + stream["given"] / max(1, documents)
+    passes = read * tokens / (tokens + left)
+    if passes < 1:
+        return "the run ended within its first pass over the pages"
+    return f"about {passes:.1f} passes over the pages"
 
 
 def _report_skipped(batches: PageBatches) -> None:

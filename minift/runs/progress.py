@@ -14,7 +14,9 @@ from minift.costs.flops import data_sheet_flops, training_flops_per_token
 from minift.distributed.world import World
 from minift.pack import PADDING
 from minift.runs.metrics import read_metrics
+from minift.storage.atomic import write_file
 from minift.train import Step, TrainState
+from minift.values import size
 
 BEFORE = "validation_loss_before"  # of the first step's record: the validation loss before that step
 RISE = 0.01  # of the lowest validation loss: a higher one is said
@@ -71,10 +73,71 @@ class Best:
 
 
 @contextmanager
-def metrics_file(out: Path, world: World) -> Iterator[TextIO]:
-    """Open the file of the run's metrics; the ranks that do not keep them write to nothing."""
-    with (out / "metrics.jsonl" if world.is_main else Path(os.devnull)).open("a", encoding="utf-8") as file:
-        yield file
+def metrics_file(out: Path, world: World) -> Iterator["Metrics | TextIO"]:
+    """Open the file of the run's metrics; the ranks that do not keep them write to nothing.
+
+    Raises:
+        OSError: when the disk refuses.
+    """
+    if not world.is_main:
+        with Path(os.devnull).open("a", encoding="utf-8") as nothing:
+            yield nothing
+        return
+    metrics = Metrics(out / "metrics.jsonl")
+    try:
+        yield metrics
+        metrics.check()
+    finally:
+        metrics.close()
+
+
+class Metrics:
+    """The open file of a run's metrics. What another program does to it meanwhile does not end the run, and is said.
+
+    One that is removed or replaced is written again: all its lines are still in the file that is open.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("a+", encoding="utf-8")
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def write(self, text: str) -> None:
+        """Add a text, after a look at the file."""
+        self.check()
+        self._file.write(text)
+
+    def flush(self) -> None:
+        """Hand what was added to the system."""
+        self._file.flush()
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def fileno(self) -> int:
+        """Return the number of the open file."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def check(self) -> None:
+        """Write the file again if it is not at its place, and say so; or say that it was cut."""
+        opened = os.fstat(self._file.fileno())
+        try:
+            if not os.path.samestat(opened, os.stat(self._path)):
+                raise FileNotFoundError
+        except FileNotFoundError:
+            self._file.seek(0)
+            text = self._file.read()
+            write_file(self._path, lambda partial: partial.write_text(text, encoding="utf-8"))
+            self._file.close()
+            self._file = self._path.open("a+", encoding="utf-8")
+            tqdm.write(f"note: {self._path}: was removed or replaced during the run; its lines are written again")
+            return
+        if opened.st_size < self._size:
+            lost = size(self._size - opened.st_size)
+            tqdm.write(f"note: {self._path}: was cut by {lost} during the run; the report lacks those steps")
+            self._size = opened.st_size
 
 
 def record_of(state: TrainState, step: Step) -> dict[str, Any]:

@@ -80,6 +80,8 @@ class ChatTemplate(Template):
         if not learned:
             return [self._spans(turns, where, self.text.render(turns, where), [])]
         learned = learned if learn == "all" else learned[-1:]
+        if (spans := self._written_once(turns[: learned[-1] + 1], learned, where)) is not None:
+            return [spans]
         prompts, texts = dict[int, str](), dict[int, str]()
         for place in learned:
             prompts[place], texts[place] = self._prompt_and_text(turns[:place], turns[place], where)
@@ -138,6 +140,30 @@ class ChatTemplate(Template):
         return before
 
     # Which characters are learned -------------------------------------------------------------------------------------
+
+    def _written_once(self, turns: Sequence[Turn], learned: Sequence[int], where: str) -> list[Span] | None:
+        """Return the spans of a text that grows turn by turn, without writing it again for each answer.
+
+        Its beginnings are the texts of fewer turns, so the first answer shows what comes before and after each. None
+        for any other template, and where an answer differs from the first. A chat of 4,000 turns takes 0.1 s, not 13.
+        """
+        if self.text.marks_answers or len(learned) < 3:
+            return None
+        whole = self.text.render(turns, where)
+        starts, first, last = self.text.starts, learned[0], learned[-1]
+        if starts is None or len(starts) != len(turns):
+            return None
+        starts = list(starts)  # the next rendering has its own
+        prompt, text = self._prompt_and_text(turns[:first], turns[first], where)
+        before, after = prompt[starts[first] :], text[starts[first + 1] :]
+        if self.text.render(turns[:last], where, prompt=True) != whole[: starts[last]] + before:
+            return None
+        ends = [*starts[1:], len(whole) - len(after)]
+        stretches = [(starts[place] + len(before), ends[place] + len(after)) for place in learned]
+        for place, (start, end) in zip(learned, stretches, strict=True):
+            if start > end or not (whole.startswith(before, starts[place]) and whole.startswith(after, ends[place])):
+                return None
+        return self._spans(turns, where, whole, stretches)
 
     def _prompt_and_text(self, before: Sequence[Turn], answer: Turn, where: str) -> tuple[str, str]:
         """Return what a model is given, and the text with its answer. Raise InputError unless that goes on from it."""

@@ -76,6 +76,11 @@ class ChatText:
         ]
         return self._renderer.render(messages, prompt, where, marks)
 
+    @property
+    def starts(self) -> list[int] | None:
+        """Return where each turn begins in the text that was rendered last, as `Renderer.starts` does."""
+        return self._renderer.starts
+
     def ends_turn(self, text: str) -> bool:
         """Return whether a text ends in an added token, white space after it left out."""
         return text.rstrip().endswith(self.names)

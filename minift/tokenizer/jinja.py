@@ -60,7 +60,11 @@ class Renderer:
         self._where, self._variables = where, dict(variables)
         self._environment = _Environment(now)
         try:
-            tree = _Paid().visit(self._environment.parse(source))
+            tree = self._environment.parse(source)
+            self._loop = _growing_loop(tree)
+            tree = _Paid().visit(tree)
+            if self._loop is not None:
+                self._loop.body.insert(0, _statement("begin_round"))
             code = self._environment.compile(tree, where, where)
             self._template = jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
         except jinja2.TemplateSyntaxError as error:
@@ -86,12 +90,14 @@ class Renderer:
             InputError: when the template refuses the messages, fails, or uses up its budget.
         """
         environment, parts, length = self._environment, list[str](), 0
+        environment.starts, environment.written = [], 0
         environment.begin(marks)
         variables = {**self._variables, "messages": messages, "tools": None, "documents": None}
         try:
             for part in self._template.generate(**variables, add_generation_prompt=add_generation_prompt):
                 parts.append(part)
                 length += len(part)
+                environment.written = length
                 if length > BUDGET:
                     raise _TooMuchError
             return "".join(parts)
@@ -105,6 +111,15 @@ class Renderer:
             reason = f"the chat template fails at {self._where}{line}: {_words(error)}"
         raise InputError(one_line(f"{conversation}: {reason}"))
 
+    @property
+    def starts(self) -> list[int] | None:
+        """Return where each message begins in the text that was rendered last; None unless the text grows by messages.
+
+        Then the text of fewer messages is the same up to the end of the last of them, and what follows the messages
+        does not depend on them.
+        """
+        return None if self._loop is None else self._environment.starts
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja as `transformers` sets it up, with a budget."""
@@ -116,6 +131,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.begin(("", ""))
         self.filters["tojson"] = _tojson
         self.filters["paid"], self.filters["pay"] = self.paid, self.pay
+        self.starts: list[int] = []
+        self.written: int = 0  # characters of this rendering
+        self.filters["begin_round"] = lambda _: self.starts.append(self.written)
         for name in ("center", "indent", "batch", "slice", "format"):
             self.filters[name] = _with_bounds(self.filters[name])
         self.globals.pop("lipsum")
@@ -203,10 +221,47 @@ class _Paid(NodeTransformer):
     def _paid_body(self, node: Any) -> Any:
         self.generic_visit(node)
         price = ROUND + sum(len(text.data) for text in node.find_all(nodes.TemplateData))
-        # A filter is called directly, a function with the sandbox's checks. Of a constant it would be called only once.
-        pay = nodes.Filter(nodes.EnvironmentAttribute("marks"), "pay", [nodes.Const(price)], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(pay).set_lineno(node.lineno))
+        node.body.insert(0, _statement("pay", nodes.Const(price)).set_lineno(node.lineno))
         return node
+
+
+def _statement(name: str, *arguments: nodes.Expr) -> nodes.Node:
+    """Return a statement that calls a filter of the environment."""
+    # A filter is called directly, a function with the sandbox's checks. Of a constant it would be called only once.
+    return nodes.ExprStmt(nodes.Filter(nodes.EnvironmentAttribute("marks"), name, [*arguments], [], None, None))
+
+
+_GROWING = ("index", "index0", "first")  # what a loop may ask of itself without knowing what comes later
+_STATEFUL = ("messages", "loop", "namespace", "cycler", "joiner", "self", "caller")
+_ITERATORS = ("map", "select", "reject", "selectattr", "rejectattr", "batch", "slice")  # each is used up by its use
+_PARTS = (nodes.Block, nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, nodes.NSRef)
+
+
+def _growing_loop(tree: nodes.Template) -> nodes.For | None:
+    """Return the loop over the messages of a template whose text grows by messages; None for any other.
+
+    It asks for the messages in this one loop and, by `messages[0]`, for the first. The loop does not ask how many there
+    are, what comes next, or for what ends the text, and it leaves no trace: what it sets is gone after each round.
+    """
+    loops = [node for node in tree.body if isinstance(node, nodes.For) and getattr(node.iter, "name", "") == "messages"]
+    if len(loops) != 1 or loops[0].recursive or loops[0].else_ or loops[0].test:
+        return None
+    allowed = {id(loops[0].iter)}
+    for item in tree.find_all(nodes.Getitem):
+        if isinstance(item.arg, nodes.Const) and item.arg.value == 0 and getattr(item.node, "name", "") == "messages":
+            allowed.add(id(item.node))
+    for attribute in tree.find_all(nodes.Getattr):
+        if attribute.attr in _GROWING and getattr(attribute.node, "name", "") == "loop":
+            allowed.add(id(attribute.node))
+    if any(name.name in _STATEFUL and id(name) not in allowed for name in tree.find_all(nodes.Name)):
+        return None
+    if any(name.name == "add_generation_prompt" for name in loops[0].find_all(nodes.Name)):
+        return None
+    values = [assigned.node for assigned in tree.find_all(nodes.Assign)]
+    filters = [one for value in values for one in (value, *value.find_all(nodes.Filter))]
+    if any(isinstance(one, nodes.Filter) and one.name in _ITERATORS for one in filters):
+        return None
+    return None if any(tree.find_all(_PARTS)) else loops[0]
 
 
 class _Generation(Extension):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from minift import __version__
+from minift import __version__, generate
 from minift.checkpoint import load_model, save_model
 from minift.cli import main
 from minift.cli.commands import make_parser
@@ -337,6 +337,26 @@ def test_the_same_seed_gives_the_same_text(small_checkpoint: Path, capsys: pytes
     assert len(set(sampled)) == 3
     assert text("--temperature", "1", "--seed", "2", "--top-k", "1") == text()  # among the likeliest alone: greedy
     assert text("--temperature", "1", "--seed", "3", "--top-p", "1e-6") == text()
+
+
+@pytest.mark.parametrize("limit", [3, 1_000])
+def test_a_text_that_was_cut_is_said_to_be_on_a_terminal(
+    small_checkpoint: Path, limit: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nowhere else: what reads a pipe gets the text alone."""
+    words = ["generate", "--model", str(small_checkpoint), "--prompt", "Hello", "--max-new-tokens", str(limit)]
+    assert main(words) == 0
+    piped = capsys.readouterr()
+    assert piped.err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert shown.out == piped.out
+    why = "--max-new-tokens 3" if limit == 3 else "the model's last position, 512"
+    assert shown.err == f"note: stopped at {why}; the model had not ended its text\n"
+    monkeypatch.setattr(generate, "sample", lambda logits, *_: torch.full(logits.shape[:1], 2))
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_tokenizer_is_trained_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -721,3 +721,18 @@ def test_what_a_text_is_named_for(tmp_path: Path, tokenizer: Tokenizer, text: st
     file = write(tmp_path / "x.jsonl", [*pairs(20), {"question": "What is it?", "answer": text}])
     found = {finding.name: finding.where for finding in audit([file], tokenizer, FINETUNE).findings}
     assert found == ({name: f"{file}:21"} if name else {})
+
+
+@pytest.mark.parametrize("count", [9, 100, 1_000])
+def test_steps_are_counted_as_finetune_would_take_them(
+    count: int, tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of as many records as it chooses for them."""
+    data, model = str(write(tmp_path / "data.jsonl", pairs(count))), str(small_checkpoint)
+    assert main(["data", "audit", data, "--model", model, "--json", str(tmp_path / "audit.json")]) == 0
+    steps = json.loads((tmp_path / "audit.json").read_text())["counts"]["steps an epoch"]
+    capsys.readouterr()
+    run = ["--epochs", "1", "--compare", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(["finetune", "--model", model, "--data", data, *run]) == 0
+    taken = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert taken == steps

@@ -20,7 +20,7 @@ from minift.data.conversations import read_all_conversations
 from minift.data.examples import encode_conversations
 from minift.data.records import find_files
 from minift.data.stream import DocumentStream
-from minift.data.survey import Lengths, survey
+from minift.data.survey import Lengths, survey, survey_text
 from minift.data.templates import TEMPLATES, choose_template
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
@@ -291,3 +291,17 @@ def test_pairs_are_shown_in_each_template(tmp_path: Path, capsys: pytest.Capture
     assert main(["data", "format", str(file), "-n", "3", "--template", "auto"]) == 0
     blocks = capsys.readouterr().out.split("--- ")[1:]
     assert [block.split(":")[1].split(",")[1].strip() for block in blocks] == ["plain", "plain", "carried"]
+
+
+def test_a_reason_that_many_records_share_is_said_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Whatever numbers are in it; another reason, which comes after many of those, is not lost."""
+    for i in range(7):
+        write_jsonl(tmp_path / f"{i}.jsonl", [{"text": "A page."}, {"url": "x"}, {"url": i}, *[b"{oops"] * (i == 6)])
+    result = survey(find_files([tmp_path]), tokenizer)
+    assert result["malformed"] == 15
+    first, second = result["first_malformed"]
+    assert first.startswith(f"{tmp_path / '0.jsonl'}:2: ")
+    assert first.endswith(" (and 13 more)")
+    assert second.startswith(f"{tmp_path / '6.jsonl'}:4: ")
+    assert not second.endswith("more)")
+    assert f"\n  {first}\n  {second}\n" in survey_text(result)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from minift.evaluation import intervals
-from minift.evaluation.intervals import Score, difference, exponential, newcombe, wilson
+from minift.evaluation.intervals import Score, difference, exponential, newcombe, score_values, wilson
 
 
 def test_a_score_is_a_ratio_of_sums() -> None:
@@ -80,11 +80,11 @@ def test_the_same_seed_gives_the_same_interval(monkeypatch: pytest.MonkeyPatch) 
     assert difference(score, score) == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [2, 3])
 def test_few_items(n: int) -> None:
     low, high = Score([float(i) for i in range(n)], [1.0] * n).interval()
     assert 0 <= low <= high <= n - 1
-    assert Score([1.0], [0.0]).interval() == (1.0, 1.0)  # a text of no bytes
+    assert Score([1.0] * 3, [0.0] * 3).interval() == (3.0, 3.0)  # texts of no bytes
 
 
 # Proportions ----------------------------------------------------------------------------------------------------------
@@ -164,3 +164,31 @@ def test_what_is_no_proportion_is_drawn() -> None:
     assert half.interval() == wilson(20, 40)
     mixed = Score([0.25] * 40, [1.0] * 40, is_share=True)
     assert difference(half, mixed) == difference(Score(half.parts, half.wholes), Score(mixed.parts, mixed.wholes))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_items_that_agree_promise_nothing_about_others(n: int) -> None:
+    """One or two records, or some that are alike: an interval without width would say that no other could differ."""
+    f1 = Score([0.4] * n, [1.0] * n, is_share=True)
+    assert f1.interval() == pytest.approx(wilson(0.4 * n, n))
+    surprise = Score([7.0] * n, [2.0] * n, exponential)
+    assert surprise.interval() is None
+    better = difference(f1, Score([0.7] * n, [1.0] * n, is_share=True))
+    assert -1 <= better["low"] < 0 < better["value"] < better["high"] <= 1
+    likelier = difference(surprise, Score([3.0] * n, [2.0] * n, exponential))
+    assert (likelier["low"], likelier["high"]) == (None, None)
+    same = difference(surprise, surprise)
+    assert (same["low"], same["high"]) == (0, 0)  # one model, whatever the record
+    found = score_values({"f1": f1, "perplexity": surprise, "none": None})
+    assert list(found["intervals"]) == ["f1"]
+    assert found["perplexity"] == pytest.approx(math.exp(3.5))
+
+
+@pytest.mark.parametrize("n", [3, 30])
+def test_a_difference_of_two_halves_is_bounded_by_both(n: int) -> None:
+    """Where all items have the same share: the distances to the ends are those of both models, put at right angles."""
+    before, after = (Score([value] * n, [1.0] * n, is_share=True) for value in (0.25, 0.5))
+    (a, b), (c, d) = wilson(n / 4, n), wilson(n / 2, n)
+    found = difference(before, after)
+    assert found["low"] == pytest.approx(0.25 - math.hypot(0.5 - c, b - 0.25))
+    assert found["high"] == pytest.approx(0.25 + math.hypot(d - 0.5, 0.25 - a))

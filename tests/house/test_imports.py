@@ -130,6 +130,11 @@ def test_the_order_of_reading_is_one_line_through_the_root() -> None:
     assert re.findall(r"^\| \*\*`([\w/]+)\.py`", readme, re.MULTILINE) == list(WAY)
 
 
+@pytest.mark.parametrize("path", ROOM, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
 # The way of one pair, from its text to a changed weight; and below, the lines that it may have.
 WAY = ("prompts", "tokenizer/base", "tokenizer/sentencepiece", "pack", "model", "cache", "loss", "optim", "train")
 

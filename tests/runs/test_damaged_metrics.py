@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from minift.checkpoint import load_model
 from minift.cli import main
 from minift.errors import InputError
+from minift.runs import loop
 from minift.runs.metrics import cut_metrics, read_metrics
 from minift.runs.progress import Best
 from tests.helpers import write_jsonl
@@ -215,3 +217,49 @@ def test_a_line_that_was_lost_is_never_one_of_two(tmp_path: Path) -> None:
         write_jsonl(file, [bad, {"step": 1, **numbers}])
         assert "line 1 moved to metrics.jsonl.damaged: not valid JSON" in cut_metrics(file, 1)
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"first\nsecond\n"
+
+
+# During the run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [3, STEPS])
+@pytest.mark.parametrize("way", ["removed", "replaced", "cut"])
+def test_what_another_program_does_to_the_file_is_said(
+    whole: Path,
+    tmp_path: Path,
+    way: str,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Once; the run goes on, and no line that is still there is lost."""
+    out, shown = tmp_path / "run", loop.show
+
+    def spoiled(bar: object, record: dict[str, float]) -> None:
+        shown(bar, record)
+        if record["step"] == step:
+            file = out / "metrics.jsonl"
+            content = file.read_bytes()
+            if way == "cut":
+                os.truncate(file, len(content.splitlines(keepends=True)[0]))
+            else:
+                file.unlink()
+            if way == "replaced":
+                file.write_bytes(content[:-20])
+
+    monkeypatch.setattr(loop, "show", spoiled)
+    inputs = json.loads((whole / "config.json").read_text())["inputs"]
+    words = ["--model", inputs["model"], "--data", *inputs["data"], "--steps", str(STEPS), "--eval-every", "2"]
+    words += ["--device", "cpu", "--dtype", "float32", "--batch-size", "2", "--warmup", "1", "--out", str(out)]
+    assert main(["finetune", *words]) == 0
+    (said,) = [
+        line for line in capsys.readouterr().out.splitlines() if str(out / "metrics.jsonl") in line and "note" in line
+    ]
+    if way == "cut":
+        assert "during the run; the report lacks those steps" in said
+        assert steps_of(out)[0] == 1
+        assert steps_of(out)[1:] == list(range(step, STEPS + 1))
+    else:
+        assert said.endswith("was removed or replaced during the run; its lines are written again")
+        assert steps_of(out) == list(range(1, STEPS + 1))
+        assert torch.equal(*(load_model(it / "final").embed_tokens.weight for it in (out, whole)))

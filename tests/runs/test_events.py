@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +90,29 @@ def test_a_run_that_gets_it_when_resumed_has_all_steps(words: list[str], tmp_pat
     shutil.rmtree(out / "step_000006")
     assert main(["finetune", "--resume", "--out", str(out), "--tensorboard"]) == 0
     assert_same(out, 6)
+
+
+def test_an_evaluation_that_is_made_up_for_is_in_it(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal interrupts the evaluation after step 3; `--resume` makes it, once."""
+    pytest.importorskip("tensorboard")
+    out, plain, calls = tmp_path / "run", loop.validation_loss, []
+
+    def interrupted(*arguments: Any) -> float:
+        calls.append(True)
+        if len(calls) == 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validation_loss", interrupted)
+        assert main([*words, "--tensorboard"]) == 1
+    assert [step["step"] for step in events(out) if "validation_loss" in step] == [0]
+    assert main(["finetune", "--resume", "--out", str(out)]) == 0
+    assert_same(out, 6)
+    assert [step["step"] for step in events(out) if "validation_loss" in step] == [0, 3, 6]
 
 
 def test_one_rank_writes(words: list[str], small_checkpoint: Path, tmp_path: Path) -> None:

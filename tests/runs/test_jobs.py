@@ -7,6 +7,7 @@ weights replicated or sharded, must come to the same model as one.
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from minift.checkpoint import load_model
+from minift.cli import main
 from minift.config import FINETUNE, LlamaConfig, TrainConfig
 from minift.costs.flops import training_flops_per_token
 from minift.data.batches import PageBatches
@@ -32,6 +34,7 @@ from minift.runs.finetune import finetune, finetune_job
 from minift.runs.folder import FinetuneJob, PretrainJob
 from minift.runs.pretrain import make_plan, open_pages, pretrain, pretrain_job
 from minift.tokenizer.base import Tokenizer
+from minift.tokenizer.load import load_tokenizer
 from tests.helpers import SMALL, encode_pair, plain_nll, write_jsonl
 from tests.runs.ranks import by_two
 
@@ -368,3 +371,29 @@ def test_two_processes_pretrain_as_one_does(pages: PretrainJob, tmp_path: Path, 
     by_two(pretrain, pages, PAGES.replace(parallel=parallel), tmp_path / "two")
     assert pretrain(pages, PAGES, tmp_path / "one")
     assert_close(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize(("steps", "limit"), [(2, None), (30, None), (30, 11), (90, None)])
+def test_pretraining_says_how_often_the_pages_were_read(
+    steps: int, limit: int | None, tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given in steps, it is known at the end; in epochs, from the beginning. Unusable records make no difference."""
+    pages = [{"text": f"Page {i} of some words, and a few more. " * (1 + i % 3)} for i in range(200)]
+    data = write_jsonl(tmp_path / "pages.jsonl", pages)
+    words = ["pretrain", "--model", str(small_checkpoint), "--data", str(data), "--max-length", "64", "--device", "cpu"]
+    words += ["--batch-size", "4", "--dtype", "float32", *(["--limit", str(limit)] if limit else [])]
+    assert main([*words, "--steps", str(steps), "--out", str(tmp_path / "a")]) == 0
+    (said,) = [
+        line for line in capsys.readouterr().out.splitlines() if "passes over" in line or "first pass over" in line
+    ]
+    encoded = load_tokenizer(small_checkpoint).encode
+    ids = sum(len(encoded(page["text"], bos=True, eos=True)) for page in pages[:limit])
+    expected = steps * 4 * 64 / ids
+    if expected < 1:
+        assert said == "the run ended within its first pass over the pages"
+    else:
+        found = re.fullmatch(r"about (\d+\.\d) passes over the pages", said)
+        assert found
+        assert float(found[1]) == pytest.approx(expected, rel=0.05, abs=0.06)
+    assert main([*words, "--epochs", "1.5", "--out", str(tmp_path / "b")]) == 0
+    assert ", 1.5 passes over the pages, " in capsys.readouterr().out

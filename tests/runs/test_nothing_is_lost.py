@@ -8,7 +8,9 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -275,6 +277,52 @@ def test_an_import_does_not_swallow_it(command: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+AT_ONCE = """
+import os, runpy, signal, sys
+
+class Pressing:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), int(sys.argv[2]))
+            for _ in range(1000): pass
+
+sys.meta_path.insert(0, Pressing())
+if sys.argv[3] == "module":
+    runpy.run_module("minift", run_name="__main__")
+else:
+    from importlib import import_module
+    module, name = sys.argv[3].split(":")
+    sys.exit(getattr(import_module(module), name)())
+"""
+
+
+@pytest.mark.parametrize("way", ["module", "command"])
+@pytest.mark.parametrize("imported", ["minift.cli", "minift.cli.commands", "argparse"])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_in_the_first_moment(way: str, imported: str, number: int) -> None:
+    """While the command line itself is imported."""
+    command = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["minift"]
+    words = [sys.executable, "-c", AT_ONCE, imported, str(int(number)), way if way == "module" else command]
+    done = completed(words, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "minift: interrupted\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_the_first_step(words: list[str], tmp_path: Path, number: int) -> None:
+    """While the data are read: the pipe that they come from does not end."""
+    os.mkfifo(tmp_path / "pairs.jsonl")
+    given = [*words, "--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "minift", *given]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with started as process, (tmp_path / "pairs.jsonl").open("w"):  # when the run has opened its end
+        process.send_signal(number)
+        _, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (1, "minift: interrupted\n")
+    assert not (tmp_path / "run").exists()
+
+
 # Minutes --------------------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +389,7 @@ def test_a_number_of_steps_may_be_given_as_before() -> None:
 # Space ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", ["", "--keep 3", "--keep 0", "--keep-last", "--keep 2 --lora-rank 40"])
+@pytest.mark.parametrize("flags", ["", "--keep 3", "--keep 0", "--keep-last", "--keep 2 --lora-rank 24"])
 def test_the_space_that_saves_take(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:

@@ -5,9 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,9 +18,11 @@ from minift.cli import main
 from minift.config import TrainConfig
 from minift.distributed.world import World
 from minift.errors import InputError
+from minift.runs import common, loop
 from minift.runs.finetune import finetune, finetune_job
 from minift.runs.folder import own_folder, start_folder
 from minift.runs.place import check_replaceable, is_free, is_run, newest_run, next_name, remove_run
+from minift.runs.progress import Best
 from minift.storage.lock import LOCK, locked
 from tests.helpers import write_jsonl
 from tests.runs.ranks import by_two
@@ -165,6 +170,28 @@ def test_one_of_several_processes_removes_it(words: list[str], tmp_path: Path) -
     by_two(finetune, job, config, out, False, False, (), True)
     assert (out / "compare.json").is_file()
     assert not (out / "step_000003").exists()
+
+
+def test_no_process_reads_the_metrics_of_the_earlier_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the one that removes it takes: an evaluation in them would end or steer one process alone."""
+    out, start, of = make_run(tmp_path / "run"), common.start_folder, Best.of
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(1)
+        start(*arguments)
+
+    def checked(metrics: Path) -> Best:
+        assert not metrics.exists(), "the earlier run is still there"
+        return of(metrics)
+
+    monkeypatch.setattr(common, "start_folder", slow)
+    monkeypatch.setattr(loop, "Best", SimpleNamespace(of=checked))
+    job = finetune_job(words[words.index("--model") + 1], [words[words.index("--data") + 1]])
+    config = TrainConfig(steps=2, batch_size=2, dtype="float32", device="cpu", parallel="ddp")
+    assert (out / "metrics.jsonl").exists()
+    by_two(finetune, job, config, out, False, False, (), True)
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,55 @@ def test_a_step_folder_of_another_run_is_refused(place: Path, capsys: pytest.Cap
     assert "step_000003: was saved by another run than that of" in capsys.readouterr().err
 
 
+EDITED = {  # settings that decide no step, or only how many of them a stopped run still takes
+    "workers": 1,
+    "keep": 5,
+    "strict": True,
+    "save_every": "7m",
+    "max_minutes": 600.0,
+    "compare": 1,
+    "keep_last": True,
+    "eval_every": 2,
+    "patience": 9,
+    "save_format": "hf",
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_a_setting_that_decides_no_step_may_be_edited(made: Path, place: Path, name: str) -> None:
+    """In the config.json of a run, it makes no other run of it: the step folders in it are still its own."""
+    if name == "save_format":
+        pytest.importorskip("safetensors")
+        pytest.importorskip("tokenizers")
+    out = place / "finetune"
+    edit(out, name, EDITED[name])
+    assert main(["finetune", "--resume", "--out", str(out)]) == 0
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+    if name not in ("keep_last", "save_format"):  # those make another final/ of the same steps
+        assert same_end(place, made, "finetune")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", 3e-4), ("batch_size", 3), ("seed", 1), ("clip", 0.5), ("weight_decay", 0.1)]
+)
+def test_a_setting_that_decides_steps_makes_another_run(
+    place: Path, name: str, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = place / "finetune"
+    edit(out, name, value)
+    assert main(["finetune", "--resume", "--out", str(out)]) == 2
+    assert f"step_000002: was saved by another run than that of {out}" in capsys.readouterr().err
+    assert not (out / "final").exists()
+
+
+def edit(out: Path, name: str, value: object) -> None:
+    """Change a setting in a run's config.json."""
+    run = json.loads((out / "config.json").read_text())
+    assert run["train"][name] != value
+    run["train"][name] = value
+    (out / "config.json").write_text(json.dumps(run))
+
+
 def test_a_step_folder_under_another_number_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = place / "pretrain"
     shutil.move(out / "step_000002", out / "step_000003")

@@ -204,6 +204,32 @@ def test_ten_conversations(programs: Programs, stem: str) -> None:
         assert found["compared"] >= 8, found
 
 
+def test_a_text_that_is_written_once_is_the_same(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the one that is written again for each answer: of all templates, and some of them are written once."""
+    turns = [Turn(("user", "assistant")[place % 2], f"Text {place}.", bool(place % 2)) for place in range(12)]
+    chats = [Chat(tuple(turns)), Chat((Turn("system", "Be kind."), *turns))]
+    found, once = list[dict[Any, Any]](), set[str]()
+    written = ChatTemplate._written_once
+
+    def seen(self: ChatTemplate, *arguments: Any) -> Any:
+        spans = written(self, *arguments)
+        if spans is not None:
+            once.add(self.text.where)
+        return spans
+
+    for way in (seen, lambda *_: None):
+        monkeypatch.setattr(ChatTemplate, "_written_once", way)
+        found.append({})
+        for stem in programs.sources:
+            for chat in chats:
+                try:
+                    found[-1][stem, chat] = programs.template(stem, False).examples(chat)
+                except InputError as refusal:
+                    found[-1][stem, chat] = str(refusal)
+    assert found[0] == found[1]
+    assert once
+
+
 @cache
 def words() -> st.SearchStrategy[str]:
     pieces = [

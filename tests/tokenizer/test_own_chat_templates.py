@@ -8,12 +8,14 @@ import pickle
 import random
 import sys
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minift.cli import main
+from minift.errors import InputError
 from minift.prompts import Chat, Pair, Span, Turn
 from minift.storage.names import bundled
 from minift.tokenizer.base import Tokenizer
@@ -515,3 +517,74 @@ def test_a_template_may_not_reach_python() -> None:
     for source in ("{{ ''.__class__ }}", "{{ messages.__len__ }}", "{{ raise_exception.__code__ }}"):
         text = of(CHATML + source).text.render(TWO.turns, "x")
         assert text == of(CHATML).text.render(TWO.turns, "x")  # undefined, and so nothing
+
+
+# Long chats -----------------------------------------------------------------------------------------------------------
+
+HEAD = "{% if messages[0].role != 'system' %}{{ bos_token }}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+ROUND = "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+LOOP = "{% for m in messages %}" + ROUND + "{% endfor %}" + ASKED
+GROWING = {
+    "plain": LOOP,
+    "first": HEAD + LOOP,
+    "counted": HEAD + LOOP.replace("{{ m.role", "{% if loop.first %}{{ loop.index0 }}{% endif %}{{ m.role"),
+    "a macro": "{% macro say(m) %}" + ROUND + "{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}" + ASKED,
+    "numbered": LOOP.replace("{{ m.content", "{{ loop.index }} {{ m.content"),  # each answer differs from the first
+    "other answers": LOOP.replace("{{ m.content", "{% if loop.index == 6 %}!{% endif %}{{ m.content"),
+}
+NOT_GROWING = {
+    "last": LOOP.replace("{{ m.role", "{% if loop.last %}{{ eos_token }}{% endif %}{{ m.role"),
+    "how many": LOOP.replace("{{ m.role", "{% if messages | length > 9 %}!{% endif %}{{ m.role"),
+    "the end": LOOP + "{% if messages[-1].role == 'user' %}{% endif %}",
+    "next": LOOP.replace("{{ m.role", "{{ '' if loop.nextitem is defined else '' }}{{ m.role"),
+    "renamed": "{% set all = messages %}" + LOOP,
+    "without the first": "{% if not bos_token %}{% set messages = messages[1:] %}{% endif %}" + LOOP,
+    "namespace": "{% set n = namespace(k=0) %}" + LOOP.replace(ROUND, "{% set n.k = n.k + 1 %}" + ROUND),
+    "a used-up list": "{% set n = [1, 2, 3] | map('string') %}" + LOOP.replace(ROUND, "{{ n | first }}" + ROUND),
+    "asked in the loop": LOOP.replace(ROUND, "{% if add_generation_prompt %}{% endif %}" + ROUND),
+    "two loops": LOOP + "{% for m in messages %}{% endfor %}",
+    "filtered": LOOP.replace("in messages", "in messages if m.role != 'system'"),
+    "marked": MARKED,
+}
+
+
+def long_chat(turns: int) -> Chat:
+    said = [("u" if place % 2 == 0 else "a", f"Text {place}.") for place in range(turns)]
+    return chat(*said)
+
+
+@pytest.mark.parametrize("learn", ["all", "last"])
+@pytest.mark.parametrize("name", [*GROWING, *NOT_GROWING])
+def test_a_text_that_is_written_once_is_the_same(name: str, learn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the one that each answer, and what asks for it, was looked at for: where that can be known, and elsewhere."""
+    found = []
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(ChatTemplate, "_written_once", lambda *_: None)
+        template = of({**GROWING, **NOT_GROWING}[name])
+        try:
+            found.append(template.examples(long_chat(13), learn))
+        except InputError as refusal:
+            found.append(str(refusal))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_long_chat_is_written_a_few_times(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not twice for each answer, which took a chat of 4,000 turns 13 s."""
+    renderer = import_module("minift.tokenizer.jinja").Renderer
+    rendered, render = [], renderer.render
+
+    def counted(self: Any, messages: Any, *arguments: Any) -> str:
+        rendered.append(len(messages))
+        return render(self, messages, *arguments)
+
+    monkeypatch.setattr(renderer, "render", counted)
+    of(GROWING[name]).examples(long_chat(200))
+    assert sum(rendered) < 10 * 200
+
+
+@pytest.mark.parametrize("name", NOT_GROWING)
+def test_a_text_that_a_later_turn_may_change_is_written_for_each_answer(name: str) -> None:
+    assert of(NOT_GROWING[name])._written_once(long_chat(8).turns, [1, 3, 5, 7], "a chat") is None

@@ -300,6 +300,11 @@ def test_a_damaged_adapter_is_passed_over(run: Path, tmp_path: Path, capsys: pyt
         (["--lora-rank", "4", "--lora-targets", " , "], "lora_targets is empty"),
         (["--lora-rank", "4", "--lora-dropout", "1"], "lora_dropout is 1.0; it must be below 1"),
         (["--lora-rank", "-1"], "lora_rank is -1"),
+        (
+            ["--lora-rank", "100000"],
+            "lora_rank is 100,000; no matrix that gets an adapter has a change of a rank above 192",
+        ),
+        (["--lora-rank", "65", "--lora-targets", "k_proj"], "above 64,"),
         (["--lora-rank", "4", "--lora-alpha", "0"], "lora_alpha is 0.0"),
     ],
 )

@@ -133,7 +133,8 @@ def _scores(result: Mapping[str, Any]) -> str:
             continue
         cells = [with_ends(side[name], side["intervals"].get(name)) for side in (result["before"], result["after"])]
         change = result["difference"][name]
-        rows.append([text(label), *cells, with_ends(change["value"], (change["low"], change["high"]), sign=True)])
+        ends = None if change["low"] is None else (change["low"], change["high"])
+        rows.append([text(label), *cells, with_ends(change["value"], ends, sign=True)])
     note = f"{result['before']['n']:,} questions with an answer to be matched. The 95 % interval is in brackets."
     if (few := few_line(result)) is not None:
         note += f" {few.removeprefix('note: ').capitalize()}."
