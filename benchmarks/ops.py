@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     arguments.check_plot(options.plot)
     names = options.only or list(OPERATIONS)
     modes = cold.MODES if options.caches == "both" else (options.caches,)
-    timer = options.timer or ("events" if setting.device == "cuda" else "wall")
+    timer = options.timer or timers.usual(setting.device)
     floors = {mode: floor.measure(timer, setting.device, mode) for mode in modes}
     watch = Watch(setting.device)
     if watch.missing:
