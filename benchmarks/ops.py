@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         return
     names = own.operations or options.only or list(OPERATIONS)
     modes = cold.MODES if options.caches == "both" else (options.caches,)
-    timer = options.timer or ("events" if setting.device == "cuda" else "wall")
+    timer = options.timer or timers.usual(setting.device)
     floors = {mode: floor.measure(timer, setting.device, mode) for mode in modes}
     watch = Watch(setting.device)
     if watch.missing:
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
         del operation  # release its tensors before the next operation makes its own
         of_mode = {mode: operations[mode][name] for mode in modes}
         lines = own.table(of_mode, times) if own.places else _rows(name, of_mode)
-        print(lines + _how_it_ended(times[modes[0]]), flush=True)
+        print(lines + _how_it_ended(times[modes[0]], timer), flush=True)
     measured = roof.best(around)
     result: dict[str, Any] = {
         "benchmark": "ops",
@@ -313,11 +313,13 @@ def _cells(variant: Mapping[str, Any]) -> str:
     return f"{_milliseconds(middle):>12}{cells[0]:>6}{cells[1]:>6}"
 
 
-def _how_it_ended(times: Times) -> str:
-    """Say how many turns there were when that is worth a line: the budget was gone, or turns were left out."""
+def _how_it_ended(times: Times, timer: str = "wall") -> str:
+    """Say in a line if the budget was gone, turns were left out, or the timer that was asked for could not be used."""
     samples = next(iter(next(iter(times.values())).values()))
     said = ["the budget is gone"] if samples.stopped == "budget" else []
     said += [f"{number} left out: {mark}" for mark, number in samples.left_out.items()]
+    sides = [(phase, name, one.timer) for phase, variants in times.items() for name, one in variants.items()]
+    said += [f"{name} {phase} by {used}" for phase, name, used in sides if used != timer]
     return f"\n{'':<10}turns: {len(samples.samples)}; {', '.join(said)}" if said else ""
 
 

@@ -172,6 +172,11 @@ class Graph(Events):
         return graph
 
 
+def usual(device: str) -> str:
+    """Return the name of the timer that a device's work is timed by unless another is asked for."""
+    return "events" if device == "cuda" else "wall"
+
+
 def choose(
     name: str, device: str, call: Callable[[], object], clock: Callable[[], float] = time.perf_counter
 ) -> tuple[Timer, int]:
