@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,7 +231,10 @@ def test_a_run(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture
     assert str(tmp_path) not in json.dumps({**result, "command": ""})
     assert list(result["operations"]) == list(OPERATIONS)
     printed = capsys.readouterr().out
-    for name, operation in result["operations"].items():
+    assert result["caches"] == list(result["floors"]) == ["warm", "cold"]
+    assert list(result["operations_cold"]) == list(OPERATIONS)
+    assert [printed.count(f" {mode} ") for mode in result["caches"]] == [9 * 3 + 2] * 2
+    for name, operation in [*result["operations"].items(), *result["operations_cold"].items()]:
         machine = roof.Roof(**operation["roof"])
         assert roof.best([machine, roof.Roof(**result["roof"])]) == roof.Roof(**result["roof"])
         assert name in printed
@@ -300,6 +304,49 @@ def test_the_backward_pass_is_what_a_turn_has_left(monkeypatch: pytest.MonkeyPat
     assert both["variants"]["used"]["seconds"] == {"median": 3.0, "min": 2.0, "max": 3.0, "n": 3}
     total = ops.step_seconds({"norm": summary})
     assert total == {"at the roof": 5 * machine.seconds(work.flops, work.nbytes), "naive": 5 * 6.0, "used": 5 * 3.0}
+
+
+def test_a_time_below_the_floor_is_not_a_number_in_the_table() -> None:
+    """4 µs where the timer takes 2: no time, no share, no ratio; and a difference below 0 is shown, as it is noise."""
+    work = {"forward": Work(10.0, 10.0), "backward": Work(20.0, 10.0)}
+    operation = Operation(1, 0, work, {}, leaves=(torch.ones(1),))
+    long, short = as_samples({"naive": [9e-6] * 6, "used": [4e-6] * 6}).values()
+    forward = {one.name: dataclasses.replace(one, floor=6e-6) for one in (long, short)}
+    times = {"forward": forward, "both": forward, "backward": as_samples({"naive": [-1e-6] * 6, "used": [1e-6] * 6})}
+    found = ops.summary(operation, times, roof.Roof("float32", 1e7, 1e7, 1e7))
+    variants = found["phases"]["forward"]["variants"]
+    assert variants["naive"]["least_seconds"] is None
+    assert variants["naive"]["interval"] == (9e-6, 9e-6)
+    assert variants["used"]["least_seconds"] == 6e-6
+    assert variants["used"]["share_of_roof"] is None
+    assert "times_as_fast_as_naive" not in variants["used"]
+    table = ops._rows("norm", {"warm": found}).splitlines()
+    assert table[0].split()[-6:] == ["0%", "0.11", "<", "0.00600", "-", "-"]
+    assert "-0.00100" in table[2]
+
+
+@pytest.mark.parametrize("mode", ["warm", "cold"])
+def test_one_kind_of_caches(mode: str, tiny: list[object], tmp_path: Path) -> None:
+    result = run_here("ops", tmp_path, *tiny, "--no-compile", "--only", "norm", "--caches", mode)
+    assert result["caches"] == [mode]
+    assert "operations_cold" not in result
+
+
+def test_a_budget_is_shared_by_the_operations(
+    tiny: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gets an equal part of what is left: here, a clock on which each takes 2 of its seconds."""
+    seen: list[Any] = []
+    whole, now = ops.measure, itertools.count(0, 2)
+
+    def measure(operation: Operation, device: str, modes: list[str], **how: Any) -> Any:
+        seen.append(how["budget"])
+        return whole(operation, device, modes, **{**how, "repeats": 1})
+
+    monkeypatch.setattr(ops, "measure", measure)
+    monkeypatch.setattr(ops, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    run_here("ops", tmp_path, *tiny, "--no-compile", "--only", "norm", "rope", "output", "--budget", 30)
+    assert seen == [30 / 3, 28 / 2, 26 / 1]
 
 
 def test_a_step_is_counted_by_operations_or_by_layers() -> None:
