@@ -102,8 +102,7 @@ def run(options: argparse.Namespace) -> None:
             continue
         start, budget = time.perf_counter(), max(left, 0) / (len(names) - i)  # with what the others have not used
         how = {"repeats": options.repeats, "budget": budget, "timer": timer, "watch": watch}
-        times = measure(operation, setting.device, modes, **how)
-        times = own.still_right(times)
+        times = own.still_right(measure(operation, setting.device, modes, **how))
         left -= time.perf_counter() - start
         around.append(roofs(roof.REPEATS_A_TURN))
         for mode in modes:

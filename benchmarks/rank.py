@@ -31,7 +31,7 @@ from typing import IO, Any
 
 import torch
 
-from benchmarks import arguments, process, record
+from benchmarks import arguments, process, record, timers
 from benchmarks.added import identity, ratio
 from benchmarks.contract import CONTRACTS, describe
 from benchmarks.operation import Setting, make_step
@@ -302,7 +302,7 @@ def _recorded(entry: Timed | Wrong) -> dict[str, Any]:
 
 def timer_of(options: argparse.Namespace, setting: Setting) -> str:
     """Return what reads the time."""
-    return options.timer or ("events" if setting.device == "cuda" else "wall")
+    return options.timer or timers.usual(setting.device)
 
 
 def caches(options: argparse.Namespace) -> str:
