@@ -44,6 +44,7 @@ BUDGET = 840.0  # seconds: a quarter of an hour, less a minute for starting the 
 GRACE = 5.0  # seconds between asking a part to end and ending it
 TAIL = 60  # lines of a part's output that are kept and shown
 EVERY = 1.0  # seconds between two looks at the GPU
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # 7B weights leave no room for holes in 141 GB
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def run(options: argparse.Namespace) -> None:
 def start(command: Sequence[str], log: IO[str]) -> Process:
     """Start a process in a group of its own, so that it can be ended with all that it starts."""
     to_log: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=ROOT, **to_log, start_new_session=hasattr(os, "killpg"))
+    env = {**os.environ, **ALLOCATOR}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **to_log, start_new_session=hasattr(os, "killpg"))
 
 
 def end(process: Process) -> None:
@@ -178,6 +180,7 @@ class Card:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.began = clock()
         self.result: dict[str, Any] = {"benchmark": "card", "budget_seconds": budget, "correct": None, "parts": []}
+        self.result["allocator"] = ALLOCATOR
         self.result |= record.environment()
 
     def measure(self, parts: Sequence[Part]) -> None:

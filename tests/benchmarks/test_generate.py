@@ -116,3 +116,10 @@ def test_a_share_is_of_the_roof_of_its_turn() -> None:
     """6 operations in 2 seconds where 4 a second were possible, and in 1 second where 12 were: 3/4 and 1/2."""
     share = generate._share(6, [2.0, 1.0], [4.0, 12.0])
     assert (share["min"], share["max"], share["n"]) == (0.5, 0.75, 2)
+
+
+def test_the_compiled_static_cache_is_a_side_by_default_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert generate._sides(None, torch.device("cuda")) == (list(generate.SIDES), {})
+    sides, skipped = generate._sides(None, torch.device("cpu"))
+    assert set(skipped) == set(generate.SIDES) - set(sides) == {"transformers, compiled"}
