@@ -133,7 +133,7 @@ def _panel(axis: Any, name: str, lines: Mapping[str, Sequence[Point]], style: Ma
                 axis.vlines(at, *(factor * limit for limit in point.interval), color=colour, lw=1.2)
     axis.set_title(name, fontsize=9, loc="left")
     axis.set_ylabel(unit, fontsize=8)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.15 * factor * largest)
     axis.set_xlim(-0.5, len(every) - 0.5)
     step = math.ceil(len(every) / 8)
     axis.set_xticks(range(0, len(every), step), [commit for _, commit in every[::step]], rotation=30, ha="right")
