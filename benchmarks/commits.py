@@ -322,7 +322,7 @@ def _take_pair(
         for name in names:
             measured.pairs[name].append(0)
         for turn in count():  # as long as the start took, so that half of the time is spent on samples
-            if turn >= TURNS and (fresh - left() >= start - fresh or left() <= 0):
+            if (turn >= TURNS and fresh - left() >= start - fresh) or (turn >= 2 and left() <= 0):
                 return names
             for name in names:
                 _take_turn(children, name, turn, measured, plan.clock)
