@@ -10,7 +10,8 @@ memory that is there already.
     decoder = Decoder(model, cache, tokens=64)  # the cache already holds the prompt
     logits = decoder.logits(token)              # int -> [V]
 
-    python -m benchmarks generate        # smollm2-135m: 3.0 x `transformers` on two Xeon cores
+    python -m benchmarks generate                    # smollm2-135m: 3.0 x `transformers` on two Xeon cores
+    python -m benchmarks generate --dtype float32    # 1.8 x as fast as without the copies, on a core of an EPYC
 """
 
 import math
@@ -26,20 +27,28 @@ from minift.errors import InputError
 from minift.lora import effective_matrix
 from minift.model import DecoderLayer, Llama, rope_tables
 
-NARROW = 2_048  # columns: for fewer, PyTorch's product of a bfloat16 matrix and a vector is far from memory's speed
+NARROW = 2_048  # columns: for fewer, PyTorch's product of a matrix and a vector is far from memory's speed
 STREAMS = 4  # places at which a product reads a table at once; from memory, up to 1.6 x as fast as one place
-TRANSPOSING_PAYS = 12  # tokens: copying the weights takes as long as what it saves on 3 to 12 of them
+BLOCK = 32  # rows of a float32 matrix that a thread multiplies at a time, where it is not transposed
+SUMS_IN_REGISTERS = {"AVX2": 96}  # 12 of 16 registers of 8 numbers: 1.1 x as fast as 384; elsewhere 24 of 32 of 16
+TRANSPOSING_PAYS = {  # tokens: a copy takes as long as what it saves on 3 to 12 of them; in float32 on about 20
+    torch.bfloat16: 12,
+    torch.float32: 32,
+}
 
 
 class _Products:
     """y = W x with the W of each layer in turn: matrices [M_i, N] below each other, of the same shapes in all layers.
 
-    A CPU's memory delivers a bfloat16 matrix of few columns faster than `torch.mv` asks for it: that adds up each row
-    on its own, and a row is too short for the CPU to fetch ahead. But W x is also the sum of W's columns, each times a
-    number of x; and a weighted sum of a table's rows is what `embedding_bag` is made for. Its table is W transposed, a
-    copy, in P parts one after the other, each [N, M / P] with M the sum of M_i: the threads share them. A thread reads
-    its part at a few places in turn: the CPU fetches ahead at each of them, but only a little way. So W's first column
-    is a part's first row, and its second column is a quarter of the part further on.
+    A CPU's memory delivers a matrix of few columns faster than `torch.mv` asks for it: that adds up each row on its
+    own, and a row is too short for the CPU to fetch ahead; in float32 it is also the work of one thread. But W x is
+    also the sum of W's columns, each times a number of x; and a weighted sum of a table's rows is what `embedding_bag`
+    is made for. Its table is W transposed, a copy, in P parts one after the other, each [N, M / P] with M the sum of
+    M_i: the threads share them. A thread reads its part at a few places in turn: the CPU fetches ahead at each of them,
+    but only a little way. So W's first column is a part's first row, and its second column is a quarter of the part
+    further on.
+
+    Where a float32 W is not transposed, blocks of its rows go through `torch.bmm`: it gives them to all threads.
 
     Attributes:
         x: [P, N], each row the vector. The caller writes it there.
@@ -50,8 +59,7 @@ class _Products:
     def __init__(self, layers: Sequence[Sequence[Tensor]], transpose: bool):
         first, sizes = layers[0][0], [len(matrix) for matrix in layers[0]]
         M, N, dtype = sum(sizes), first.shape[1], first.dtype
-        narrow = dtype == torch.bfloat16 and N < NARROW and hasattr(torch, "embedding_bag")  # undocumented
-        width = _width(sizes) if transpose and narrow else None
+        width = _width(sizes) if transpose and _pays_to_transpose(first) else None
         self.transposed = width is not None
         P = M // width if width else 1
         self.shape = (P, M // P)
@@ -62,18 +70,40 @@ class _Products:
             rows = torch.arange(P * N, dtype=torch.int32)
             self.starts, self.weights = rows[::N].contiguous(), self.x.view(-1)
             self.ids = rows.view(P, _streams(N), -1).transpose(1, 2).flatten()
-        else:
-            self.layers, self.vector, self.y = layers, self.x[0], torch.empty(1, M, dtype=dtype)
-            self.parts = self.y[0].split(sizes)
+            return
+        self.y = torch.empty(1, M, dtype=dtype)
+        parts = self.y[0].split(sizes)
+        self.multiply = torch.bmm if dtype == torch.float32 else torch.mv
+        operands = _by_blocks if dtype == torch.float32 else _whole
+        self.products = [[operands(*one, self.x) for one in zip(matrices, parts, strict=True)] for matrices in layers]
 
     def __call__(self, i: int) -> Tensor:
         """Return layer i's y, in its shape. The next call may overwrite it."""
         if self.transposed:
             weights, table = self.weights, self.tables[i]
             return torch.embedding_bag(table, self.ids, self.starts, mode=0, per_sample_weights=weights)[0]
-        for matrix, part in zip(self.layers[i], self.parts, strict=True):
-            torch.mv(matrix, self.vector, out=part)
+        for a, b, part in self.products[i]:
+            self.multiply(a, b, out=part)
         return self.y
+
+
+def _pays_to_transpose(matrix: Tensor) -> bool:
+    """Return whether a transposed copy of a matrix is read faster: of few columns, in bfloat16, and float32 on x86."""
+    if matrix.shape[1] >= NARROW or not hasattr(torch, "embedding_bag"):  # undocumented
+        return False
+    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return matrix.dtype == torch.bfloat16 or (matrix.dtype == torch.float32 and x86)
+
+
+def _whole(matrix: Tensor, part: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `torch.mv` multiplies, and where it writes: [M, N], [N] and [M]."""
+    return matrix, x[0], part
+
+
+def _by_blocks(matrix: Tensor, part: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `torch.bmm` multiplies, and where it writes: [blocks, 1, N], [blocks, N, rows], [blocks, 1, rows]."""
+    (M, N), rows = matrix.shape, math.gcd(len(matrix), BLOCK)
+    return x.expand(M // rows, 1, N), matrix.view(-1, rows, N).mT, part.view(-1, 1, rows)
 
 
 def _width(sizes: Sequence[int]) -> int | None:
@@ -83,9 +113,10 @@ def _width(sizes: Sequence[int]) -> int | None:
     the widest one whose sums stay in registers.
     """
     common, threads = math.gcd(*sizes), torch.get_num_threads()
-    few = [width for width in range(32, min(common, 384) + 1) if common % width == 0]
+    most = SUMS_IN_REGISTERS.get(torch.backends.cpu.get_cpu_capability(), 384)
+    few = [width for width in range(32, min(common, most) + 1) if common % width == 0]
     if not few:
-        return next((width for width in range(385, common + 1) if common % width == 0), None)
+        return next((width for width in range(most + 1, common + 1) if common % width == 0), None)
     return min(few, key=lambda width: (math.ceil(sum(sizes) / width / threads) * width, -width))
 
 
@@ -110,7 +141,8 @@ class Decoder:
     The legend is `model.py`'s. All memory for what is between two products is allocated once, here, and so are its
     views: a product reads more than the CPU's caches hold, so after it every operation, new tensor or view takes
     several times as long as when it is repeated on its own. `tokens` is how many will be asked for at most: for more
-    than a few, narrow bfloat16 weights are copied into a faster layout, so they must not change meanwhile.
+    than a few, narrow weights are copied into a faster layout: as many bytes again, while the decoder lives. They must
+    not change meanwhile. Models of NARROW channels or more have no narrow weights, so a copy is of a small model.
     """
 
     @torch.inference_mode()
@@ -119,7 +151,8 @@ class Decoder:
         D, C = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.cache, self.eps, self.embedding = cache, config.rms_norm_eps, model.embed_tokens.weight
-        dtype, transpose = self.embedding.dtype, tokens >= TRANSPOSING_PAYS
+        dtype = self.embedding.dtype
+        transpose = tokens >= TRANSPOSING_PAYS.get(dtype, math.inf)
         positions = torch.arange(cache.max_length)[None]
         cos, sin = rope_tables(positions, C, config.rope_theta, config.rope_scaling)
         self.rotations = torch.complex(cos, sin).view(-1, 2, C // 2)[:, 0]  # [S_max, C / 2]; the other half is alike
