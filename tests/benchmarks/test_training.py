@@ -218,6 +218,22 @@ def test_peers_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str], fake_wo
         run_here("peers", tmp_path, "--repeats", 2, "--sides", *sides)
 
 
+def test_peers_apart_keep_each_side_and_say_that_none_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_workers: list[str]
+) -> None:
+    """The file has a side as soon as it has ended: a later one may be interrupted."""
+    written: list[list[str]] = []
+    monkeypatch.setattr(peers.record, "write", lambda file, result: written.append([*result["tokens_per_second"]]))
+    options = argparse.ArgumentParser()
+    peers.add_arguments(options)
+    words = ["--apart", "--repeats", "1", "--device", "cpu", "--json", "x.json", "--sides"]
+    peers.run(options.parse_args([*words, "minift", "minift, compiled"]))
+    assert written == [["minift, compiled"], ["minift, compiled", "minift"], ["minift, compiled", "minift"]]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(InputError, match="no side fits in memory"):
+        peers.run(options.parse_args([*words, "transformers"]))
+
+
 def test_a_worker_says_why_it_failed() -> None:
     with pytest.raises(InputError, match=r"naive failed: .*unknown preset 'nonesuch'"):
         process.Worker("ladder", "naive", "--config=nonesuch")
