@@ -24,11 +24,12 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks import arguments, record, roof
+from benchmarks import arguments, energy, record, roof
 from benchmarks.peers import to_transformers
 from benchmarks.timing import paired_ratio, wait_for
 from minift.config import LlamaConfig, TrainConfig
@@ -86,11 +87,13 @@ def run(options: argparse.Namespace) -> None:
     }
     turns: list[roof.Roof] = []
     for name, config in shapes:
-        texts, seconds, measured = _measure(config, sides, device, dtype, roofs, options)
+        texts, seconds, measured, joules = _measure(config, sides, device, dtype, roofs, options)
         label = name if not name.endswith(".json") else "a config.json"
         result["models"][label] = _summary(config, dtype, options, measured, texts, seconds)
         result["rows"] += _sample_rows(label, options, seconds)
         turns += measured
+        if joules:
+            result["models"][label]["joules_per_new_token"] = joules
         print(_table(label, result))
     result["rows"] += record.control(turns)
     record.write(options.json, result)
@@ -116,8 +119,11 @@ def _measure(
     dtype: str,
     roofs: Callable[[int], roof.Roof],
     options: argparse.Namespace,
-) -> tuple[dict[str, list[int]], dict[str, list[Timed]], list[roof.Roof]]:
-    """Return each side's text, the seconds of prefill and decode of each of its runs, and the roofs of each turn."""
+) -> tuple[dict[str, list[int]], dict[str, list[Timed]], list[roof.Roof], dict[str, float]]:
+    """Return each side's text, the seconds of prefill and decode of each of its runs, and the roofs of each turn.
+
+    Where the machine tells it, the last are the joules of a new token, of which reading the prompt is a part.
+    """
     prompt_length, new_tokens = options.prompt_length, options.new_tokens
     generator = torch.Generator(device).manual_seed(0)
     with device:
@@ -147,7 +153,10 @@ def _measure(
             ids, times = speak[side](prompt, new_tokens)
             assert len(ids) == len(times) == new_tokens
             seconds[side].append((times[0] - start, times[-1] - times[0], at))
-    return texts, seconds, measured
+    meter = energy.find(device.type)
+    used = {side: energy.joules_a_call(partial(speak[side], prompt, new_tokens), meter) for side in sides}
+    joules = {side: one.joules / new_tokens for side, one in used.items() if one.joules is not None}
+    return texts, seconds, measured, joules
 
 
 def _speaker(side: str, model: Llama, theirs: Any) -> Speak:
@@ -311,4 +320,7 @@ def _table(name: str, result: dict[str, Any]) -> str:
             f"{side:<26}{speeds[0]:>26}{share:>9.2f}{speeds[1]:>26}{gigabytes / 1e9:>8.1f}"
             f"{numbers['decode_share_of_matvec_roof']['median']:>9.2f}{cell:>16}"
         )
+    if "joules_per_new_token" in model:
+        of = ", ".join(f"{side} {joules:,.3g}" for side, joules in model["joules_per_new_token"].items())
+        lines.append(f"joules a new token, its share of the prompt included: {of}")
     return "\n".join(lines)

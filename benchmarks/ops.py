@@ -13,35 +13,50 @@ The forward pass is timed as in training, with everything saved that the backwar
 be repeated without a forward pass before it, unless the graph is retained, which compiled code does not allow. So both
 are timed together, right after the forward pass alone, and the backward pass is the difference within each turn.
 
+Each is timed with *warm* caches, where a call follows another of the same, and with *cold* ones, which are emptied
+before each call (`cold.py`). In a step, an operation has some of each. ± is how far the interval of the median reaches.
+
     python -m benchmarks ops
     python -m benchmarks ops --only attention swiglu --no-compile --plot roofline.png
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks import agreement, arguments, record, roof, roofline
+from benchmarks import agreement, arguments, cold, floor, record, roof, roofline, timers
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
-from benchmarks.timing import in_turns, paired_ratio
+from benchmarks.samples import Samples, median_interval
+from benchmarks.timing import FEWEST, in_turns, paired_ratio
 from minift.config import LlamaConfig
 from minift.errors import InputError
+from minift.values import check_number
 
+BUDGET = 90.0  # seconds
 VARIANTS = ("naive", "used", "compiled")
 # The largest relative difference between a variant and `naive`. In low precision both have rounding errors.
 AGREE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2, "float64": 1e-10}
-Times = dict[str, dict[str, list[float]]]  # by phase, by variant: seconds in each turn
+Times = dict[str, dict[str, Samples]]  # by phase, by variant
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     arguments.add_shape(parser)
     arguments.add_machine(parser)
-    arguments.add_repeats(parser, 9)
+    parser.add_argument(
+        "--caches", default="both", choices=(*cold.MODES, "both"), help="a call after another one, or after emptying"
+    )
+    parser.add_argument("--timer", choices=timers.NAMES, help="how a GPU's time is read (events)")
+    budget = "of measuring, shared by the operations; less where all medians are known within 2 %% (%(default)s)"
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=budget)
+    parser.add_argument("--repeats", type=int, metavar="N", help="turns, instead of a budget")
+    arguments.add_json(parser)
     parser.add_argument("--no-compile", action="store_true", help="without the compiled variants")
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, metavar="NAME", help="of " + ", ".join(OPERATIONS))
     parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline to FILE.png (needs the plot extra)")
@@ -51,20 +66,28 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print a table, write the JSON and draw the plot."""
     setting = _setting(options)
     arguments.check_plot(options.plot)
+    names = options.only or list(OPERATIONS)
+    modes = cold.MODES if options.caches == "both" else (options.caches,)
+    timer = options.timer or ("events" if setting.device == "cuda" else "wall")
+    floors = {mode: floor.measure(timer, setting.device, mode) for mode in modes}
+    budget = options.budget / len(names)
     roofs = roof.meter(setting.device, setting.dtype)
     around = [roofs(roof.REPEATS)]  # before each operation, and after the last: the clock rate may change in between
-    print(_heading(options.config, setting, around[0]))
+    print(_heading(options.config, setting, around[0], floors))
     step = make_step(setting)
-    operations, rows = {}, []
-    for name in options.only or OPERATIONS:
+    operations: dict[str, dict[str, Any]] = {mode: {} for mode in modes}
+    rows: list[dict[str, Any]] = []
+    for name in names:
         operation = OPERATIONS[name](step)
         check(name, operation, setting.dtype)
-        times = measure(operation, options.repeats, setting.device)
+        times = measure(operation, setting.device, modes, repeats=options.repeats, budget=budget, timer=timer)
         around.append(roofs(roof.REPEATS_A_TURN))
-        operations[name] = summary(operation, times, roof.best(around[-2:]))
+        for mode in modes:
+            operations[mode][name] = summary(operation, times[mode], roof.best(around[-2:]))
         rows += sample_rows(name, times)
         del operation  # release its tensors before the next operation makes its own
-        print(_rows(name, operations[name]), flush=True)
+        shown = _rows(name, {mode: operations[mode][name] for mode in modes})
+        print(shown + _how_it_ended(times[modes[0]]), flush=True)
     measured = roof.best(around)
     result: dict[str, Any] = {
         "benchmark": "ops",
@@ -75,23 +98,25 @@ def run(options: argparse.Namespace) -> None:
         "batch_size": setting.batch_size,
         "length": setting.length,
         "roof": measured.to_dict(),
-        "operations": operations,
+        "caches": list(modes),
+        "floors": {mode: asdict(one) for mode, one in floors.items()},
+        "operations": operations[modes[0]],
+        **({"operations_cold": operations["cold"]} if len(modes) > 1 else {}),
         "rows": [*rows, *record.control(around)],
     }
     if not options.only:
-        result["step_seconds"] = step_seconds(operations)
-        result["step_seconds_of_whole_layers"] = step_seconds(operations, whole_layers=True)
-        print("All, each as often as a step does it (ms)")
-        for name, key in (("one by one", "step_seconds"), ("layers as a whole", "step_seconds_of_whole_layers")):
-            together = ", ".join(f"{variant} {_milliseconds(s)}" for variant, s in result[key].items())
-            print(f"  {name + ':':<19}{together}")
+        result["step_seconds"] = step_seconds(result["operations"])
+        result["step_seconds_of_whole_layers"] = step_seconds(result["operations"], whole_layers=True)
+        print(_sums(result))
     record.write(options.json, result)
     if options.plot:
         roofline.draw(result, options.plot)
 
 
 def _setting(options: argparse.Namespace) -> Setting:
-    arguments.check_counts(options, "repeats")
+    if options.repeats is not None:
+        arguments.check_counts(options, "repeats")
+    check_number("--budget", options.budget, above=0)
     config, shape = arguments.train_config(options), LlamaConfig.named(options.config)
     arguments.check_compiler(config, not options.no_compile, "give --no-compile")
     dtype = getattr(torch, config.dtype)
@@ -122,27 +147,39 @@ def check(name: str, operation: Operation, dtype: torch.dtype) -> None:
                 raise InputError(f"{name}: {kind} {i} of {variant} is {off:.1e} off naive's; it is not timed")
 
 
-def measure(operation: Operation, repeats: int, device: str) -> Times:
-    """Return the seconds of each phase and variant by turn; "backward" is "both" minus the same turn's "forward"."""
-    if not operation.leaves:
-        return {"step": in_turns(operation.variants, repeats, device=device)}
+def measure(operation: Operation, device: str, modes: Sequence[str] = ("warm",), **how: Any) -> dict[str, Times]:
+    """Return the samples by caches, phase and variant; "backward" is "both" minus the same turn's "forward".
+
+    Args:
+        modes: of `cold.MODES`.
+        how: other arguments of `in_turns`.
+    """
+    phases = ("forward", "both") if operation.leaves else ("step",)
     sides: dict[str, Callable[[], object]] = {}
+    caches: dict[str, str] = {}
     for name, call in operation.variants.items():
-        sides[f"{name} forward"] = call
-        sides[f"{name} both"] = partial(operation.both, name)
-    seconds = in_turns(sides, repeats, device=device)
-    forward, both = ({name: seconds[f"{name} {phase}"] for name in operation.variants} for phase in ("forward", "both"))
-    backward = {name: [b - f for b, f in zip(both[name], forward[name], strict=True)] for name in both}
-    return {"forward": forward, "backward": backward, "both": both}
+        for mode, phase in itertools.product(modes, phases):
+            sides[f"{name} {phase} {mode}"] = partial(operation.both, name) if phase == "both" else call
+            caches[f"{name} {phase} {mode}"] = mode
+    measured = in_turns(sides, device=device, caches=caches, **how)
+    found: dict[str, Times] = {}
+    for mode in modes:
+        of = {phase: {name: measured[f"{name} {phase} {mode}"] for name in operation.variants} for phase in phases}
+        if operation.leaves:
+            rest = {name: both.minus(of["forward"][name]) for name, both in of["both"].items()}
+            of = {"forward": of["forward"], "backward": rest, "both": of["both"]}
+        found[mode] = of
+    return found
 
 
-def sample_rows(name: str, times: Times) -> list[dict[str, Any]]:
+def sample_rows(name: str, times: Mapping[str, Times]) -> list[dict[str, Any]]:
     """Return the rows of an operation's record; not of the backward pass, which is a difference of two of them."""
-    timed = {phase: variants for phase, variants in times.items() if phase != "backward"}
     return [
-        record.row(f"{name}/{variant}/{phase}/warm", seconds)
-        for phase, variants in timed.items()
-        for variant, seconds in variants.items()
+        record.row(f"{name}/{variant}/{phase}/{mode}", samples)
+        for mode, phases in times.items()
+        for phase, variants in phases.items()
+        if phase != "backward"
+        for variant, samples in variants.items()
     ]
 
 
@@ -152,23 +189,29 @@ def summary(operation: Operation, times: Times, measured: roof.Roof) -> dict[str
     if operation.leaves:
         work["both"] = work["forward"] + work["backward"]
     phases = {}
-    for phase, seconds in times.items():
+    for phase, of_variant in times.items():
         unlike = operation.early if phase in ("forward", "backward") else ()
-        phases[phase] = _phase(work[phase], seconds, measured, unlike)
+        phases[phase] = _phase(work[phase], of_variant, measured, unlike)
     return {"calls": operation.calls, "inside": operation.inside, "roof": measured.to_dict(), "phases": phases}
 
 
 def _phase(
-    work: Work, seconds: Mapping[str, list[float]], measured: roof.Roof, unlike: tuple[str, ...]
+    work: Work, of_variant: Mapping[str, Samples], measured: roof.Roof, unlike: tuple[str, ...]
 ) -> dict[str, Any]:
     least = measured.seconds(work.flops, work.nbytes)
     variants: dict[str, Any] = {}
-    for name, times in seconds.items():
-        spread = record.spread(times)
-        comparable = name not in unlike and spread["min"] > 0  # a difference may be below 0 by chance
-        variants[name] = {"seconds": spread, "share_of_roof": least / spread["median"] if comparable else None}
-        if name != "naive" and comparable:
-            variants[name]["times_as_fast_as_naive"] = paired_ratio(seconds["naive"], times)
+    for name, samples in of_variant.items():
+        spread = record.spread(samples.seconds)
+        long = samples.median is not None
+        comparable = long and name not in unlike and spread["min"] > 0  # a difference may be below 0 by chance
+        variants[name] = {
+            "seconds": spread,
+            "interval": median_interval(samples.seconds) if spread["n"] >= FEWEST else None,
+            "least_seconds": None if long else samples.floor,  # the median is below what can be measured
+            "share_of_roof": least / spread["median"] if comparable else None,
+        }
+        if name != "naive" and comparable and of_variant["naive"].median is not None:
+            variants[name]["times_as_fast_as_naive"] = paired_ratio(of_variant["naive"].seconds, samples.seconds)
     return {
         "flops": work.flops,
         "bytes": work.nbytes,
@@ -202,33 +245,60 @@ def step_seconds(operations: Mapping[str, Any], whole_layers: bool = False) -> d
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def _heading(config: str, setting: Setting, measured: roof.Roof) -> str:
+def _heading(config: str, setting: Setting, measured: roof.Roof, floors: Mapping[str, floor.Floor]) -> str:
     flops, bandwidth = measured.flops / 1e9, measured.bandwidth / 1e9
-    columns = f"{'':<10}{'':<9}{'calls':>5}{'MFLOP':>10}{'MB':>9}{'FLOP/B':>8}{'roof ms':>9}"
+    columns = f"{'':<10}{'':<9}{'calls':>5}{'MFLOP':>10}{'MB':>9}{'FLOP/B':>8}{'roof ms':>9} {'':<4}"
+    costs = [f"{mode}: {one.sentence()}; shorter than {floor.TIMES} x: no number" for mode, one in floors.items()]
+    if "cold" in floors:
+        costs.append(cold.cache(setting.device).sentence())
     variants = VARIANTS if setting.compile else VARIANTS[:2]
     return (
         f"{setting.batch_size} x {setting.length} tokens of {config}, {measured.dtype} on {setting.device}; "
         f"the roof: {flops:,.0f} GFLOP/s, {bandwidth:,.1f} GB/s\n"
-        f"{columns}" + "".join(f"{name + ' ms':>12}{'±':>5}{'share':>6}" for name in variants)
+        + "".join(line + "\n" for line in costs)
+        + f"{columns}"
+        + "".join(f"{name + ' ms':>12}{'±':>5}{'share':>6}" for name in variants)
     )
 
 
-def _rows(name: str, operation: Mapping[str, Any]) -> str:
+def _rows(name: str, of_mode: Mapping[str, Mapping[str, Any]]) -> str:
     lines: list[str] = []
+    operation, *_ = of_mode.values()
     for phase, values in operation["phases"].items():
         first = not lines
         line = f"{name if first else '':<10}{phase:<9}{operation['calls'] if first else '':>5}"
         line += f"{_short(values['flops'] / 1e6):>10}{_short(values['bytes'] / 1e6):>9}{_short(values['intensity']):>8}"
         line += f"{_milliseconds(values['roof_seconds']):>9}"
-        lines.append(line + "".join(_cells(variant) for variant in values["variants"].values()))
+        for mode, one in of_mode.items():
+            cells = "".join(_cells(variant) for variant in one["phases"][phase]["variants"].values())
+            lines.append(f"{line} {mode}{cells}")
+            line = " " * len(line)
     return "\n".join(lines)
 
 
 def _cells(variant: Mapping[str, Any]) -> str:
-    """Format the median, half the range as a share of the median, and the share of the roof."""
-    seconds, share = variant["seconds"], variant["share_of_roof"]
-    around = (seconds["max"] - seconds["min"]) / 2 / abs(seconds["median"] or 1)
-    return f"{_milliseconds(seconds['median']):>12}{around:>5.0%}{'-' if share is None else f'{share:.2f}':>6}"
+    """Format the median, how far its interval reaches as a share of it, and the share of the roof."""
+    middle, share, interval = variant["seconds"]["median"], variant["share_of_roof"], variant["interval"]
+    if variant["least_seconds"] is not None:
+        return f"{'< ' + _milliseconds(variant['least_seconds']):>12}{'-':>5}{'-':>6}"
+    reach = f"{max(interval[1] - middle, middle - interval[0]) / middle:.0%}" if interval and middle else "-"
+    return f"{_milliseconds(middle):>12}{reach:>5}{'-' if share is None else f'{share:.2f}':>6}"
+
+
+def _how_it_ended(times: Times) -> str:
+    """Say how many turns there were when that is worth a line: the budget was gone, or turns were left out."""
+    samples = next(iter(next(iter(times.values())).values()))
+    said = ["the budget is gone"] if samples.stopped == "budget" else []
+    said += [f"{number} left out: {mark}" for mark, number in samples.left_out.items()]
+    return f"\n{'':<10}{len(samples.samples)} turns; {', '.join(said)}" if said else ""
+
+
+def _sums(result: Mapping[str, Any]) -> str:
+    lines = [f"All, each as often as a step does it ({result['caches'][0]}, ms)"]
+    for name, key in (("one by one", "step_seconds"), ("layers as a whole", "step_seconds_of_whole_layers")):
+        together = ", ".join(f"{variant} {_milliseconds(s)}" for variant, s in result[key].items())
+        lines.append(f"  {name + ':':<19}{together}")
+    return "\n".join(lines)
 
 
 def _milliseconds(seconds: float) -> str:

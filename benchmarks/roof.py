@@ -80,7 +80,7 @@ def meter(device: str, dtype: torch.dtype) -> Callable[[int], Roof]:
     }
 
     def roofs(repeats: int) -> Roof:
-        best = {name: min(seconds) for name, seconds in in_turns(sides, repeats, device=device).items()}
+        best = {name: min(one.seconds) for name, one in in_turns(sides, repeats, device=device).items()}
         return Roof(
             str(dtype).removeprefix("torch."),
             2 * side**3 / best["product"],

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import arguments, record, roof
+from benchmarks import arguments, energy, record, roof
 from benchmarks.job import PARTS, STEPS, Job, prepare, take_step
 from benchmarks.job import add_arguments as add_job_arguments
 from benchmarks.timing import paired_ratio, wait_for
@@ -58,6 +58,9 @@ def run(options: argparse.Namespace) -> None:
         **summary(job, whole, around, parts),
         "rows": sample_rows(whole, parts, began),
     }
+    used = energy.joules_a_call(lambda: whole_step(job), energy.find(job.config.device))
+    if used.joules is not None:
+        result |= {"joules_per_token": used.joules / job.tokens, "joules_by": used.source}
     show(result)
     record.write(options.json, result)
 
@@ -191,6 +194,8 @@ def show(result: dict[str, Any]) -> None:
         f"MFU {result['mfu']:.1%} of {result['roof']['flops'] / 1e9:,.1f} measured"
         + (f", {result['mfu_of_data_sheet']:.1%} of the data sheet's peak" if result["mfu_of_data_sheet"] else "")
     )
+    if "joules_per_token" in result:
+        print(f"{result['joules_per_token'] * 1e3:,.3g} mJ a token in whole steps ({result['joules_by']})")
 
 
 def _row(name: str, times: dict[str, float]) -> str:

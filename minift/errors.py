@@ -19,6 +19,7 @@ _PACKAGES = {  # as pyproject.toml
     "chat": ("jinja2",),
     "arrow": ("pyarrow",),
     "tensorboard": ("tensorboard",),
+    "gpu": ("nvidia-ml-py",),
 }
 _OBEYED = re.compile(  # control characters but tab and line feed; marks of direction; line separators; invisible ones
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"

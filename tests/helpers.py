@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.__main__ import BENCHMARKS
+from benchmarks.samples import Sample, Samples
 from minift.config import LlamaConfig, TrainConfig
 from minift.data.batches import PairBatches
 from minift.formats.convert import convert
@@ -173,6 +174,16 @@ def run_here(name: str, tmp_path: Path, *words: object) -> dict[str, Any]:
     out = tmp_path / "result.json"
     BENCHMARKS[name].run(parser.parse_args([*map(str, words), "--json", str(out)]))
     return record.read(out)
+
+
+def as_samples(seconds: Mapping[str, Sequence[float]], caches: str = "warm") -> dict[str, Samples]:
+    """Samples as `timing.in_turns` returns them: of one call each, none of which is left out."""
+    return {
+        name: Samples(
+            name, "wall", caches, tuple(Sample(0.0, one, 1, turn) for turn, one in enumerate(times)), "repeats", 0.0
+        )
+        for name, times in seconds.items()
+    }
 
 
 def noise(count: int) -> list[str]:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import arguments, ops, record, roof, roofline, timing
+from benchmarks import arguments, cold, floor, ops, record, roof, roofline
 from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
+from benchmarks.samples import Samples
 from minift.config import LlamaConfig, TrainConfig
 from minift.costs.flops import forward_flops_per_token
 from minift.data.batches import PairBatches
@@ -30,7 +32,7 @@ from minift.kernels.layer import LONGEST, WrittenShared
 from minift.model import Llama, Shared
 from minift.pack import Example
 from minift.runs.start import start_state
-from tests.helpers import SMALL, run_here
+from tests.helpers import SMALL, as_samples, run_here
 
 B, T = 2, 12
 SHAPE = LlamaConfig(**{**SMALL, "initializer_range": 0.2})
@@ -215,7 +217,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
     """The words that make a run take no time. Its roof is then not one."""
     monkeypatch.setitem(roof.SIDE, "cpu", 32)
     monkeypatch.setitem(roof.COPIED, "cpu", 2**14)
-    monkeypatch.setattr(timing, "SHORTEST", 1e-4)
+    monkeypatch.setattr(floor, "TIMES", 0)  # the operations are as short as the clock's own cost
+    monkeypatch.setattr(cold, "cache", lambda device: cold.Cache(2**16))
     (tmp_path / "shape.json").write_text(json.dumps(SMALL))
     size = ["--batch-size", B, "--length", T, "--repeats", 2, "--dtype", "float32", "--device", "cpu"]
     return ["--config", tmp_path / "shape.json", *size]
@@ -228,7 +231,10 @@ def test_a_run(tiny: list[object], tmp_path: Path, capsys: pytest.CaptureFixture
     assert str(tmp_path) not in json.dumps({**result, "command": ""})
     assert list(result["operations"]) == list(OPERATIONS)
     printed = capsys.readouterr().out
-    for name, operation in result["operations"].items():
+    assert result["caches"] == list(result["floors"]) == ["warm", "cold"]
+    assert list(result["operations_cold"]) == list(OPERATIONS)
+    assert [printed.count(f" {mode} ") for mode in result["caches"]] == [9 * 3 + 2] * 2
+    for name, operation in [*result["operations"].items(), *result["operations_cold"].items()]:
         machine = roof.Roof(**operation["roof"])
         assert roof.best([machine, roof.Roof(**result["roof"])]) == roof.Roof(**result["roof"])
         assert name in printed
@@ -265,19 +271,31 @@ def test_a_compiled_run(tiny: list[object], tmp_path: Path, monkeypatch: pytest.
 def test_the_backward_pass_is_what_a_turn_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Phases are paired turn by turn; the sum of a step takes each operation as often as a step does it."""
 
-    def in_turns(sides: dict[str, object], repeats: int, device: str) -> dict[str, list[float]]:
-        assert list(sides) == ["naive forward", "naive both", "used forward", "used both"]  # pairs side by side
-        return {
-            "naive forward": [4.0, 1.0, 2.0],
-            "naive both": [10.0, 4.0, 6.0],
-            "used forward": [1.0, 1.0, 1.0],
-            "used both": [3.0, 2.0, 3.0],
-        }
+    seconds = {
+        "naive forward warm": [4.0, 1.0, 2.0],
+        "naive both warm": [10.0, 4.0, 6.0],
+        "naive forward cold": [5.0, 2.0, 3.0],
+        "naive both cold": [11.0, 5.0, 8.0],
+        "used forward warm": [1.0, 1.0, 1.0],
+        "used both warm": [3.0, 2.0, 3.0],
+        "used forward cold": [2.0, 2.0, 2.0],
+        "used both cold": [6.0, 4.0, 5.0],
+    }
+
+    def in_turns(sides: dict[str, object], **how: object) -> dict[str, Samples]:
+        assert list(sides) == list(seconds)  # pairs side by side
+        assert how == {"device": "cpu", "repeats": 3, "caches": {name: name.split()[-1] for name in seconds}}
+        return as_samples(seconds)
 
     monkeypatch.setattr(ops, "in_turns", in_turns)
     operation = make("norm")
-    times = ops.measure(operation, 3, "cpu")
-    assert times["backward"] == {"naive": [6.0, 3.0, 4.0], "used": [2.0, 1.0, 2.0]}
+    found = ops.measure(operation, "cpu", ("warm", "cold"), repeats=3)
+    backward = {mode: {name: one.seconds for name, one in times["backward"].items()} for mode, times in found.items()}
+    assert backward == {
+        "warm": {"naive": [6.0, 3.0, 4.0], "used": [2.0, 1.0, 2.0]},
+        "cold": {"naive": [6.0, 3.0, 5.0], "used": [4.0, 2.0, 3.0]},
+    }
+    times = found["warm"]
     machine = roof.Roof("float32", 100.0, 10.0, 10.0)
     summary = ops.summary(operation, times, machine)
     both, work = summary["phases"]["both"], operation.work["forward"] + operation.work["backward"]
@@ -286,6 +304,49 @@ def test_the_backward_pass_is_what_a_turn_has_left(monkeypatch: pytest.MonkeyPat
     assert both["variants"]["used"]["seconds"] == {"median": 3.0, "min": 2.0, "max": 3.0, "n": 3}
     total = ops.step_seconds({"norm": summary})
     assert total == {"at the roof": 5 * machine.seconds(work.flops, work.nbytes), "naive": 5 * 6.0, "used": 5 * 3.0}
+
+
+def test_a_time_below_the_floor_is_not_a_number_in_the_table() -> None:
+    """4 µs where the timer takes 2: no time, no share, no ratio; and a difference below 0 is shown, as it is noise."""
+    work = {"forward": Work(10.0, 10.0), "backward": Work(20.0, 10.0)}
+    operation = Operation(1, 0, work, {}, leaves=(torch.ones(1),))
+    long, short = as_samples({"naive": [9e-6] * 6, "used": [4e-6] * 6}).values()
+    forward = {one.name: dataclasses.replace(one, floor=6e-6) for one in (long, short)}
+    times = {"forward": forward, "both": forward, "backward": as_samples({"naive": [-1e-6] * 6, "used": [1e-6] * 6})}
+    found = ops.summary(operation, times, roof.Roof("float32", 1e7, 1e7, 1e7))
+    variants = found["phases"]["forward"]["variants"]
+    assert variants["naive"]["least_seconds"] is None
+    assert variants["naive"]["interval"] == (9e-6, 9e-6)
+    assert variants["used"]["least_seconds"] == 6e-6
+    assert variants["used"]["share_of_roof"] is None
+    assert "times_as_fast_as_naive" not in variants["used"]
+    table = ops._rows("norm", {"warm": found}).splitlines()
+    assert table[0].split()[-6:] == ["0%", "0.11", "<", "0.00600", "-", "-"]
+    assert "-0.00100" in table[2]
+
+
+@pytest.mark.parametrize("mode", ["warm", "cold"])
+def test_one_kind_of_caches(mode: str, tiny: list[object], tmp_path: Path) -> None:
+    result = run_here("ops", tmp_path, *tiny, "--no-compile", "--only", "norm", "--caches", mode)
+    assert result["caches"] == [mode]
+    assert "operations_cold" not in result
+
+
+def test_a_budget_is_shared_by_the_operations(
+    tiny: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gets an equal part of what is left: here, a clock on which each takes 2 of its seconds."""
+    seen: list[Any] = []
+    whole, now = ops.measure, itertools.count(0, 2)
+
+    def measure(operation: Operation, device: str, modes: list[str], **how: Any) -> Any:
+        seen.append(how["budget"])
+        return whole(operation, device, modes, **{**how, "repeats": 1})
+
+    monkeypatch.setattr(ops, "measure", measure)
+    monkeypatch.setattr(ops, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    run_here("ops", tmp_path, *tiny, "--no-compile", "--only", "norm", "rope", "output", "--budget", 30)
+    assert seen == [30 / 3, 28 / 2, 26 / 1]
 
 
 def test_a_step_is_counted_by_operations_or_by_layers() -> None:
@@ -303,8 +364,8 @@ def test_a_step_is_counted_by_operations_or_by_layers() -> None:
 def test_a_share_is_withheld_where_phases_do_not_compare() -> None:
     work = {"forward": Work(10.0, 10.0), "backward": Work(20.0, 10.0)}
     operation = Operation(1, 0, work, {}, leaves=(torch.ones(1),), early=("used",))
-    times = {phase: {"naive": [2.0], "used": [1.0]} for phase in ("forward", "both")}
-    times["backward"] = {"naive": [-0.5], "used": [1.0]}  # by chance
+    times = {phase: as_samples({"naive": [2.0], "used": [1.0]}) for phase in ("forward", "both")}
+    times["backward"] = as_samples({"naive": [-0.5], "used": [1.0]})  # by chance
     phases = ops.summary(operation, times, roof.Roof("float32", 10.0, 10.0, 10.0))["phases"]
     shares = {phase: [v["share_of_roof"] for v in values["variants"].values()] for phase, values in phases.items()}
     assert shares == {"forward": [0.5, None], "backward": [None, None], "both": [1.5, 3.0]}
@@ -314,6 +375,8 @@ def test_a_share_is_withheld_where_phases_do_not_compare() -> None:
     ("words", "named"),
     [
         (["--repeats", "0"], "--repeats"),
+        (["--budget", "0"], "--budget"),
+        (["--device", "cpu", "--dtype", "float32", "--timer", "graph"], "graph"),
         (["--config", "nonesuch"], "nonesuch"),
         (["--plot", "roofline.pdf"], "roofline.pdf"),
         (["--device", "cpu", "--dtype", "float16"], "float16"),
@@ -333,7 +396,7 @@ def test_wrong_input_is_refused_before_anything_is_measured(
 
 def test_the_record_does_not_say_where_the_plot_went() -> None:
     words = ["ops", "--plot", "somewhere/roofline.png", "--repeats", "1"]
-    assert record._without_places(words) == ["ops", "--repeats", "1"]
+    assert record.named_command(words) == ["ops", "--repeats", "1"]
 
 
 # The plot -------------------------------------------------------------------------------------------------------------

@@ -7,15 +7,17 @@ have the units that they claim.
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 
-from benchmarks import roof, side, timing
+from benchmarks import floor, roof, side, timers, timing
+from benchmarks.samples import Samples
 from benchmarks.timing import in_turns, paired_ratio
 from minift.errors import InputError
 from minift.pack import IGNORE
+from tests.helpers import as_samples
 
 
 class FakeMachine:
@@ -44,10 +46,14 @@ class FakeMachine:
         self.now, self.pending = self.now + self.pending, 0.0
 
 
+def seconds_of(measured: Mapping[str, Samples]) -> dict[str, list[float]]:
+    return {name: one.seconds for name, one in measured.items()}
+
+
 def test_sides_take_turns_in_an_order_that_is_reversed_each_time() -> None:
     machine = FakeMachine()
     sides = {"a": machine.work("a", 1.0), "b": machine.work("b", 2.0)}
-    assert in_turns(sides, 3, clock=machine.clock) == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert seconds_of(in_turns(sides, 3, clock=machine.clock)) == {"a": [1.0] * 3, "b": [2.0] * 3}
     warm, turns = machine.log[:-6], machine.log[-6:]
     assert turns == ["a", "b", "b", "a", "a", "b"]
     assert warm == ["a"] * 3 + ["b"] * 3  # two calls that warm up, and one that tells how long a call takes
@@ -57,15 +63,16 @@ def test_sides_take_turns_in_an_order_that_is_reversed_each_time() -> None:
 def test_warming_up_does_not_count(warmup: int) -> None:
     machine = FakeMachine()
     sides = {"a": machine.work("a", *[100.0] * warmup, 1.0, 2.0)}
-    assert in_turns(sides, 2, warmup=warmup, clock=machine.clock) == {"a": [2.0, 2.0]}
+    assert seconds_of(in_turns(sides, 2, warmup=warmup, clock=machine.clock)) == {"a": [2.0, 2.0]}
     assert len(machine.log) == warmup + 1 + 2
 
 
-@pytest.mark.parametrize(("seconds", "calls"), [(0.03, 1), (0.004, 5), (1e-6, 1_000), (0.0, 1_000)])
+@pytest.mark.parametrize(("seconds", "calls"), [(0.003, 1), (0.0004, 5), (1e-6, 1_000), (0.0, 1_000)])
 def test_short_calls_are_measured_several_in_a_row(seconds: float, calls: int) -> None:
     machine = FakeMachine()
     (times,) = in_turns({"a": machine.work("a", seconds)}, 2, clock=machine.clock).values()
-    assert times == pytest.approx([seconds] * 2)  # of one call
+    assert times.seconds == pytest.approx([seconds] * 2)  # of one call
+    assert [sample.calls for sample in times.samples] == [calls] * 2
     assert len(machine.log) == 3 + 2 * calls
 
 
@@ -73,8 +80,9 @@ def test_a_gpu_is_waited_for_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> N
     """Work that is only queued takes no time on the clock until it is waited for."""
     machine = FakeMachine("cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", machine.wait)
+    monkeypatch.setattr(floor, "measure", lambda *_: floor.Floor(0.0, 0.0, 0.0))
     sides = {"a": machine.work("a", 7.0, 7.0, 1.0), "b": machine.work("b", 0.01)}
-    times = in_turns(sides, 2, device="cuda", clock=machine.clock)
+    times = seconds_of(in_turns(sides, 2, device="cuda", clock=machine.clock))
     assert times["a"] == pytest.approx([1.0, 1.0])
     assert times["b"] == pytest.approx([0.01, 0.01])
 
@@ -138,7 +146,7 @@ def tiny_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     """Roofs that are measured in no time, and are therefore wrong."""
     monkeypatch.setitem(roof.SIDE, "cpu", 32)
     monkeypatch.setitem(roof.COPIED, "cpu", 2**14)
-    monkeypatch.setattr(timing, "SHORTEST", 1e-4)
+    monkeypatch.setattr(timers, "SHORTEST", 1e-4)
 
 
 @pytest.mark.usefixtures("tiny_roof")
@@ -147,10 +155,10 @@ def test_roofs_by_their_definition(dtype: torch.dtype, monkeypatch: pytest.Monke
     """The best run counts: 2·n³ operations of a product, a copy's bytes read and written, the matrix of a vector."""
     times = {"product": [2.0, 0.5], "copy": [0.25, 1.0], "matvec": [0.125]}
 
-    def in_turns(sides: dict[str, Callable[[], object]], *_: object, **__: object) -> dict[str, list[float]]:
+    def in_turns(sides: dict[str, Callable[[], object]], *_: object, **__: object) -> dict[str, Samples]:
         for call in sides.values():
             call()
-        return times
+        return as_samples(times)
 
     monkeypatch.setattr(roof, "in_turns", in_turns)
     measured = roof.measure("cpu", dtype)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import ladder, peers, process, roof, soak
+from benchmarks.samples import Samples
 from benchmarks.timing import in_turn_order
 from minift import kernels
 from minift.config import PRETRAIN, LlamaConfig
@@ -17,7 +18,7 @@ from minift.costs.flops import training_flops_per_token
 from minift.errors import InputError
 from minift.pack import Batch
 from minift.train import TrainState
-from tests.helpers import run_here
+from tests.helpers import as_samples, run_here
 
 TINY = LlamaConfig.preset("stories260k")
 CONFIG = PRETRAIN.replace(device="cpu", dtype="bfloat16", batch_size=6, max_length=32, compile=False)
@@ -152,9 +153,9 @@ def test_the_roof_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roof, "COPIED", {"cpu": 4096})
     seen: list[tuple[tuple[int, ...], int]] = []
 
-    def in_turns(sides: dict[str, Any], repeats: int, device: str) -> dict[str, list[float]]:
+    def in_turns(sides: dict[str, Any], repeats: int, device: str) -> dict[str, Samples]:
         seen.append((tuple(sides["product"]().shape), repeats))
-        return {name: [2.0, 0.5, 4.0] for name in sides}
+        return as_samples({name: [2.0, 0.5, 4.0] for name in sides})
 
     monkeypatch.setattr(roof, "in_turns", in_turns)
     roofs = roof.meter("cpu", torch.bfloat16)
