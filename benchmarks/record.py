@@ -138,9 +138,17 @@ def row(
 
 
 def control(roofs: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return the rows that tell machines apart: what a product and a copy took in each turn, by its `roof.Roof`."""
-    works = (("machine/product", "flops", 1e12, "TFLOP"), ("machine/copy", "bandwidth", 1e9, "GB"))
-    return [row(name, [work / getattr(one, key) for one in roofs], per=per) for name, key, work, per in works]
+    """Return the rows that tell machines apart: what a product, a copy and a read took in each turn's `roof.Roof`.
+
+    A roof that was not measured has no row.
+    """
+    works = (
+        ("machine/product", "flops", 1e12, "TFLOP"),
+        ("machine/copy", "bandwidth", 1e9, "GB"),
+        ("machine/read", "read_bandwidth", 1e9, "GB"),
+    )
+    measured = [one for one in works if all(getattr(turn, one[1], 0) for turn in roofs)]
+    return [row(name, [work / getattr(turn, key) for turn in roofs], per=per) for name, key, work, per in measured]
 
 
 def write(file: str | None, result: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +186,19 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             record.read(tmp_path / f"{name}.json")
     with pytest.raises(InputError, match="cannot be read"):
         record.read(tmp_path / "nothing.json")
+
+
+def test_what_a_machine_could_do_has_rows_of_its_own() -> None:
+    one = {"flops": 2e12, "bandwidth": 4e9, "read_bandwidth": 5e9}
+    turns = [SimpleNamespace(**one), SimpleNamespace(**{**one, "flops": 1e12})]
+    rows = {row["name"]: (row["per"], [sample[1] for sample in row["samples"]]) for row in record.control(turns)}
+    assert rows == {
+        "machine/product": ("TFLOP", [0.5, 1.0]),  # seconds of 10^12 operations
+        "machine/copy": ("GB", [0.25, 0.25]),  # and of 10^9 bytes
+        "machine/read": ("GB", [0.2, 0.2]),
+    }
+    unread = [SimpleNamespace(**{**one, "read_bandwidth": 0.0})]
+    assert {row["name"] for row in record.control(unread)} == {"machine/product", "machine/copy"}
 
 
 # The machine ----------------------------------------------------------------------------------------------------------
