@@ -29,6 +29,7 @@ from minift.config import LlamaConfig
 from minift.errors import need
 from minift.formats.files import Spec
 from minift.formats.huggingface import write_huggingface
+from minift.formats.open import FORMATS
 from minift.formats.shapes import parameter_shapes
 from minift.values import size
 
@@ -43,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     arguments.add_repeats(parser, 7, "runs of each loader")
     parser.add_argument("--folder", help="where to make the checkpoint (the system's temporary folder)")
-    parser.add_argument("--convert", nargs="*", default=["native", "meta"], help="formats to convert to (%(default)s)")
+    formats = f"to convert to, of {', '.join(FORMATS)} (native meta)"
+    parser.add_argument(
+        "--convert", nargs="*", default=["native", "meta"], choices=list(FORMATS), metavar="FORMAT", help=formats
+    )
     arguments.add_measure(parser)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks import arguments, process, record
 from benchmarks.alive import CAST, Memory, watch_step
 from benchmarks.job import Job, add_data_arguments, begin, pages, settings, take_step
-from minift.config import LlamaConfig
+from minift.config import DTYPES, LlamaConfig
 from minift.costs.memory import training_memory
 from minift.errors import InputError
 from minift.values import size
@@ -40,7 +40,8 @@ KEEP, GIVE_BACK = "keep", "give-back"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NAME:BxT", help="(%(default)s)")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(%(default)s)")
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=DTYPES, metavar="DTYPE", help="(%(default)s)")
     arguments.add_device(parser)
     add_data_arguments(parser)
     arguments.add_json(parser)

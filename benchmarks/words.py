@@ -44,3 +44,8 @@ class Parser(parts.Parser):
             if near := meant(str(value), known):
                 raise argparse.ArgumentError(action, f"unknown {value!r}{near}; choose from {', '.join(known)}")
         super()._check_value(action, value)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.nargs == "*" and action.option_strings and not arg_strings:
+            return []  # `load --convert` asks for no format
+        return super()._get_values(action, arg_strings)
