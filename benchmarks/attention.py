@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import agreement, arguments, record, roof, textbook
+from benchmarks import agreement, arguments, record, roof, textbook, timers
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import LlamaConfig
 from minift.errors import InputError
@@ -200,7 +200,8 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
         sides[f"{name} forward"] = lambda kernel=kernel: kernel(*tensors)
         sides[f"{name} both"] = lambda kernel=kernel: both(kernel)
         working.append(name)
-    samples = in_turns(sides, repeats, device=query.device.type)
+    device = query.device.type
+    samples = in_turns(sides, repeats, device=device, timer=timers.usual(device))
     seconds = {name: one.seconds for name, one in samples.items()}
     flops = visible_flops(tuple(query.shape), document)
     found_of = {}

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import agreement, arguments, process, record, roof, textbook
+from benchmarks import agreement, arguments, process, record, roof, textbook, timers
 from benchmarks.timing import in_turns, paired_ratio
 from minift.config import PRETRAIN, LlamaConfig, TrainConfig
 from minift.errors import InputError
@@ -146,7 +146,7 @@ def measure(sides: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor], dtype:
         raise InputError(f"used: {skipped['used']}")
     if not max(off["used"]) <= AGREE[dtype]:
         raise InputError(f"used: {off['used']} off the formula; times would compare nothing")
-    samples = in_turns(calls, repeats, device=device)
+    samples = in_turns(calls, repeats, device=device, timer=timers.usual(device))
     seconds = {name: one.seconds for name, one in samples.items()}
     spreads = {name: record.spread(times) for name, times in seconds.items()}
     N, D, V = targets.numel(), *weight.shape[::-1]

@@ -22,6 +22,7 @@ before each call (`cold.py`). In a step, an operation has some of each. ± is ho
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -34,11 +35,12 @@ from benchmarks.operation import Operation, Setting, Work, make_step
 from benchmarks.operations import OPERATIONS
 from benchmarks.samples import Samples, median_interval
 from benchmarks.timing import FEWEST, in_turns, paired_ratio
+from benchmarks.watch import Watch
 from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.values import check_number
 
-BUDGET = 90.0  # seconds
+BUDGET = 150.0  # seconds
 VARIANTS = ("naive", "used", "compiled")
 # The largest relative difference between a variant and `naive`. In low precision both have rounding errors.
 AGREE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2, "float64": 1e-10}
@@ -68,26 +70,32 @@ def run(options: argparse.Namespace) -> None:
     arguments.check_plot(options.plot)
     names = options.only or list(OPERATIONS)
     modes = cold.MODES if options.caches == "both" else (options.caches,)
-    timer = options.timer or ("events" if setting.device == "cuda" else "wall")
+    timer = options.timer or timers.usual(setting.device)
     floors = {mode: floor.measure(timer, setting.device, mode) for mode in modes}
-    budget = options.budget / len(names)
+    watch = Watch(setting.device)
+    if watch.missing:
+        print(f"the GPU's clock, temperature and power are not watched: {watch.missing}")
+    left = options.budget
     roofs = roof.meter(setting.device, setting.dtype)
     around = [roofs(roof.REPEATS)]  # before each operation, and after the last: the clock rate may change in between
     print(_heading(options.config, setting, around[0], floors))
     step = make_step(setting)
     operations: dict[str, dict[str, Any]] = {mode: {} for mode in modes}
     rows: list[dict[str, Any]] = []
-    for name in names:
+    for i, name in enumerate(names):
         operation = OPERATIONS[name](step)
         check(name, operation, setting.dtype)
-        times = measure(operation, setting.device, modes, repeats=options.repeats, budget=budget, timer=timer)
+        start, budget = time.perf_counter(), max(left, 0) / (len(names) - i)  # with what the others have not used
+        how = {"repeats": options.repeats, "budget": budget, "timer": timer, "watch": watch}
+        times = measure(operation, setting.device, modes, **how)
+        left -= time.perf_counter() - start
         around.append(roofs(roof.REPEATS_A_TURN))
         for mode in modes:
             operations[mode][name] = summary(operation, times[mode], roof.best(around[-2:]))
         rows += sample_rows(name, times)
         del operation  # release its tensors before the next operation makes its own
         shown = _rows(name, {mode: operations[mode][name] for mode in modes})
-        print(shown + _how_it_ended(times[modes[0]]), flush=True)
+        print(shown + _how_it_ended(times[modes[0]], timer), flush=True)
     measured = roof.best(around)
     result: dict[str, Any] = {
         "benchmark": "ops",
@@ -257,7 +265,7 @@ def _heading(config: str, setting: Setting, measured: roof.Roof, floors: Mapping
         f"the roof: {flops:,.0f} GFLOP/s, {bandwidth:,.1f} GB/s\n"
         + "".join(line + "\n" for line in costs)
         + f"{columns}"
-        + "".join(f"{name + ' ms':>12}{'±':>5}{'share':>6}" for name in variants)
+        + "".join(f"{name + ' ms':>12}{'±':>6}{'share':>6}" for name in variants)
     )
 
 
@@ -279,18 +287,21 @@ def _rows(name: str, of_mode: Mapping[str, Mapping[str, Any]]) -> str:
 def _cells(variant: Mapping[str, Any]) -> str:
     """Format the median, how far its interval reaches as a share of it, and the share of the roof."""
     middle, share, interval = variant["seconds"]["median"], variant["share_of_roof"], variant["interval"]
-    if variant["least_seconds"] is not None:
-        return f"{'< ' + _milliseconds(variant['least_seconds']):>12}{'-':>5}{'-':>6}"
-    reach = f"{max(interval[1] - middle, middle - interval[0]) / middle:.0%}" if interval and middle else "-"
-    return f"{_milliseconds(middle):>12}{reach:>5}{'-' if share is None else f'{share:.2f}':>6}"
+    if variant["least_seconds"] is not None and middle >= 0:  # a difference may be below 0 by chance
+        return f"{'< ' + _milliseconds(variant['least_seconds']):>12}{'-':>6}{'-':>6}"
+    reach = max(interval[1] - middle, middle - interval[0]) / abs(middle) if interval and middle else None
+    cells = "-" if reach is None else f"{min(reach, 9.99):.0%}", "-" if share is None else f"{share:.2f}"
+    return f"{_milliseconds(middle):>12}{cells[0]:>6}{cells[1]:>6}"
 
 
-def _how_it_ended(times: Times) -> str:
-    """Say how many turns there were when that is worth a line: the budget was gone, or turns were left out."""
+def _how_it_ended(times: Times, timer: str = "wall") -> str:
+    """Say in a line if the budget was gone, turns were left out, or the timer that was asked for could not be used."""
     samples = next(iter(next(iter(times.values())).values()))
     said = ["the budget is gone"] if samples.stopped == "budget" else []
     said += [f"{number} left out: {mark}" for mark, number in samples.left_out.items()]
-    return f"\n{'':<10}{len(samples.samples)} turns; {', '.join(said)}" if said else ""
+    sides = [(phase, name, one.timer) for phase, variants in times.items() for name, one in variants.items()]
+    said += [f"{name} {phase} by {used}" for phase, name, used in sides if used != timer]
+    return f"\n{'':<10}turns: {len(samples.samples)}; {', '.join(said)}" if said else ""
 
 
 def _sums(result: Mapping[str, Any]) -> str:

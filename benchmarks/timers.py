@@ -32,7 +32,7 @@ MOST_CALLS = 1_000
 IN_A_GRAPH = 100  # calls at most: each is kept as nodes of the graph
 OCCUPIED = 0.002  # seconds that the first kernel lasts; twice as long each time that the queue ran empty
 LONGEST_OCCUPIED = 0.5  # the launch queue is full long before: a longer wait cannot help
-ADDENDS = 2**24  # of the sum that tells how fast the GPU adds
+ROWS = 2**16  # of the sum that tells how fast one thread of the GPU adds
 
 
 class Timer(Protocol):
@@ -172,6 +172,11 @@ class Graph(Events):
         return graph
 
 
+def usual(device: str) -> str:
+    """Return the name of the timer that a device's work is timed by unless another is asked for."""
+    return "events" if device == "cuda" else "wall"
+
+
 def choose(
     name: str, device: str, call: Callable[[], object], clock: Callable[[], float] = time.perf_counter
 ) -> tuple[Timer, int]:
@@ -198,19 +203,22 @@ def repetitions(seconds: float) -> int:
 
 
 def long_kernel(cuda: Any) -> Callable[[float], object]:
-    """Return a function that puts one kernel on the stream that lasts about so many seconds and uses no cache.
+    """Return a function that puts one kernel on the stream that lasts about so many seconds and uses little cache.
 
-    It adds up one number that is read again and again: `expand` repeats it without memory.
+    It adds up two long columns. Each is the work of one thread, which does one addition after another.
     """
-    one = torch.zeros(1, device="cuda")
+
+    def add_up(rows: int) -> None:
+        torch.ones(rows, 2, device="cuda").cumsum(0)
+
     begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
-    one.expand(ADDENDS).sum()
+    add_up(ROWS)
     begin.record()
-    one.expand(ADDENDS).sum()
+    add_up(ROWS)
     end.record()
     cuda.synchronize()
-    rate = ADDENDS / max(begin.elapsed_time(end) / 1e3, 1e-6)
-    return lambda seconds: one.expand(max(1, round(seconds * rate))).sum()
+    rate = ROWS / max(begin.elapsed_time(end) / 1e3, 1e-6)
+    return lambda seconds: add_up(max(1, round(seconds * rate)))
 
 
 def wait_for(device: str) -> None:

@@ -103,7 +103,8 @@ def in_turns(
         before = call if mixed and modes[name] == "warm" else cold.before(modes[name], device)
         least = floor.measure(chosen.name, device, modes[name], clock).seconds(calls)
         measured[name] = _Side(call, chosen, calls, modes[name], before, least)
-    stopped, marks = _take_turns(measured, repeats, budget or BUDGET, precision, clock, watch)
+    budget = BUDGET if budget is None else budget
+    stopped, marks = _take_turns(measured, repeats, budget, precision, clock, watch)
     return {
         name: Samples(name, side.timer.name, side.caches, tuple(side.marked(marks)), stopped, side.floor)
         for name, side in measured.items()

@@ -325,6 +325,16 @@ def test_a_time_below_the_floor_is_not_a_number_in_the_table() -> None:
     assert "-0.00100" in table[2]
 
 
+def test_the_table_says_how_turns_ended_and_which_timer_was_used() -> None:
+    sides = as_samples({"naive": [1.0] * 3, "used": [1.0] * 3})
+    assert ops._how_it_ended({"step": sides}) == ""
+    (first, *rest), used = sides["naive"].samples, dataclasses.replace(sides["used"], timer="events")
+    marked = (dataclasses.replace(first, marks=("clock",)), *rest)
+    naive = dataclasses.replace(sides["naive"], samples=marked, stopped="budget")
+    said = "turns: 3; the budget is gone, 1 left out: clock, naive step by wall"
+    assert ops._how_it_ended({"step": {"naive": naive, "used": used}}, "events").strip() == said
+
+
 @pytest.mark.parametrize("mode", ["warm", "cold"])
 def test_one_kind_of_caches(mode: str, tiny: list[object], tmp_path: Path) -> None:
     result = run_here("ops", tmp_path, *tiny, "--no-compile", "--only", "norm", "--caches", mode)
