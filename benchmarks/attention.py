@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     for name, document in cases.items():
         documents = (torch.arange(options.length, device=device) // document).expand(options.batch_size, -1)
         case = measure(inputs, documents, document, dtype, options.repeats)
-        result["rows"] += [record.row(f"{name}/{side}", seconds) for side, seconds in case.pop("seconds").items()]
+        result["rows"] += [record.row(f"{name}/{side}", samples) for side, samples in case.pop("samples").items()]
         result["cases"][name] = {"document": document, **case}
         print(_table(name, result), flush=True)
     record.write(options.json, result)
@@ -201,8 +201,8 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
         sides[f"{name} both"] = lambda kernel=kernel: both(kernel)
         working.append(name)
     device = query.device.type
-    measured = in_turns(sides, repeats, device=device, timer=timers.usual(device))
-    seconds = {name: one.seconds for name, one in measured.items()}
+    samples = in_turns(sides, repeats, device=device, timer=timers.usual(device))
+    seconds = {name: one.seconds for name, one in samples.items()}
     flops = visible_flops(tuple(query.shape), document)
     found_of = {}
     for name in working:
@@ -214,7 +214,7 @@ def measure(inputs: Sequence[Tensor], documents: Tensor, document: int, dtype: s
             "both_flops_per_second": 3 * flops / both_ways["median"],
             "used_is_times_as_fast": paired_ratio(seconds[f"{name} both"], seconds["used both"]),
         }
-    return {"forward_flops": flops, "skipped": skipped, "kernels": found_of, "seconds": seconds}
+    return {"forward_flops": flops, "skipped": skipped, "kernels": found_of, "samples": samples}
 
 
 def _formula(inputs: Sequence[Tensor], document: int) -> tuple[Tensor, ...]:

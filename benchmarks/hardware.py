@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import nvml
+from minift.errors import InputError
 from minift.storage.system import usable_cores
 
 PROC, CORES = Path("/proc"), Path("/sys/devices/system/cpu")
@@ -87,15 +89,34 @@ def memory() -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
-def gpu() -> dict[str, Any]:
-    """Return the first GPU and the libraries that compute on it."""
+def gpu(watched: nvml.Gpu | None = None) -> dict[str, Any]:
+    """Return the GPU, the libraries that compute on it and, where the extra `gpu` is installed, its driver and state.
+
+    Args:
+        watched: asks the GPU; by default through NVIDIA's library, if it is there.
+    """
     device = torch.cuda.get_device_properties(0)
-    return {
+    found = {
         "name": device.name,
         "memory_bytes": device.total_memory,
         "multiprocessors": device.multi_processor_count,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+    }
+    try:
+        return {**found, **state(watched or nvml.find())}
+    except InputError:
+        return found
+
+
+def state(watched: nvml.Gpu) -> dict[str, Any]:
+    """Return the driver of a GPU, and its clock, power, temperature and why it is slowed down, as they are now."""
+    reasons = watched.reasons()
+    return {
+        "driver": watched.driver(),
+        "clocks": {"megahertz": watched.megahertz(), "lowered_by": None if reasons is None else sorted(reasons)},
+        "watts": watched.watts(),
+        "celsius": watched.celsius(),
     }
 
 

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         return
     inputs = make_inputs(shape, config.batch_size, config.max_length, torch.device(config.device))
     found = measure(ways(dtype, config.loss_chunk), inputs, config.dtype, options.repeats)
-    rows = [record.row(f"{name}/both", seconds) for name, seconds in found.pop("seconds").items()]
+    rows = [record.row(f"{name}/both", samples) for name, samples in found.pop("samples").items()]
     words = [*arguments.words(options, config), f"--loss-chunk={config.loss_chunk}"]
     for name, way in found["ways"].items():
         way["peak_bytes"] = process.fresh("loss", name, *words)
@@ -146,14 +146,14 @@ def measure(sides: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor], dtype:
         raise InputError(f"used: {skipped['used']}")
     if not max(off["used"]) <= AGREE[dtype]:
         raise InputError(f"used: {off['used']} off the formula; times would compare nothing")
-    measured = in_turns(calls, repeats, device=device, timer=timers.usual(device))
-    seconds = {name: one.seconds for name, one in measured.items()}
+    samples = in_turns(calls, repeats, device=device, timer=timers.usual(device))
+    seconds = {name: one.seconds for name, one in samples.items()}
     spreads = {name: record.spread(times) for name, times in seconds.items()}
     N, D, V = targets.numel(), *weight.shape[::-1]
     flops = 3 * 2 * N * D * V
     return {
         "flops": flops,
-        "seconds": seconds,
+        "samples": samples,
         "skipped": skipped,
         "ways": {
             name: {

@@ -29,6 +29,11 @@ class Gpu:
     library: Any
     handle: Any
 
+    def driver(self) -> str:
+        """Return the version of the driver."""
+        version = self.library.nvmlSystemGetDriverVersion()
+        return version.decode() if isinstance(version, bytes) else str(version)
+
     def megahertz(self) -> float | None:
         """Return the clock of the multiprocessors, in MHz."""
         return self._ask(self.library.nvmlDeviceGetClockInfo, self.library.NVML_CLOCK_SM)

@@ -92,8 +92,8 @@ def run(options: argparse.Namespace) -> None:
     heading = _heading(options.config, setting, around[0], floors)
     print(heading.rpartition("\n")[0] if own.places else heading)
     step = make_step(setting)
-    rows: list[dict[str, Any]] = []
     operations: dict[str, dict[str, Any]] = {mode: {} for mode in modes}
+    rows: list[dict[str, Any]] = []
     for i, name in enumerate(names):
         operation = OPERATIONS[name](step)
         check(name, operation, setting.dtype)
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
         around.append(roofs(roof.REPEATS_A_TURN))
         for mode in modes:
             operations[mode][name] = summary(operation, times[mode], roof.best(around[-2:]))
-            rows += sample_rows(name, mode, times[mode])
+        rows += sample_rows(name, times)
         del operation  # release its tensors before the next operation makes its own
         of_mode = {mode: operations[mode][name] for mode in modes}
         lines = own.table(of_mode, times) if own.places else _rows(name, of_mode)
@@ -199,12 +199,13 @@ def measure(operation: Operation, device: str, modes: Sequence[str] = ("warm",),
     return found
 
 
-def sample_rows(name: str, mode: str, times: Times) -> list[dict[str, Any]]:
+def sample_rows(name: str, times: Mapping[str, Times]) -> list[dict[str, Any]]:
     """Return the rows of an operation's record; not of the backward pass, which is a difference of two of them."""
-    timed = {phase: variants for phase, variants in times.items() if phase != "backward"}
     return [
         record.row(f"{name}/{variant}/{phase}/{mode}", samples)
-        for phase, variants in timed.items()
+        for mode, phases in times.items()
+        for phase, variants in phases.items()
+        if phase != "backward"
         for variant, samples in variants.items()
     ]
 

@@ -237,7 +237,8 @@ def _cost(model: Llama, tokenizer: Tokenizer, length: int, options: argparse.Nam
         model.zero_grad(set_to_none=True)
 
     sides = {"naive": lambda: step(naive(isolated)), "isolated": lambda: step(isolated)}
-    seconds = {name: one.seconds for name, one in timing.in_turns(sides, options.repeats).items()}
+    samples = timing.in_turns(sides, options.repeats)
+    seconds = {name: one.seconds for name, one in samples.items()}
     B, T = isolated.tokens.shape
     return {
         "length": length,
@@ -245,5 +246,5 @@ def _cost(model: Llama, tokenizer: Tokenizer, length: int, options: argparse.Nam
         **{side: record.spread(taken) for side, taken in seconds.items()},
         "ratio": timing.paired_ratio(seconds["isolated"], seconds["naive"]),
         "mask_bytes": B * T * T,
-        "samples": [record.row(f"{length}/{side}", taken, per="step") for side, taken in seconds.items()],
+        "samples": [record.row(f"{length}/{side}", taken, per="step") for side, taken in samples.items()],
     }

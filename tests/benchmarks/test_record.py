@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import benchmarks
-from benchmarks import hardware, record, roof
+from benchmarks import hardware, nvml, record, roof
 from benchmarks.__main__ import BENCHMARKS
 from minift.errors import InputError
 from tests.helpers import ROOT, SMALL, run_here
@@ -227,6 +227,30 @@ def test_load_is_counted_without_this_process(tmp_path: Path, monkeypatch: pytes
     assert hardware.shares(None, before) == (None, None)
     (tmp_path / "stat").unlink()
     assert hardware.Ticks.now() is None
+
+
+def test_a_gpu_is_recorded_as_it_was() -> None:
+    """One that is hot and throttled, through a library that does not say what it draws."""
+
+    def refuse(handle: object) -> int:
+        raise OSError("not supported")
+
+    library = SimpleNamespace(
+        NVMLError=OSError,
+        NVML_CLOCK_SM=1,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlSystemGetDriverVersion=lambda: b"580.95.05",
+        nvmlDeviceGetClockInfo=lambda handle, which: 1_395,
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x40 | 0x04,
+        nvmlDeviceGetTemperature=lambda handle, which: 84,
+        nvmlDeviceGetPowerUsage=refuse,
+    )
+    assert hardware.state(nvml.Gpu(library, None)) == {
+        "driver": "580.95.05",
+        "clocks": {"megahertz": 1_395, "lowered_by": ["hardware thermal slowdown", "power cap"]},
+        "watts": None,
+        "celsius": 84,
+    }
 
 
 def test_caches_and_governor_are_those_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
