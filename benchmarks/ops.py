@@ -67,18 +67,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_measure(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measure, print a table, write the JSON and draw the plot."""
+def run(options: argparse.Namespace) -> int:
+    """Measure, print a table, write the JSON and draw the plot. Return 1 where a function of the user's is wrong."""
     if options.contract:
         print(contract.describe(options.contract))
-        return
+        return 0
     setting = _setting(options)
     arguments.check_plot(options.plot)
     limits = AGREE[str(setting.dtype).removeprefix("torch.")], AGREE["float32"]
     own = added.Added(options, limits)
     if options.rank or options.measure:
         rank.run(options, setting, limits)
-        return
+        return 0
+    result = _measure_all(options, setting, own)
+    if not options.only and not own.places:
+        print(_sums(result))
+    record.write(options.json, result)
+    if options.plot:
+        roofline.draw(result, options.plot)
+    return 1 if own.wrong else 0
+
+
+def _measure_all(options: argparse.Namespace, setting: Setting, own: added.Added) -> dict[str, Any]:
+    """Measure one operation after another, and print its rows. Return the result."""
     names = own.operations or options.only or list(OPERATIONS)
     modes = cold.MODES if options.caches == "both" else (options.caches,)
     timer = options.timer or timers.usual(setting.device)
@@ -112,8 +123,11 @@ def run(options: argparse.Namespace) -> None:
         of_mode = {mode: operations[mode][name] for mode in modes}
         lines = own.table(of_mode, times) if own.places else _rows(name, of_mode)
         print(lines + _how_it_ended(times[modes[0]], timer), flush=True)
-    measured = roof.best(around)
-    result: dict[str, Any] = {
+    measured, warm = roof.best(around), operations[modes[0]]
+    sums = {} if options.only or own.places else {"step_seconds": step_seconds(warm)}
+    if sums:
+        sums["step_seconds_of_whole_layers"] = step_seconds(warm, whole_layers=True)
+    return {
         "benchmark": "ops",
         **record.environment(),
         "config": arguments.recorded_shape(options.config),
@@ -124,20 +138,12 @@ def run(options: argparse.Namespace) -> None:
         "roof": measured.to_dict(),
         "caches": list(modes),
         "floors": {mode: asdict(one) for mode, one in floors.items()},
-        "operations": operations[modes[0]],
+        "operations": warm,
         **({"operations_cold": operations["cold"]} if len(modes) > 1 else {}),
-        "rows": [*rows, *record.control(around)],
+        **sums,
         **({"added": own.to_dict()} if own.places else {}),
+        "rows": [*rows, *record.control(around)],
     }
-    if not options.only and not own.places:
-        result["step_seconds"] = step_seconds(result["operations"])
-        result["step_seconds_of_whole_layers"] = step_seconds(result["operations"], whole_layers=True)
-        print(_sums(result))
-    record.write(options.json, result)
-    if options.plot:
-        roofline.draw(result, options.plot)
-    if own.wrong:
-        raise SystemExit(1)
 
 
 def _setting(options: argparse.Namespace) -> Setting:

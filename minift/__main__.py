@@ -16,7 +16,10 @@ def main() -> int:
     try:
         from minift.cli import main
 
-        return main()
+        try:
+            return main()
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only kill Python while it ends
     except KeyboardInterrupt:
         os.write(2, b"minift: interrupted\n")
         return 1

@@ -307,6 +307,15 @@ def test_in_the_first_moment(way: str, imported: str, number: int) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "minift: interrupted\n")
 
 
+def test_in_the_last_moment() -> None:
+    """While Python ends: what was asked for is done, so a second Ctrl-C changes neither the exit code nor the output."""
+    pressed = "import atexit, os, signal, sys; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); "
+    code = pressed + "sys.argv[1:] = ['data', '--help']; import minift.__main__ as it; sys.exit(it.main())"
+    told = completed([sys.executable, "-m", "minift", "data", "--help"], cwd=ROOT, timeout=120)
+    done = completed([sys.executable, "-c", code], cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stderr, told.returncode) == (0, "", 0)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_the_first_step(words: list[str], tmp_path: Path, number: int) -> None:
