@@ -46,6 +46,6 @@ class Parser(parts.Parser):
         super()._check_value(action, value)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        if action.nargs == "*" and action.option_strings and not arg_strings:
-            return []  # `load --convert` asks for no format
+        if action.nargs == "*" and not arg_strings:
+            return action.default if not action.option_strings and action.default is not None else []
         return super()._get_values(action, arg_strings)

@@ -172,7 +172,9 @@ def _row(model: Llama, B: Example, same: Example, stranger: Example) -> dict[str
     joined = {name: collate([page, B], pad_id, len(page) + len(B)) for name, page in neighbours.items()}
     # Only B's tokens are targets: a change in the neighbour's own loss is not leakage.
     only = {
-        name: dataclasses.replace(batch, targets=torch.where(batch.document_ids == 1, batch.targets, IGNORE))
+        name: dataclasses.replace(
+            batch, targets=torch.where(batch.document_ids == 1, batch.targets, IGNORE), n_targets=B.n_targets
+        )
         for name, batch in joined.items()
     }
     nll = {name: _nll(model, naive(batch)) for name, batch in only.items()} | {"alone": _nll(model, only["same"])}

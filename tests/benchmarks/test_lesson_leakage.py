@@ -30,7 +30,10 @@ def test_naive_packing_is_the_two_texts_as_one() -> None:
 def test_the_gradients_change() -> None:
     model = small_model()
     one, other = (collate([Example([1], [i, i + 1, 2]), Example([1], [9, 2])], 2, 8) for i in (5, 40))
-    only = [dataclasses.replace(b, targets=torch.where(b.document_ids == 1, b.targets, -100)) for b in (one, other)]
+    only = [
+        dataclasses.replace(batch, targets=torch.where(batch.document_ids == 1, batch.targets, -100), n_targets=2)
+        for batch in (one, other)
+    ]
     assert leakage._gradient_change(model, *only) == 0.0
     assert leakage._gradient_change(model, *map(leakage.naive, only)) > 0.01
 

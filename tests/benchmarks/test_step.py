@@ -329,7 +329,7 @@ def test_a_ledger_that_is_off_is_said_loudly(capsys: pytest.CaptureFixture[str])
         (["memory", "--shapes", "stories15m"], "is not NAME:BxT"),
         (["memory", "--shapes", "stories15m:0x4"], "batch_size is 0"),
         (["memory", "--shapes", "nonesuch:1x4"], "unknown preset 'nonesuch'"),
-        (["memory", "--dtypes", "int8"], "dtype is 'int8'"),
+        (["memory", "--dtypes", "int8"], "invalid choice: 'int8'; choose from auto, float32"),
         (["memory", "--json", "README.md/x.json"], "README.md/x.json: cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

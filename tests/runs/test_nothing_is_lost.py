@@ -308,7 +308,7 @@ def test_in_the_first_moment(way: str, imported: str, number: int) -> None:
 
 
 def test_in_the_last_moment() -> None:
-    """While Python ends: what was asked for is done, so a second Ctrl-C changes neither the exit code nor the output."""
+    """While Python ends: all is done, so a second Ctrl-C changes neither the exit code nor the output."""
     pressed = "import atexit, os, signal, sys; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); "
     code = pressed + "sys.argv[1:] = ['data', '--help']; import minift.__main__ as it; sys.exit(it.main())"
     told = completed([sys.executable, "-m", "minift", "data", "--help"], cwd=ROOT, timeout=120)
