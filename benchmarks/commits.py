@@ -12,6 +12,7 @@ bootstrap (`verdict.py`). After each quarter of the budget the rows are looked a
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -34,7 +35,7 @@ from minift.errors import InputError
 
 SAMPLE, BURST = 0.001, 4  # seconds that a sample should last, and how many of such are a turn
 TURNS = 12  # of a pair of processes, at least
-ENOUGH = 0.25  # of the turns have to be undisturbed, or all count
+ENOUGH = 0.25  # of all two turns have to be undisturbed, or all count
 CLOCKS = ("cpu", "wall")
 BOTH = ("old", "new")  # the sides, in the order in which they are given
 PATIENCE = 120.0  # seconds for torch to be imported and for a child to be ready
@@ -232,23 +233,34 @@ class Measured:
     looks: int = 0
 
     def ratios(self, name: str) -> list[list[float]]:
-        """Return the ratio new over old of each turn that counts, by pair of processes.
+        """Return the ratio new over old of all two turns that count, by pair of processes.
 
-        Turns in which another process took a core away are left out where enough others remain.
+        Two turns, one in each order, are one ratio, their geometric mean: who is asked a second time in a row still has
+        its caches, which is worth up to a quarter of the time, and a ratio of one turn is now above and now below the
+        truth by as much. Turns in which another process took a core away are left out where enough others remain.
         """
-        both, found = list(zip(*self.samples[name], strict=True)), list[list[float]]()
-        calm = [not (old.marks or new.marks) for old, new in both]
-        all_count = sum(calm) < ENOUGH * len(calm)
+        both, found = list(zip(*self.samples[name], strict=True)), list[list[tuple[float, bool]]]()
         for turns in self.pairs[name]:
-            counts = zip(both[:turns], calm[:turns], strict=True)
-            found.append([new.seconds / old.seconds for (old, new), counted in counts if counted or all_count])
-            both, calm = both[turns:], calm[turns:]
-        return found
+            here, both = both[:turns], both[turns:]
+            two = zip(here[::2], here[1::2], strict=False)
+            found.append([(ratio_of(first, second), is_calm(first, second)) for first, second in two])
+        all_count = sum(calm for one in found for _, calm in one) < ENOUGH * sum(map(len, found))
+        return [[ratio for ratio, calm in one if calm or all_count] for one in found]
 
     def of_side(self, name: str, side: int, clock: str) -> Samples:
         """Return the samples of one workload and side for a record."""
         stopped = "budget" if self.verdicts[name].word == "undecided" else "decided"
         return Samples(name, clock, "warm", tuple(self.samples[name][side]), stopped, 0.0)
+
+
+def ratio_of(*turns: tuple[Sample, Sample]) -> float:
+    """Return the geometric mean of the ratios new over old of some turns, of which each has the samples old and new."""
+    return math.exp(sum(math.log(new.seconds / old.seconds) for old, new in turns) / len(turns))
+
+
+def is_calm(*turns: tuple[Sample, Sample]) -> bool:
+    """Return whether no sample of some turns has a mark."""
+    return not any(sample.marks for turn in turns for sample in turn)
 
 
 def measure(

@@ -7,11 +7,12 @@ larger than the *band*, 2 % by default.
 * *slower* (*faster*): the whole interval is on one side of 1, and the estimate is beyond the band;
 * *undecided*: anything else. A verdict that is not sure is not given.
 
-**The interval.** Samples in one process are not independent: a process has a speed of its own. So the pairs of
-processes are drawn anew first, and then the turns within each (a cluster bootstrap), and the standard deviation of the
-estimate over many such draws is its standard error. Few pairs know little of their own spread: the interval is as wide
-as Student's t for their number says. The estimate of a pair is the mean of the middle half of its turns' ratios, which
-a few disturbed turns do not move; that of the row is the mean over the pairs.
+**The interval.** Samples in one process are not independent: a process has a speed of its own. So whole pairs of
+processes are drawn anew (a cluster bootstrap), and the standard deviation of the estimate over many such draws is its
+standard error. To draw the turns within each as well would count their spread twice: it is in the spread of the pairs.
+Few pairs know little of their own spread: the interval is as wide as Student's t for their number says. The estimate of
+a pair is the mean of the middle half of its ratios, which a few disturbed turns do not move; that of the row is the
+mean over the pairs.
 
 **Many rows.** Of twenty rows of identical code one is "significant" at 5 % by chance. Holm's correction keeps the
 chance that *any* row is wrong at 5 %.
@@ -88,22 +89,20 @@ class Verdict:
 
 
 def paired(pairs: Sequence[Sequence[float]], seed: int = 0) -> Estimate | None:
-    """Return the estimate from turns within pairs of processes; None from fewer than two pairs.
+    """Return the estimate from ratios within pairs of processes; None from fewer than two pairs.
 
     Args:
-        pairs: for each pair of processes, the ratio new over old of each turn that counts.
+        pairs: for each pair of processes, the ratio new over old of all two turns that count, one in each order.
         seed: of the draws.
     """
-    generator = np.random.default_rng(seed)
-    logs = [np.log(np.asarray(turns)) for turns in pairs if len(turns)]
+    logs = [np.log(np.asarray(ratios)) for ratios in pairs if len(ratios)]
     if len(logs) < 2:
         return None
-    n = len(logs)
-    means = np.stack([middle(one[generator.integers(len(one), size=(DRAWS, len(one)))]) for one in logs])  # [n, DRAWS]
-    clusters, draws = generator.integers(n, size=(DRAWS, n)), generator.integers(DRAWS, size=(DRAWS, n))
+    n, generator = len(logs), np.random.default_rng(seed)
+    means = np.array([middle(one[None])[0] for one in logs])  # [n]
     few = math.sqrt(n / (n - 1))  # the spread of a few drawn anew is smaller than their own by so much
-    error = few * float(means[clusters, draws].mean(1).std())
-    return Estimate(float(np.mean([middle(one[None])[0] for one in logs])), error, n, sum(map(len, logs)))
+    error = few * float(means[generator.integers(n, size=(DRAWS, n))].mean(1).std())
+    return Estimate(float(means.mean()), error, n, 2 * sum(map(len, logs)))
 
 
 def unpaired(old: Sequence[float], new: Sequence[float], seed: int = 0) -> Estimate | None:

@@ -73,7 +73,7 @@ def test_the_error_is_that_of_the_clusters() -> None:
     assert estimate is not None
     assert estimate.log == pytest.approx(own.mean())
     assert estimate.error == pytest.approx(own.std(ddof=1) / math.sqrt(10), rel=0.1)
-    assert (estimate.clusters, estimate.turns) == (10, 500)
+    assert (estimate.clusters, estimate.turns) == (10, 1_000)  # two turns a ratio
 
 
 RULES = [
