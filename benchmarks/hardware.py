@@ -140,12 +140,20 @@ class Ticks:
     own: float
 
     @classmethod
-    def now(cls) -> "Ticks | None":
-        """Return them as they are now; None on a system without /proc/stat."""
-        text, hertz = _text(PROC / "stat"), os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    def now(cls, proc: Path | None = None, cores: Sequence[int] | None = None) -> "Ticks | None":
+        """Return them as they are now; None on a system without /proc/stat.
+
+        Args:
+            proc: the folder of the system's counters; by default PROC.
+            cores: which cores count; by default those that this process may use.
+        """
+        text, hertz = _text((proc or PROC) / "stat"), os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
         lines = [line.split() for line in (text or "").splitlines()]
-        names = {f"cpu{core}" for core in affinity() or ()}
-        counts = [[int(word) / hertz for word in words[1:9]] for words in lines if words[0] in names]
+        names = {f"cpu{core}" for core in (affinity() or () if cores is None else cores)}
+        try:  # man 5 proc_stat: guests' time (the last two numbers) is in the users' already
+            counts = [[int(word) / hertz for word in words[1:9]] for words in lines if words and words[0] in names]
+        except ValueError:
+            return None
         if not counts or any(len(one) < 8 for one in counts):
             return None
         user, nice, system, idle, waiting, interrupts, soft, stolen = map(sum, zip(*counts, strict=True))

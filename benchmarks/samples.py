@@ -91,6 +91,7 @@ class Samples:
             "stopped": self.stopped,
             "floor_seconds": self.floor,
             "left_out": self.left_out,
+            "quantiles": {str(share): one for share, one in quantiles(self.seconds).items()},
             "samples": [[one.at, one.seconds, one.calls, one.turn, list(one.marks)] for one in self.samples],
         }
 
@@ -143,10 +144,10 @@ def quantile_interval(values: Sequence[float], at: float, confidence: float = 0.
 def quantiles(values: Sequence[float], at: Sequence[float] = AT) -> dict[float, dict[str, Any]]:
     """Return each quantile as {"value", "interval"}; the interval is None where there are too few values for it.
 
-    A quantile between two values is interpolated, as by numpy.
+    A quantile between two values is interpolated, as by numpy. Of no values there are none.
     """
     in_order, found = sorted(values), {}
-    for share in at:
+    for share in at if in_order else ():
         place = share * (len(in_order) - 1)
         one = in_order[math.floor(place)]
         value = one + (in_order[math.ceil(place)] - one) * (place % 1)

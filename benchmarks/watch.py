@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from benchmarks import nvml
+from benchmarks import hardware, nvml
 from minift.errors import InputError
 
 WINDOW = 0.5  # seconds: the ticks at both ends of a window are then at most 2 % of a core's time in it
@@ -108,12 +108,12 @@ class Watch:
     def read(self) -> Reading:
         """Return what the machine says now."""
         gpu = self._gpu
-        busy, stolen = self._work()
+        work = hardware.Ticks.now(self._proc, self.cores)
         return Reading(
             self._clock(),
-            busy,
+            work.busy if work else None,
             self._own() + sum(map(self._work_of, self._children)),
-            stolen,
+            work.stolen if work else None,
             self._megahertz(),
             *((gpu.megahertz(), gpu.reasons(), gpu.celsius(), gpu.watts()) if gpu else ()),
         )
@@ -154,24 +154,6 @@ class Watch:
         whole = max(after.at - before.at, 1e-9) * len(self.cores)
         others = after.busy - before.busy - (after.own - before.own)
         return max(0.0, others / whole), (after.stolen - before.stolen) / whole
-
-    def _work(self) -> tuple[float | None, float | None]:
-        """Return the seconds that the cores have worked, and the seconds stolen from them, since the system started."""
-        names, busy, stolen = {f"cpu{core}" for core in self.cores}, 0, 0
-        try:
-            with (self._proc / "stat").open(encoding="ascii") as file:
-                for line in file:
-                    name, *words = line.split()
-                    if not name.startswith("cpu"):
-                        break
-                    if name in names:
-                        # man 5 proc_stat: guests' time (the last two) is in the users' already
-                        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, words[:8])
-                        busy += user + nice + system + irq + softirq
-                        stolen += steal
-        except (OSError, ValueError):
-            return None, None
-        return busy * self._tick, stolen * self._tick
 
     def _work_of(self, child: int) -> float:
         """Return the processor seconds of a child process; 0 where the system does not say."""

@@ -93,6 +93,10 @@ def test_what_is_left_out_is_kept_and_counted() -> None:
         "stopped": "narrow",
         "floor_seconds": 0.0,
         "left_out": {"stolen": 2, "other load": 1},
+        "quantiles": {  # of the two that count: too few for intervals
+            name: {"value": pytest.approx(1 + float(name)), "interval": None}
+            for name in ("0.05", "0.25", "0.5", "0.75", "0.95")
+        },
     }
     assert set(found.left_out) <= set(MARKS)
     assert Samples.from_dict("used", json.loads(json.dumps(written))) == found
