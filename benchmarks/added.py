@@ -1,5 +1,7 @@
 """Time functions of your own next to what minift has for the same operation: the options of `ops`, and its table.
 
+A file to start from, and the time of what became of it:
+
     python -m benchmarks ops --contract norm > my_norm.py
     python -m benchmarks ops --add my_norm.py:norm --against norm
 """
