@@ -10,14 +10,13 @@ import argparse
 import dataclasses
 import hashlib
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contract import CONTRACTS, contract
 from benchmarks.operation import Operation, Step
-from benchmarks.samples import Samples, median_interval
+from benchmarks.samples import Samples
 from benchmarks.timing import FEWEST
 from benchmarks.user_file import split
 from benchmarks.variant import Trial, WrongError
@@ -193,8 +192,7 @@ def ratio(slower: Samples, faster: Samples) -> tuple[float, float, float] | None
     """
     if slower.median is None or faster.median is None:
         return None
-    ratios = [one / other for one, other in zip(slower.seconds, faster.seconds, strict=True)]
-    return statistics.median(ratios), *median_interval(ratios)
+    return slower.paired(faster)
 
 
 def sentence(label: str, found: tuple[float, float, float] | None) -> str:

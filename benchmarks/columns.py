@@ -6,7 +6,9 @@ The first row is the head. A kind is a benchmark's name, or "lesson NAME". A res
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from benchmarks.cold import MODES
 from benchmarks.lessons.estimate import shown
+from benchmarks.samples import Samples
 from minift.look.report import number
 from minift.values import size
 
@@ -74,7 +76,7 @@ def generate(results: Sequence[Result]) -> Rows:
             for i, (name, side) in enumerate(model["sides"].items()):
                 ratio = model["minift_times_as_fast_as"].get(name)
                 speed = side["decode_tokens_per_second"]["median"]
-                share = side["decode_share_of_matvec_roof"]["median"]
+                share = side.get("decode_share_of_read_roof", side["decode_share_of_matvec_roof"])["median"]
                 rows.append(
                     [
                         "" if i else shape,
@@ -85,6 +87,36 @@ def generate(results: Sequence[Result]) -> Rows:
                         f"{ratio['decode']:.2f} x" if ratio and name != "minift" else "",
                     ]
                 )
+    return rows
+
+
+def ops(results: Sequence[Result]) -> Rows:
+    """Return each operation as training uses it, with warm and with cold caches; its largest cache is the machine's."""
+    rows = [["operation", "phase", "MB", "fits the cache", "warm, ms", "cold, ms", "cold / warm"]]
+    for result in results:
+        cache = max(result["machine"]["caches"].values())
+        samples = {row["name"]: Samples.from_dict(row["name"], row) for row in result["rows"]}
+        for name, operation in result["operations"].items():
+            for phase, values in operation["phases"].items():
+                warm, cold = (samples.get(f"{name}/used/{phase}/{mode}") for mode in MODES)
+                if warm is None or cold is None or warm.median is None or cold.median is None:
+                    continue
+                middle, low, high = cold.paired(warm)
+                fits = "yes" if values["bytes"] < cache else "no"
+                times = [f"{1e3 * one.median:.3g}" for one in (warm, cold) if one.median is not None]
+                ratio = f"{middle:.2f} ({low:.2f}-{high:.2f})"
+                rows.append([name, phase, f"{values['bytes'] / 1e6:,.1f}", fits, *times, ratio])
+    return rows
+
+
+def alike(results: Sequence[Result]) -> Rows:
+    """Return the verdicts of each case."""
+    words = ("faster", "slower", "same", "undecided")
+    rows = [["the new side is slower by", "comparisons", *words, "seconds of one"]]
+    for result in results:
+        for name, case in result["table"].items():
+            cells = [f"{case[word]} ({100 * case[word] / case['comparisons']:.1f} %)" for word in words]
+            rows.append([name, f"{case['comparisons']}", *cells, f"{case['seconds']:.1f}"])
     return rows
 
 
@@ -246,6 +278,8 @@ KINDS: dict[str, Callable[[Sequence[Result]], Rows]] = {
     "ladder": ladder,
     "loss": loss,
     "generate": generate,
+    "ops": ops,
+    "alike": alike,
     "lora": lora,
     "defaults": defaults,
     "scale": scale,

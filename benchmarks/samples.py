@@ -101,6 +101,11 @@ class Samples:
         rest = tuple(replace(one, seconds=one.seconds - less.seconds) for one, less in pairs)
         return replace(self, name=f"{self.name} - {other.name}", samples=rest, floor=max(self.floor, other.floor))
 
+    def paired(self, other: "Samples") -> tuple[float, float, float]:
+        """Return how many times as long a call takes as one of another side: the median by turn, and its interval."""
+        ratios = [one / less for one, less in zip(self.seconds, other.seconds, strict=True)]
+        return statistics.median(ratios), *median_interval(ratios)
+
     @classmethod
     def from_dict(cls, name: str, values: Mapping[str, Any]) -> "Samples":
         """Return the samples that `to_dict` wrote."""

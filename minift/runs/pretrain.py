@@ -135,11 +135,10 @@ def pretrain(
         with own_folder(out, resume, world, overwrite):
             run = Run(job, config, plan, tokenizer, validation, out, first_weights, carried)
             done = complete(run, state, resume)
+            if done and world.is_main and config.steps and state.step:  # a run that was complete has read nothing
+                print(passes_in_words(batches, state.step * config.grad_accum * config.batch_size * config.max_length))
             _report_skipped(batches)
             if done and world.is_main:
-                if config.steps:
-                    rows = state.step * config.grad_accum * config.batch_size
-                    print(passes_in_words(batches, rows * config.max_length))
                 write_report(out)
         return done
 

@@ -120,3 +120,12 @@ def test_a_difference_is_taken_turn_by_turn() -> None:
     assert all(a.at == b.at for a, b in itertools.zip_longest(rest.samples, both.samples))
     with pytest.raises(ValueError, match="shorter"):
         both.minus(samples(1.0))
+
+
+def test_a_ratio_is_taken_within_turns() -> None:
+    """A machine that is ten times slower in a turn is so for both; a turn that is left out is so for both, too."""
+    marks = {2: ("stolen",)}
+    long = samples(2.0, 20.0, 9.0, 2.0, 2.2, 2.0, 1.8, marks=marks)
+    short = samples(1.0, 10.0, 1.0, 1.0, 1.0, 1.0, 1.0, marks=marks)
+    assert long.paired(short) == pytest.approx((2.0, 1.8, 2.2))
+    assert long.paired(long) == (1.0, 1.0, 1.0)
