@@ -105,12 +105,17 @@ def main() -> int:
 def run(words: Sequence[str]) -> int:
     """Run the benchmark that these words name. Return its exit code. Raises InputError for words that say nothing."""
     options = make_parser(words).parse_args(words)
-    from benchmarks import arguments, record
+    from benchmarks import arguments, hardware, record
 
     arguments.check_files(options)
-    if not getattr(options, "measure", None):  # a child process measures one thing, and writes no record
-        record.begin()
-    return BENCHMARKS[options.name].run(options) or 0
+    if getattr(options, "measure", None):  # a child process measures one thing, and writes no record
+        return BENCHMARKS[options.name].run(options) or 0
+    record.begin()
+    before = hardware.Ticks.now()
+    code = BENCHMARKS[options.name].run(options) or 0
+    if busy := hardware.busy_in_words(before):
+        print(busy, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

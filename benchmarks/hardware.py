@@ -25,6 +25,7 @@ FLAGS = (  # on which PyTorch's kernels depend; others are left out
     *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16", "asimd", "sve", "sve2", "bf16", "i8mm"),
 )
+BUSY = 0.05  # of the cores' time; less is usual
 LOOK = 0.2  # seconds over which the load of a moment is counted: 20 ticks of a core's clock
 
 
@@ -179,6 +180,14 @@ def load(sleep: Callable[[float], object] = time.sleep) -> list[float | None]:
     sleep(LOOK)
     waiting = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return [waiting, *shares(before, Ticks.now())]
+
+
+def busy_in_words(before: Ticks | None) -> str:
+    """Return a sentence on what others had of the cores since `before`; "" where that was little, or is not known."""
+    others, stolen = shares(before, Ticks.now())
+    said = [f"other processes had {others:.0%}"] if others is not None and others > BUSY else []
+    said += [f"the host took {stolen:.0%}"] if stolen is not None and stolen > BUSY else []
+    return f"a busy machine: {' and '.join(said)} of the cores' time meanwhile" if said else ""
 
 
 def _cpuinfo(key: str) -> str | None:

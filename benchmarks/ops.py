@@ -43,6 +43,7 @@ from minift.values import check_number
 
 BUDGET = 150.0  # seconds
 VARIANTS = ("naive", "used", "compiled")
+VAGUE = 0.5  # a median whose interval reaches further than this share of it says nothing about the roof
 # The largest relative difference between a variant and `naive`. In low precision both have rounding errors.
 AGREE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2, "float64": 1e-10}
 Times = dict[str, dict[str, Samples]]  # by phase, by variant
@@ -315,7 +316,8 @@ def _cells(variant: Mapping[str, Any]) -> str:
     if variant["least_seconds"] is not None and middle >= 0:  # a difference may be below 0 by chance
         return f"{'< ' + _milliseconds(variant['least_seconds']):>12}{'-':>6}{'-':>6}"
     reach = max(interval[1] - middle, middle - interval[0]) / abs(middle) if interval and middle else None
-    cells = "-" if reach is None else f"{min(reach, 9.99):.0%}", "-" if share is None else f"{share:.2f}"
+    vague = reach is not None and reach > VAGUE
+    cells = "-" if reach is None else f"{min(reach, 9.99):.0%}", "-" if share is None or vague else f"{share:.2f}"
     return f"{_milliseconds(middle):>12}{cells[0]:>6}{cells[1]:>6}"
 
 

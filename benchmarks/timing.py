@@ -29,6 +29,7 @@ BUDGET = 5.0  # seconds of turns, unless another budget or a number of turns is 
 PRECISION = 0.02  # of a median: as much as two times may differ and be called the same
 FEWEST = 6  # turns: with fewer, a median has no interval of 95 %
 LEAST = WINDOW  # seconds of turns: with fewer, nothing is known about the machine either
+ATTEMPTS = 3  # at a sample: if another process takes a core away in each, the turn is marked
 LOOKS = 10  # the medians are looked at again when there are a tenth more turns: each look is a chance to stop too early
 
 
@@ -40,6 +41,9 @@ class Watcher(Protocol):
 
     def marks(self, readings: Sequence[Reading]) -> list[tuple[str, ...]]:
         """Return why each turn is left out; there is a reading before the first turn and one after each."""
+
+    def interruptions(self) -> int:
+        """Return how often another process has taken a core from this one."""
 
 
 @dataclass
@@ -54,10 +58,21 @@ class _Side:
     floor: float
     samples: list[Sample] = field(default_factory=list)
 
-    def sample(self, turn: int) -> None:
-        at = time.time()
-        seconds = self.timer.seconds(self.call, self.calls, self.before)
+    def sample(self, turn: int, interruptions: Callable[[], int]) -> bool:
+        """Take a sample, and take it again if another process took a core away. Return whether one did each time.
+
+        Only the last attempt is kept: a slice of another process, some milliseconds, says nothing about the call.
+        """
+        for _ in range(ATTEMPTS):
+            before, at = interruptions(), time.time()
+            seconds = self.timer.seconds(self.call, self.calls, self.before)
+            if interruptions() == before:
+                break
+        else:
+            self.samples.append(Sample(at, seconds, self.calls, turn))
+            return True
         self.samples.append(Sample(at, seconds, self.calls, turn))
+        return False
 
     def marked(self, marks: Sequence[tuple[str, ...]]) -> list[Sample]:
         return [replace(sample, marks=marks[sample.turn]) for sample in self.samples]
@@ -121,22 +136,35 @@ def _take_turns(
 ) -> tuple[str, list[tuple[str, ...]]]:
     """Measure turns until a rule stops them. Return its name, and the marks of each turn."""
     readings, start, turn, look = [watch.read()], clock(), 0, FEWEST
+    interrupted: list[bool] = []
+
+    def marks_of_turns() -> list[tuple[str, ...]]:
+        return with_interrupted(watch.marks(readings), interrupted)
+
     while True:
-        for name in in_turn_order(list(sides), turn):
-            sides[name].sample(turn)
+        sampled = [sides[name].sample(turn, watch.interruptions) for name in in_turn_order(list(sides), turn)]
+        interrupted.append(any(sampled))
         readings.append(watch.read())
         turn, spent = turn + 1, clock() - start
         if repeats is not None:
             if turn >= repeats:
-                return "repeats", watch.marks(readings)
+                return "repeats", marks_of_turns()
             continue
         if turn >= look and spent >= LEAST:
             look = turn + max(1, turn // LOOKS)
-            marks = watch.marks(readings)
+            marks = marks_of_turns()
             if all(is_narrow(side.marked(marks), precision) for side in sides.values()):
                 return "narrow", marks
         if spent + spent / turn > budget:
-            return "budget", watch.marks(readings)
+            return "budget", marks_of_turns()
+
+
+def with_interrupted(marks: Sequence[tuple[str, ...]], interrupted: Sequence[bool]) -> list[tuple[str, ...]]:
+    """Return the marks of turns, with "other load" for those that were interrupted, unless that is more than half."""
+    if sum(interrupted) > len(interrupted) / 2:
+        return list(marks)
+    pairs = zip(marks, interrupted, strict=True)
+    return [(*of, "other load") if now and "other load" not in of else of for of, now in pairs]
 
 
 def is_narrow(samples: Sequence[Sample], precision: float) -> bool:

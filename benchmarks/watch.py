@@ -22,6 +22,11 @@ from pathlib import Path
 from benchmarks import hardware, nvml
 from minift.errors import InputError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 WINDOW = 0.5  # seconds: the ticks at both ends of a window are then at most 2 % of a core's time in it
 OTHERS = 0.05  # of the cores' time; less is within what ticks of 10 ms can tell
 STOLEN = 0.02  # of the cores' time: as much as two times may differ and be called the same
@@ -146,6 +151,10 @@ class Watch:
             if sum(marked) <= len(states) / 2:  # otherwise nothing is usual, and the rule could only choose
                 found = [(*marks, mark) if now else marks for marks, now in zip(found, marked, strict=True)]
         return found
+
+    def interruptions(self) -> int:
+        """Return how often another process has taken a core from this one; 0 where the system does not say."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
 
     def _shares(self, before: Reading, after: Reading) -> tuple[float | None, float | None]:
         """Return the shares of the cores' time between two readings: of other processes, and what was stolen."""

@@ -302,3 +302,14 @@ def test_medians_are_those_of_the_samples(tmp_path: Path, monkeypatch: pytest.Mo
         assert all(before < at < time.time() for at, *_ in samples)
     assert len(rows["machine/product"]["samples"]) == 3
     assert result["settings"]["prompt_length"] == 4
+
+
+def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 seconds of the cores: 60 busy, of them 20 this process's own; 10 stolen."""
+    before = hardware.Ticks(0.0, 0.0, 0.0, 0.0)
+    for busy, stolen, said in ((60.0, 10.0, "other processes had 40% and the host took 10%"), (24.0, 1.0, "")):
+        now = hardware.Ticks(100.0, busy, stolen, 20.0)
+        monkeypatch.setattr(hardware.Ticks, "now", classmethod(lambda cls, now=now: now))
+        assert said in hardware.busy_in_words(before)
+        assert bool(hardware.busy_in_words(before)) == bool(said)
+    assert hardware.busy_in_words(None) == ""

@@ -50,6 +50,12 @@ def seconds_of(measured: Mapping[str, Samples]) -> dict[str, list[float]]:
     return {name: one.seconds for name, one in measured.items()}
 
 
+@pytest.fixture(autouse=True)
+def no_interruptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sample is taken again, however busy the machine is."""
+    monkeypatch.setattr(timing.Watch, "interruptions", lambda self: 0)
+
+
 def test_sides_take_turns_in_an_order_that_is_reversed_each_time() -> None:
     machine = FakeMachine()
     sides = {"a": machine.work("a", 1.0), "b": machine.work("b", 2.0)}

@@ -43,14 +43,17 @@ class Work:
 class Told:
     """Tells the marks of turns that a test gives."""
 
-    def __init__(self, marks: Mapping[int, tuple[str, ...]] | None = None):
-        self.of_turn = marks or {}
+    def __init__(self, marks: Mapping[int, tuple[str, ...]] | None = None, interruptions: Sequence[int] = (0,)):
+        self.of_turn, self._interruptions = marks or {}, itertools.cycle(interruptions)
 
     def read(self) -> Reading:
         return Reading(0.0)
 
     def marks(self, readings: Sequence[Reading]) -> list[tuple[str, ...]]:
         return [self.of_turn.get(turn, ()) for turn in range(len(readings) - 1)]
+
+    def interruptions(self) -> int:
+        return next(self._interruptions)
 
 
 @pytest.fixture
@@ -106,6 +109,25 @@ def test_short_calls_are_measured_for_half_a_second(work: Work) -> None:
     (found,) = measure(work, {"a": work.call("a", 0.002)}, budget=10.0).values()
     assert found.stopped == "narrow"
     assert 0.5 <= sum(found.seconds) < 0.6
+
+
+def test_a_sample_that_another_process_interrupts_is_taken_again(work: Work) -> None:
+    """Interruptions are counted before and after: the first attempt has one, the second has none, and counts."""
+    told = Told(interruptions=(0, 1, 1, 1))
+    (found,) = measure(work, {"a": work.call("a", 9.0, 1.0)}, 4, warmup=0, watch=told).values()
+    calls = work.log.count("a")
+    assert (found.seconds, found.left_out) == ([found.seconds[0]] * 4, {})
+    assert calls == 1 + 2 * 4  # one tells how long a call takes
+
+
+def test_a_turn_whose_samples_are_all_interrupted_is_left_out(work: Work) -> None:
+    """In one of four turns, each attempt. Where it is most turns, nothing is usual, and all count."""
+    rare = itertools.chain(*([0, 0] for _ in range(3)), range(2 * timing.ATTEMPTS))
+    told = Told(interruptions=list(rare))
+    (found,) = measure(work, {"a": work.call("a", 1.0)}, 4, watch=told).values()
+    assert (len(found.seconds), found.left_out) == (3, {"other load": 1})
+    (found,) = measure(work, {"a": work.call("a", 1.0)}, 4, watch=Told(interruptions=range(100))).values()
+    assert (len(found.seconds), found.left_out) == (4, {})
 
 
 def test_repeats_are_exact_however_much_the_times_differ(work: Work) -> None:
@@ -252,7 +274,7 @@ def test_a_busy_wait_of_known_length_is_read_within_one_percent(seconds: float) 
             pass
         lasted.append(now - start)
 
-    (found,) = in_turns({"wait": wait}, 11).values()
+    (found,) = in_turns({"wait": wait}, 11, watch=Told()).values()  # no sample is taken again
     calls = found.samples[0].calls
     of_samples = [statistics.fmean(lasted[-calls * (11 - turn) :][:calls]) for turn in range(11)]
     errors = [one.seconds / known - 1 for one, known in zip(found.samples, of_samples, strict=True)]
