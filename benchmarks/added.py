@@ -18,10 +18,11 @@ from benchmarks.contract import CONTRACTS, contract
 from benchmarks.operation import Operation, Step
 from benchmarks.samples import Samples
 from benchmarks.timing import FEWEST
-from benchmarks.user_file import split
+from benchmarks.user_file import check_named, split
 from benchmarks.variant import Trial, WrongError
 from minift.errors import InputError, did_you_mean, one_line
 
+NOISY = 0.5  # an interval that is wider than this share of its value says nothing
 BUILT_IN = ("naive", "used", "compiled")
 Times = dict[str, dict[str, dict[str, Samples]]]  # by caches, by phase, by variant
 
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank",
         metavar="DIR",
         help="a table of the files in DIR by the speed of their functions that are named as the operation; each is run "
-        "in a process of its own, in turns with what minift trains with",
+        "in a process and a folder of its own, in turns with what minift trains with; without --against, a table for "
+        "each operation that a function in the files is named as",
     )
     group.add_argument(
         "--limit",
@@ -106,6 +108,8 @@ class Added:
     def __init__(self, options: argparse.Namespace, limits: tuple[float, float]):
         check(options)
         self.places, self.limits = named(options.add or []), limits
+        for place in self.places.values():
+            check_named(place)
         self.operations = [options.against] if self.places else []
         self.trials: dict[str, Trial] = {}
         self.wrong: dict[str, str] = {}
@@ -195,6 +199,12 @@ def ratio(slower: Samples, faster: Samples) -> tuple[float, float, float] | None
     return slower.paired(faster)
 
 
+def is_noisy(found: tuple[float, float, float]) -> bool:
+    """Return whether the interval of a value, (value, low, high), is too wide to say anything."""
+    middle, low, high = found
+    return high - low > NOISY * middle
+
+
 def sentence(label: str, found: tuple[float, float, float] | None) -> str:
     """Return in words whether a function is faster than what minift trains with."""
     if found is None:
@@ -203,6 +213,8 @@ def sentence(label: str, found: tuple[float, float, float] | None) -> str:
     if not math.isfinite(high - low):
         return f"{label} is {middle:.2f} times as fast as used; an interval takes {FEWEST} turns (--repeats)"
     interval = f"in 95 % between {low:.2f} and {high:.2f}"
+    if is_noisy(found):
+        return f"too noisy to tell: {label} is {middle:.2f} times as fast as used, {interval}"
     if low > 1 or high < 1:
         return f"{label} is {middle:.2f} times as fast as used, {interval}"
     return f"whether {label} is faster than used is undecided: {middle:.2f} times as fast, {interval}"

@@ -4,15 +4,15 @@
 
 Each file NAME.py of the folder has a function that is named as the operation. Its process holds it against the formula
 (`variant.py`), and times it in turns with what minift trains with, forward and backward together; the ratio of the two
-is what ranks it, because a machine has slower minutes, which both share. Places are shared where the intervals of the
-ratios overlap. What waits for ever, crashes, ends its process, takes too much memory or prints gets its error, and the
-table goes on. The table is Markdown.
+is what ranks it, because a machine has slower minutes, which both share. What minift trains with is timed twice in each
+turn: where it differs from itself, so may everything else. What waits for ever, crashes, ends its process, takes too
+much memory or prints gets its error, and the table goes on. The table is Markdown.
 
-A process of its own guards against mistakes. It is no guard against malice: a submission runs with all that you may do.
+A process runs in a temporary folder, which is removed after it. Both guard against mistakes, and not against malice: a
+submission runs with all that you may do.
 """
 
 import argparse
-import ast
 import json
 import math
 import os
@@ -32,12 +32,13 @@ from typing import IO, Any
 import torch
 
 from benchmarks import arguments, process, record, timers
-from benchmarks.added import identity, ratio
+from benchmarks.added import identity, is_noisy, ratio
 from benchmarks.contract import CONTRACTS, describe
 from benchmarks.operation import Setting, make_step
 from benchmarks.operations import OPERATIONS
 from benchmarks.samples import Samples
 from benchmarks.timing import in_turns
+from benchmarks.user_file import check_named, names_in, submissions
 from benchmarks.variant import Trial, WrongError
 from minift.errors import InputError, one_line
 from minift.runs import machine
@@ -47,6 +48,11 @@ LEAST = 2.0  # seconds of turns for a submission, however many there are
 GLANCE = 0.05  # seconds between two looks at a process
 LAST = 2**12  # bytes that are kept of what a process prints to standard error
 FORMULA = "the formula"
+AGAIN = "used again"  # the side that is `used` a second time
+RULE = (
+    "A place is one more than the number of submissions that are surely faster: whose whole interval is above this "
+    "one's. One that is too noisy to tell has no place."
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,14 @@ class Timed:
 
     Attributes:
         ratio: how many times as fast as `used` it is, and the interval of that.
+        control: how many times as fast as itself `used` is; None where it is too short.
     """
 
     name: str
     own: Samples
     used: Samples
     ratio: tuple[float, float, float]
+    control: tuple[float, float, float] | None
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,9 @@ def serve(options: argparse.Namespace, setting: Setting, limits: tuple[float, fl
         operation = OPERATIONS[name](step)
         trial = Trial(place, name, step, operation, limits)
         trial.check()
-        sides = {"used": operation.variants["used"], "own": trial.call()}
+        sides = {"used": operation.variants["used"], "own": trial.call(), AGAIN: operation.variants["used"]}
         if operation.leaves:
-            operation.variants["own"] = sides["own"]
+            operation.variants.update(sides)
             sides = {side: partial(operation.both, side) for side in sides}
         how: dict[str, Any] = {"device": setting.device, "timer": timer_of(options, setting), "caches": caches(options)}
         samples = in_turns(sides, options.repeats, budget=options.budget, **how)
@@ -109,24 +117,27 @@ def measure(place: str, operation: str, words: Sequence[str], seconds: float, nb
         words: the options that say what is timed.
         seconds, nbytes: what the process may take.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "answer.json"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        out, inside = Path(folder) / "answer.json", Path(folder) / "run"
+        inside.mkdir()
         command = [sys.executable, "-m", "benchmarks", "ops", f"--add={place}", f"--against={operation}", *words]
-        error = bounded([*command, "--measure", str(out)], seconds, nbytes)
+        error = bounded([*command, "--measure", str(out)], seconds, nbytes, inside)
         if error is None and not out.is_file():
             error = "its process ended before it was done"
         answer: dict[str, Any] = {"error": error} if error else json.loads(out.read_text(encoding="utf-8"))
     return answer
 
 
-def bounded(command: Sequence[str], seconds: float, nbytes: float) -> str | None:
-    """Run a command to its end within bounds of time and memory, and end all that it has started.
+def bounded(command: Sequence[str], seconds: float, nbytes: float, folder: Path) -> str | None:
+    """Run a command in a folder to its end within bounds of time and memory, and end all that it has started.
 
     What it prints is thrown away, but for its last words. Return what went wrong, or None.
     """
+    known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     child = subprocess.Popen(
         command,
-        cwd=process.ROOT,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(process.ROOT), *map(os.path.abspath, known)])},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -203,16 +214,18 @@ def run(options: argparse.Namespace, setting: Setting, limits: tuple[float, floa
     """
     if options.measure:
         serve(options, setting, limits)
-    files = submissions(options.rank)
+    files, others = submissions(options.rank)
+    refused = [Wrong(file.stem, f"{one_line(file.name)} {reason}") for file, reason in others.items()]
     names = [options.against] if options.against else operations_in(files)
     budget = max(LEAST, options.budget / len(files) / len(names))
     words = _words(options, setting, budget)
     seconds = options.limit or SECONDS + budget
     nbytes = 1e9 * options.memory if options.memory else (machine.free_memory(torch.device("cpu")) or math.inf) / 2
-    digests = {file.stem: identity(file) for file in files}
+    digests = {**{file.stem: identity(file) for file in files}, **{one.name: {} for one in refused}}
     tables: dict[str, Any] = {}
     for name in names:
-        formula, entries = _measured(name, files, words, seconds, nbytes)
+        formula, timed = _measured(name, files, words, seconds, nbytes)
+        entries = [*timed, *refused]
         print(f"{_heading(name, entries, options, setting)}\n\n{table(formula, entries)}\n", flush=True)
         submitted = {entry.name: {**digests[entry.name], **_recorded(entry)} for entry in entries}
         tables[name] = {"formula": _recorded(formula), "submissions": submitted}
@@ -231,16 +244,6 @@ def run(options: argparse.Namespace, setting: Setting, limits: tuple[float, floa
         raise SystemExit(1)
 
 
-def submissions(folder: str) -> list[Path]:
-    """Return the Python files of a folder in order, without those whose name begins with "_" or "."."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--rank {one_line(folder)}: no such folder")
-    files = sorted(file for file in Path(folder).glob("*.py") if file.is_file() and file.name[0] not in "_.")
-    if not files:
-        raise InputError(f"--rank {one_line(folder)}: no file NAME.py in it")
-    return files
-
-
 def operations_in(files: Sequence[Path]) -> list[str]:
     """Return the operations that functions of some files are named as; the files are read, not run.
 
@@ -249,13 +252,8 @@ def operations_in(files: Sequence[Path]) -> list[str]:
     """
     names: set[str] = set()
     for file in files:
-        try:
-            body = ast.parse(file.read_bytes()).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
-        names |= {one.name for one in body if isinstance(one, ast.FunctionDef)}
-        assigned = [target for one in body if isinstance(one, ast.Assign) for target in one.targets]
-        names |= {target.id for target in assigned if isinstance(target, ast.Name)}
+        with suppress(WrongError):
+            names |= {name for name, function in names_in(file).items() if function}
     found = [name for name in CONTRACTS if name in names]
     if not found:
         raise InputError(f"{files[0].parent}: no function there is named as an operation: {', '.join(CONTRACTS)}")
@@ -268,16 +266,21 @@ def _measured(
     """Return the entries of the formula, for comparison, and of all submissions to an operation."""
 
     def entry(label: str, file: Path) -> Timed | Wrong:
-        answer = measure(f"{file.resolve()}:{name}", name, words, seconds, nbytes)
+        place = f"{file.resolve()}:{name}"
+        try:
+            check_named(place)
+            answer = measure(place, name, words, seconds, nbytes)
+        except InputError as error:
+            answer = {"error": str(error)}
         if "error" in answer:
             return Wrong(label, answer["error"].replace(str(file.resolve()), one_line(file.name)))
-        own, used = (Samples.from_dict(side, answer[side]) for side in ("own", "used"))
+        own, used, again = (Samples.from_dict(side, answer[side]) for side in ("own", "used", AGAIN))
         found = ratio(used, own)
         if found is None:
             return Wrong(
                 label, f"a call is shorter than {own.floor:.1g} s, and cannot be timed: give more --batch-size"
             )
-        return Timed(label, own, used, found)
+        return Timed(label, own, used, found, ratio(used, again))
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "formula.py"
@@ -289,6 +292,7 @@ def _measured(
     for number, file in enumerate(files, 1):
         entries.append(one := entry(file.stem, file))
         said = "wrong" if isinstance(one, Wrong) else f"{one.ratio[0]:.2f} times as fast as used"
+        said += ", too noisy to tell" if isinstance(one, Timed) and is_noisy(one.ratio) else ""
         print(f"{name} {number}/{len(files)} {one_line(file.stem)}: {said}", file=sys.stderr, flush=True)
     return formula, entries
 
@@ -297,7 +301,8 @@ def _recorded(entry: Timed | Wrong) -> dict[str, Any]:
     """Return an entry's values for a record."""
     if isinstance(entry, Wrong):
         return {"error": entry.error}
-    return {"times_as_fast_as_used": entry.ratio, "own": entry.own.to_dict(), "used": entry.used.to_dict()}
+    times = {"own": entry.own.to_dict(), "used": entry.used.to_dict()}
+    return {"times_as_fast_as_used": entry.ratio, "used_as_fast_as_itself": entry.control, **times}
 
 
 def timer_of(options: argparse.Namespace, setting: Setting) -> str:
@@ -314,7 +319,9 @@ def _words(options: argparse.Namespace, setting: Setting, budget: float) -> list
     config = setting.train_config().replace(batch_size=setting.batch_size, max_length=setting.length)
     turns = f"--budget={budget}" if options.repeats is None else f"--repeats={options.repeats}"
     how = [f"--timer={timer_of(options, setting)}", f"--caches={caches(options)}", turns]
-    return [*arguments.words(options, config), "--no-compile", *how]
+    shape = os.path.abspath(options.config) if options.config.endswith(".json") else options.config
+    named = argparse.Namespace(**{**vars(options), "config": shape})
+    return [*arguments.words(named, config), "--no-compile", *how]
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -326,19 +333,40 @@ def table(formula: Timed, entries: Sequence[Timed | Wrong]) -> str:
     The formula stands among the right ones, without a place.
     """
     rows = [["place", "file", "times as fast as used", "in 95 % between", "ms", "used ms"]]
-    right = in_order([entry for entry in entries if isinstance(entry, Timed)])
+    right = [entry for entry in entries if isinstance(entry, Timed)]
     place_of = dict(zip((id(entry) for entry in right), places(right), strict=True))
     for entry in in_order([*right, formula]):
         middle, low, high = entry.ratio
         times = [f"{1e3 * (side.median or 0):.4g}" for side in (entry.own, entry.used)]
         interval = f"{low:.2f} and {high:.2f}" if math.isfinite(high - low) else "too few turns"
-        place = str(place_of.get(id(entry), ""))
-        rows.append([place, one_line(entry.name), f"{middle:.2f}", interval, *times])
+        if is_noisy(entry.ratio) and math.isfinite(high - low):
+            interval += ", too noisy to tell"
+        place = str(place_of.get(id(entry)) or "")
+        rows.append([place, one_line(entry.name).replace("|", r"\|"), f"{middle:.2f}", interval, *times])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
     wrong = [f"* {one_line(entry.name)}: wrong: {entry.error}" for entry in entries if isinstance(entry, Wrong)]
-    return "\n".join([*lines, *([""] if wrong else []), *wrong])
+    below = [RULE, *caution([formula, *right])]
+    return "\n".join([*lines, "", *below, *([""] if wrong else []), *wrong])
+
+
+def caution(entries: Sequence[Timed]) -> list[str]:
+    """Return a line on those in whose process `used` was surely faster or slower than itself; none where all is well.
+
+    One in twenty is so by chance, as the intervals hold 95 %.
+    """
+    off = [
+        f"{one_line(one.name)} {one.control[0]:.2f} ({one.control[1]:.2f} to {one.control[2]:.2f})"
+        for one in entries
+        if one.control is not None and not one.control[1] <= 1 <= one.control[2]
+    ]
+    if not off:
+        return []
+    return [
+        f"Caution: used, timed twice in the same turns, differs from itself in {len(off)} of {len(entries)} processes "
+        f"(one in twenty by chance), so the machine was disturbed: {', '.join(off)}."
+    ]
 
 
 def in_order(entries: Sequence[Timed]) -> list[Timed]:
@@ -346,14 +374,16 @@ def in_order(entries: Sequence[Timed]) -> list[Timed]:
     return sorted(entries, key=lambda entry: -entry.ratio[0])
 
 
-def places(entries: Sequence[Timed]) -> list[int]:
-    """Return the places of entries in order: an interval that reaches that of the first of a place shares the place."""
-    found: list[int] = []
-    for number, entry in enumerate(entries, 1):
-        first = entries[found[-1] - 1] if found else entry
-        shared = bool(found) and entry.ratio[2] >= first.ratio[1]
-        found.append(found[-1] if shared else number)
-    return found
+def places(entries: Sequence[Timed]) -> list[int | None]:
+    """Return the place of each: one more than the number of those that are surely faster.
+
+    Surely faster is one whose whole interval is above this one's. A noisy one has no place, and takes none from others.
+    """
+    told = [entry for entry in entries if not is_noisy(entry.ratio)]
+    return [
+        None if is_noisy(entry.ratio) else 1 + sum(other.ratio[1] > entry.ratio[2] for other in told)
+        for entry in entries
+    ]
 
 
 def _heading(name: str, entries: Sequence[Timed | Wrong], options: argparse.Namespace, setting: Setting) -> str:

@@ -3,6 +3,7 @@
 What the file or the function raises is said in one line, with the line of the file that it came from.
 """
 
+import ast
 import importlib.util
 import sys
 import traceback
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from minift.errors import InputError, did_you_mean, one_line
+
+# What binds its names for itself alone, and a class, which is no function.
+_INSIDE = ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 
 
 class WrongError(InputError):
@@ -28,13 +32,92 @@ def load(place: str) -> Callable[..., Any]:
     file, name = split(place)
     with said_of(file):
         module = _module(file)
-    functions = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]
     if name not in vars(module):
-        raise WrongError(f"{file}: no function {name}{did_you_mean(name, functions)}; there is {_listed(functions)}")
+        raise _missing(file, name)
     function = getattr(module, name)
     if isinstance(function, type) or not callable(function):
         raise WrongError(f"{file}: {name} is {kind_of(function)}, not a function")
     return function
+
+
+def check_named(place: str) -> None:
+    """Raise WrongError unless a file can be parsed, and binds the name of "FILE.py:NAME"; the file is not run.
+
+    A name that the file imports is there, but is not listed as one of its own. Where a file imports all names of
+    another (`import *`), only running it tells.
+
+    Raises:
+        InputError: when there is no such file.
+    """
+    file, name = split(place)
+    bound = names_in(file)
+    if name not in bound and "*" not in bound:
+        raise _missing(file, name)
+
+
+def _missing(file: Path, name: str) -> WrongError:
+    own = [known for known, function in names_in(file).items() if function and not known.startswith("_")]
+    return WrongError(f"{file}: no function {name}{did_you_mean(name, own)}; there is {_listed(own)}")
+
+
+def submissions(folder: str) -> tuple[list[Path], dict[Path, str]]:
+    """Return the Python files of a folder in order, and what has such a name and cannot be read, with the reason.
+
+    Names that begin with "_" or "." are left out.
+
+    Raises:
+        InputError: when there is no such folder, or no file in it.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"--rank {one_line(folder)}: no such folder")
+    found = sorted(file for file in Path(folder).glob("*.py") if file.name[0] not in "_.")
+    reasons = {file: _why_unreadable(file) for file in found}
+    refused = {file: reason for file, reason in reasons.items() if reason}
+    files = [file for file in found if file not in refused]
+    if not files:
+        others = "".join(f"; {one_line(file.name)} {reason}" for file, reason in refused.items())
+        raise InputError(f"--rank {one_line(folder)}: no file NAME.py in it{others}")
+    return files, refused
+
+
+def _why_unreadable(file: Path) -> str:
+    """Return the reason why a file cannot be read; "" where it can."""
+    if file.is_dir():
+        return "is a folder, not a file"
+    if file.is_symlink() and not file.exists():
+        return f"is a link to {one_line(file.readlink())}, which is not there"
+    if not file.is_file():
+        return "is not a file"
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return ""
+
+
+def names_in(file: Path) -> dict[str, bool]:
+    """Return the names that a file binds at its top level, and whether each may be a function of the file's own.
+
+    Raises:
+        WrongError: when the file cannot be read or parsed.
+    """
+    with said_of(file):
+        page = ast.parse(file.read_bytes(), str(file.resolve()))
+        return dict(_bound(page))
+
+
+def _bound(node: ast.AST, function: bool = True) -> Iterator[tuple[str, bool]]:
+    """Yield the names that a statement binds, those in an `if` or a `try` too."""
+    if isinstance(node, ast.FunctionDef):
+        yield node.name, True
+    elif isinstance(node, ast.alias):
+        yield (node.asname or node.name).partition(".")[0], False
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id, function
+    elif not isinstance(node, _INSIDE):
+        plain = isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant)
+        for child in ast.iter_child_nodes(node):
+            yield from _bound(child, not plain)
 
 
 def split(place: str) -> tuple[Path, str]:
@@ -73,7 +156,7 @@ def said_of(file: Path, doing: str = "") -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if _is(frame.filename, file)]
-        if isinstance(error, SyntaxError) and _is(error.filename or "", file):
+        if isinstance(error, SyntaxError) and error.lineno and _is(error.filename or "", file):
             lines.append(error.lineno)
         text = one_line(str(getattr(error, "msg", error)).split("\n\n")[0].split(". ")[0]) or "no message"
         if "backward through the graph a second time" in text:
@@ -92,4 +175,6 @@ def _listed(names: list[str]) -> str:
 
 
 def kind_of(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    """Return what a value is, with its article: "None", "an int", "a Parameter"."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name.startswith((*'aeioAEIO', 'nd')) else 'a'} {name}"

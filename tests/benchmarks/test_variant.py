@@ -17,11 +17,11 @@ from benchmarks import added, ops, roof
 from benchmarks.contract import CONTRACTS, describe
 from benchmarks.operation import Operation, Setting, Step, make_step
 from benchmarks.operations import OPERATIONS
-from benchmarks.user_file import WrongError, load
+from benchmarks.user_file import WrongError, check_named, load
 from benchmarks.variant import Trial
 from minift.config import LlamaConfig
 from minift.errors import InputError
-from tests.helpers import SMALL, run_here
+from tests.helpers import SMALL
 
 SHAPE = LlamaConfig(**{**SMALL, "initializer_range": 0.2})
 RIGHT = "x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight"
@@ -51,6 +51,12 @@ def trial(file: Path, name: str, step: Step, function: str | None = None) -> tup
     operation, dtype = OPERATIONS[name](step), str(step.setting.dtype).removeprefix("torch.")
     limits = ops.AGREE[dtype], ops.AGREE["float32"]
     return Trial(f"{file}:{function or name}", name, step, operation, limits), operation
+
+
+def parsed(*words: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    ops.add_arguments(parser)
+    return parser.parse_args([*map(str, words)])
 
 
 def error_of(file: Path, name: str, step: Step, again: bool = False) -> str:
@@ -156,7 +162,7 @@ WRONG = {  # the body of norm(x, weight, eps), or a whole file, and what its err
     "one wrong row": (f"y = {RIGHT}; return torch.cat((y[:, :-1], 0 * y[:, -1:]), 1)", "off the formula's"),
     "a wrong gradient": (f"y = {RIGHT}; return y.detach() + 2 * (y - y.detach())", "the gradient of x is 1.0e+00 off"),
     "nothing": (RIGHT, "None, not a torch.Tensor (is there a return?)"),
-    "NumPy": (f"return ({RIGHT}).detach().numpy()", "a ndarray, not a torch.Tensor"),
+    "NumPy": (f"return ({RIGHT}).detach().numpy()", "an ndarray, not a torch.Tensor"),
     "a parameter": (f"return torch.nn.Parameter({RIGHT})", "a Parameter, not a torch.Tensor"),
     "two values": (f"y = {RIGHT}; return y, y", "returns 2 values; expected [B, T, D] float32"),
     "a wrong shape": (f"return ({RIGHT})[:, 1:]", "returns [2, 11, 24] float32 on cpu; expected [2, 12, 24]"),
@@ -295,7 +301,7 @@ FILES = {
     "raise SystemExit\n": "my_file.py:2: it ends the program by SystemExit: no message",
     "def nrom(x): return x\n": "my_file.py: no function norm (did you mean nrom?); there is nrom",
     "pass\n": "my_file.py: no function norm; there is none",
-    "norm = 3\n": "my_file.py: norm is a int, not a function",
+    "norm = 3\n": "my_file.py: norm is an int, not a function",
     "def norm(x, weight): return x\n": "it has the arguments (x, weight), but gets (x, weight, eps)",
     "torch.set_num_threads(torch.get_num_threads() + 1)\ndef norm(x, weight, eps): return x\n": "number of threads",
 }
@@ -304,6 +310,45 @@ FILES = {
 @pytest.mark.parametrize("text", FILES)
 def test_a_file_that_cannot_be_used(text: str, steps: dict[torch.dtype, Step], tmp_path: Path) -> None:
     assert FILES[text] in error_of(write(tmp_path, text), "norm", steps[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "from torch import Tensor\nEPS = 1e-6\ndef norm(x): ...\ndef fast_norm(x): ...\n",
+            "no function nofn; there is norm, fast_norm",
+        ),
+        ("def nofm(x): ...\n", "no function nofn (did you mean nofm?); there is nofm"),
+        ("class nofn: ...\ndef norm():\n    def nofn(): ...\n", "no function nofn; there is norm"),
+        ("x = 1\ndef nofn(:\n", "my_file.py:3: SyntaxError: "),
+    ],
+)
+def test_a_function_that_is_not_there_is_said_before_anything_is_run_or_measured(
+    text: str, said: str, tiny: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roof, "meter", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(ops.floor, "measure", lambda *_: pytest.fail("measured"))
+    file = write(tmp_path, f"{text}\nraise RuntimeError('run')\n" if "(:" not in text else text)
+    with pytest.raises(InputError) as raised:
+        ops.run(parsed(*tiny, "--add", f"{file}:nofn", "--against", "norm"))
+    assert said in str(raised.value)
+    assert str(raised.value).endswith(said) or "Syntax" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "norm = torch.compile(torch.relu)",
+        "if torch.cuda.is_available():\n    def norm(x): ...\nelse:\n    norm: object = torch.relu",
+        "try:\n    from somewhere import norm\nexcept ImportError:\n    pass",
+        "from torch.nn.functional import *",
+        "first, (norm, last) = torch.relu, (torch.relu, 3)",
+        "from torch import relu as norm",
+    ],
+)
+def test_a_function_may_be_bound_in_any_way(text: str, tmp_path: Path) -> None:
+    check_named(f"{write(tmp_path, text)}:norm")
 
 
 @pytest.mark.parametrize(
@@ -341,9 +386,7 @@ def test_a_run_times_the_right_ones_and_names_the_wrong(
 ) -> None:
     file = write(tmp_path, f"def good(x, weight, eps): return {RIGHT}\ndef bad(x, weight, eps): return x * weight\n")
     words = [*tiny, "--add", f"{file}:good", "--add", f"{file}:bad", "--against", "norm"]
-    with pytest.raises(SystemExit) as ended:
-        run_here("ops", tmp_path, *words)
-    assert ended.value.code == 1
+    assert ops.run(parsed(*words, "--json", tmp_path / "result.json")) == 1
     result = json.loads((tmp_path / "result.json").read_text())
     assert list(result["operations"]) == ["norm"]
     for phase in result["operations"]["norm"]["phases"].values():
@@ -362,8 +405,7 @@ def test_nothing_is_timed_when_all_are_wrong(
 ) -> None:
     monkeypatch.setattr(ops, "measure", lambda *_, **__: pytest.fail("timed"))
     file = write(tmp_path, "def bad(x, weight, eps): return x * weight\n")
-    with pytest.raises(SystemExit):
-        run_here("ops", tmp_path, *tiny, "--add", f"{file}:bad", "--against", "norm")
+    assert ops.run(parsed(*tiny, "--add", f"{file}:bad", "--against", "norm")) == 1
 
 
 @pytest.mark.parametrize(
@@ -381,9 +423,7 @@ def test_nothing_is_timed_when_all_are_wrong(
 )
 def test_options_that_do_not_fit(words: list[str], said: str, tmp_path: Path) -> None:
     file = write(tmp_path, "")
-    parser = argparse.ArgumentParser()
-    ops.add_arguments(parser)
-    options = parser.parse_args([word.replace("HERE", str(file)) for word in words])
+    options = parsed(*(word.replace("HERE", str(file)) for word in words))
     with pytest.raises(InputError, match=said):
         ops.run(options)
 
@@ -403,5 +443,7 @@ def test_a_sentence_for_each_finding() -> None:
         added.sentence("mine", (1.4, 1.3, 1.5)) == "mine is 1.40 times as fast as used, in 95 % between 1.30 and 1.50"
     )
     assert "undecided" in added.sentence("mine", (1.4, 0.9, 1.5))
+    noisy = "too noisy to tell: mine is 0.74 times as fast as used, in 95 % between 0.22 and 0.95"
+    assert added.sentence("mine", (0.74, 0.22, 0.95)) == noisy
     assert "6 turns" in added.sentence("mine", (1.4, float("-inf"), float("inf")))
     assert "--batch-size" in added.sentence("mine", None)
