@@ -1,17 +1,29 @@
-"""Run one benchmark, `python -m benchmarks NAME [options]`; without a name, run a quick tour."""
+"""Run one benchmark, `python -m benchmarks NAME [options]`; without a name, run a quick tour.
+
+Exit codes: 0 done; 1 the benchmark found something, such as `compare` that a row is slower; 2 it could not be done, for
+wrong input or a full disk, with one line that says why; 130 Ctrl-C or SIGTERM; 141 the reader of its output has left.
+"""
 
 import argparse
 import ast
-import io
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from benchmarks import tour
 from benchmarks.words import Parser
-from minift.errors import InputError, one_line
+from minift.cli.streams import open_streams
+from minift.errors import InputError, RunError, one_line
+
+INTERRUPTED, NO_READER = 130, 141  # as a shell reports a program that SIGINT, or SIGPIPE, has ended
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 NAMES = (
     *("load", "data", "stream", "packing", "audit", "ops", "attention", "loss", "ladder", "peers", "step", "profile"),
@@ -82,24 +94,64 @@ def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run one benchmark, or the tour. Return the exit code: 2 for wrong input, which is reported in one line.
-
-    A benchmark may have a code of its own, such as 1 where `compare` finds that something is slower.
-    """
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            output.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is escaped
+    """Run one benchmark, or the tour. Return the exit code; all but a defect is reported in one line."""
+    open_streams()
     words = sys.argv[1:]
     code = 0
     try:
-        if words:
-            code = run(words)
-        else:
-            tour.take(run, NAMES)
-    except InputError as error:
+        with interrupted_by_signals():
+            if words:
+                code = run(words)
+            else:
+                tour.take(run, NAMES)
+            sys.stdout.flush()
+    except (InputError, RunError) as error:
+        print(f"benchmarks: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `| head`
+        return NO_READER
+    except OSError as error:  # a full disk, a file that may not be read, …
         print(f"benchmarks: error: {one_line(error)}", file=sys.stderr)
         return 2
     return code
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end all processes that this one has started, and raise KeyboardInterrupt in the block.
+
+    Who waits for such a process waits no longer then.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for pid in descendants():
+            with suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS} if in_main_thread else {}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def descendants(parent: int | None = None) -> list[int]:
+    """Return the processes that this one (or `parent`) has started, and those that they have; none without /proc."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()  # its name may have spaces
+            parents[int(folder.name)] = int(words[1])
+    found = [os.getpid() if parent is None else parent]
+    for pid in found:  # which grows
+        found += [child for child, its_parent in parents.items() if its_parent == pid]
+    return found[1:]
 
 
 def run(words: Sequence[str]) -> int:
@@ -119,4 +171,6 @@ def run(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only be a traceback while Python ends
+    sys.exit(code)

@@ -31,7 +31,7 @@ from benchmarks import process, verdict
 from benchmarks.samples import Sample, Samples
 from benchmarks.timing import in_turn_order
 from benchmarks.verdict import LOOKS, Verdict
-from minift.errors import InputError
+from minift.errors import InputError, did_you_mean
 
 SAMPLE, BURST = 0.001, 4  # seconds that a sample should last, and how many of such are a turn
 TURNS = 12  # of a pair of processes, at least
@@ -77,20 +77,26 @@ def make_side(version: str, target: Path, repository: Path = process.ROOT) -> Si
         shutil.copytree(Path(version) / "minift", target / "minift", ignore=ignore)
         name = str(Path(version)) if version != "." else "the working tree"
     else:
-        name = _git(repository, "rev-parse", "--short", "--verify", "--end-of-options", f"{version}^{{commit}}")
-        archive = _git_bytes(repository, "archive", "--format=tar", name.strip(), "minift")
+        name = _commit(repository, version)
+        archive = _git(repository, "archive", "--format=tar", name, "minift")
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(target, filter="data")
-        name = name.strip()
     shutil.copytree(Path(__file__).parent, target / "benchmarks", ignore=ignore)
     return Side(name, target)
 
 
-def _git(repository: Path, *words: str) -> str:
-    return _git_bytes(repository, *words).decode("utf-8", "replace")
+def _commit(repository: Path, version: str) -> str:
+    """Return the short name of a commit. Raises InputError, with the branch that may be meant, where there is none."""
+    known = _git(repository, "for-each-ref", "--format=%(refname:short)").decode("utf-8", "replace").split()
+    try:
+        words = ("rev-parse", "--short", "--verify", "--end-of-options", f"{version}^{{commit}}")
+        return _git(repository, *words).decode("ascii").strip()
+    except InputError:
+        near = did_you_mean(version, known)
+        raise InputError(f"no such commit: {version} (in this repository){near}") from None
 
 
-def _git_bytes(repository: Path, *words: str) -> bytes:
+def _git(repository: Path, *words: str) -> bytes:
     try:
         done = subprocess.run(["git", *words], cwd=repository, capture_output=True, check=False)
     except OSError as error:
@@ -287,7 +293,7 @@ def measure(
             measured.looks = look
             _look(measured, plan, look)
             pending = [name for name in pending if measured.verdicts[name].word == "undecided"]
-            show(f"{pair + 1} pairs of processes: {_count(measured)}")
+            show(f"{verdict.counted(pair + 1, 'pairs of processes')}: {_count(measured)}")
         if not pending or look == len(LOOKS):
             return measured
     raise AssertionError

@@ -12,11 +12,12 @@ than the band, *same* when it is certainly smaller, and *undecided* with what wo
     python -m benchmarks compare --commits main .
     python -m benchmarks compare --commits HEAD . --rows norm loss --band 1
     python -m benchmarks compare old.json new.json
-    python -m benchmarks compare --history results --plot history.png
+    python -m benchmarks compare --history benchmarks/results --plot history.png
 
 *The clock.* On a CPU with one thread (the default) it is the time that a process has a core, which other processes do
 not lengthen; with `--threads` above 1 and on a GPU it is the time on the wall, without turns in which a core was taken
-away. Exit code: 0 when nothing is slower, 1 when something is, 2 for wrong input. *Undecided* is 0, with `--strict` 1.
+away. Exit code: 0 when nothing is slower, 1 when something is, 2 for wrong input and for a result that cannot be
+written, 130 when it was interrupted. *Undecided* is 0, with `--strict` 1.
 """
 
 import argparse
@@ -31,8 +32,7 @@ from benchmarks import arguments, commits, history, record, verdict
 from benchmarks.commits import BOTH, CLOCKS, Measured, Plan
 from benchmarks.verdict import Verdict
 from benchmarks.workloads import WORKLOADS
-from minift.errors import InputError, did_you_mean
-from minift.runs.stop import ended_by_signals
+from minift.errors import InputError, did_you_mean, one_line
 from minift.values import check_number
 
 BUDGET = 8.0  # seconds a row
@@ -42,8 +42,23 @@ OLD_SETTINGS = ("config", "dtype", "device", "batch_size", "length")  # of resul
 HEAD = f"{'':<28}{'new / old':>10}{'interval':>16}  {'':<11}"
 
 
+EPILOG = """\
+verdicts, of each row, new over old:
+  faster, slower  the difference is certain, and larger than the band
+  same            it is certainly smaller than the band
+  undecided       anything else; the row says what would decide it
+
+exit codes:
+  0    no row is slower; undecided ones do not count, but with --strict
+  1    a row is slower; with --strict, or undecided
+  2    wrong input, or the result cannot be written
+  130  interrupted, by Ctrl-C or SIGTERM
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
+    parser.epilog = EPILOG
     parser.add_argument("files", nargs="*", metavar="FILE", help="two results: old and new")
     parser.add_argument("--commits", nargs=2, metavar=("OLD", "NEW"), help="measure two versions in turns")
     parser.add_argument("--history", metavar="DIR", help="draw the rows of all results in DIR")
@@ -112,17 +127,14 @@ def heading(plan: Plan, threads: int) -> str:
 def _commits(options: argparse.Namespace) -> dict[str, Verdict]:
     names = list(dict.fromkeys(options.rows or WORKLOADS))
     plan = plan_of(options, names, BUDGET * len(names) if options.budget is None else options.budget)
-    try:
-        with ended_by_signals(), commits.folder() as place:
-            sides = [
-                commits.make_side(version, place / which) for which, version in zip(BOTH, options.commits, strict=True)
-            ]
-            old, new = (side.name for side in sides)
-            print(f"old: {old}; new: {new}\n{heading(plan, options.threads)}", flush=True)
-            with commits.Nursery(place, options.threads) as nursery:
-                measured = commits.measure(nursery, sides, plan, lambda text: print(f"  {text}", flush=True))
-    except KeyboardInterrupt:
-        raise InputError("interrupted") from None
+    with commits.folder() as place:
+        sides = [
+            commits.make_side(version, place / which) for which, version in zip(BOTH, options.commits, strict=True)
+        ]
+        old, new = (side.name for side in sides)
+        print(f"old: {old}; new: {new}\n{heading(plan, options.threads)}", flush=True)
+        with commits.Nursery(place, options.threads) as nursery:
+            measured = commits.measure(nursery, sides, plan, lambda text: print(f"  {text}", flush=True))
     _show(measured.verdicts, measured.missing, old, new)
     record.write(options.json, _result(options, plan, measured, old, new))
     return measured.verdicts
@@ -141,7 +153,7 @@ def _result(options: argparse.Namespace, plan: Plan, measured: Measured, old: st
         "looks": measured.looks,
         "threads": options.threads,
         "missing": measured.missing,
-        "verdicts": {name: asdict(one) for name, one in measured.verdicts.items()},
+        "verdicts": {name: recorded(one) for name, one in measured.verdicts.items()},
         "rows": [
             record.row(f"{name}/{which}", measured.of_side(name, i, plan.clock), pairs=measured.pairs[name])
             for name in measured.samples
@@ -158,9 +170,10 @@ def _files(options: argparse.Namespace) -> dict[str, Verdict]:
     check_alike(options.files, old, new)
     verdicts, missing = compare_files(old, new, options.rows, options.band / 100)
     names = [Path(file).name for file in options.files]
-    _show(verdicts, missing, *names)
+    one, other = options.files if names[0] == names[1] and old != new else names
+    _show(verdicts, missing, one, other, "; both are the same result" if old == new else "")
     settings = {"band": options.band / 100, "commits": {"old": old["commit"], "new": new["commit"]}}
-    found = {name: asdict(one) for name, one in verdicts.items()}
+    found = {name: recorded(one) for name, one in verdicts.items()}
     record.write(
         options.json,
         {"benchmark": "compare", **record.environment(), **settings, "missing": missing, "verdicts": found},
@@ -169,7 +182,16 @@ def _files(options: argparse.Namespace) -> dict[str, Verdict]:
 
 
 def check_alike(files: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raise InputError, one line that names all that differs, unless two results are of the same thing and machine."""
+    """Raise InputError, one line that names all that differs, unless two results are of the same thing and machine.
+
+    A result of `compare` has verdicts on two versions; another one has them on others.
+    """
+    for file, result in zip(files, (old, new), strict=True):
+        if result["benchmark"] == "compare":
+            raise InputError(
+                f"{file}: a result of compare itself, which holds verdicts on two versions and cannot be compared with "
+                "another result; give results of other benchmarks, or measure two versions: compare --commits OLD NEW"
+            )
     one, other = _conditions(old), _conditions(new)
     unlike = [
         f"{key} is {_short(one.get(key))} and {_short(other.get(key))}"
@@ -208,11 +230,8 @@ def compare_files(
         if name not in known:
             raise InputError(f"--rows {name}: in neither file{did_you_mean(name, known)}")
     asked = [name for name in dict.fromkeys(known) if not names or name in names]
-    missing = {
-        name: f"only in the {'new' if name in theirs else 'old'} one"
-        for name in asked
-        if name not in mine or name not in theirs
-    }
+    missing = {name: f"only in the old one{_wrong(name, new)}" for name in asked if name not in theirs}
+    missing |= {name: f"only in the new one{_wrong(name, old)}" for name in asked if name not in mine}
     missing |= {
         row["name"]: f"its unit is {row['unit']}, which is no time"
         for row in (*old["rows"], *new["rows"])
@@ -238,11 +257,22 @@ def compare_files(
     return found, missing
 
 
+def _wrong(name: str, result: Mapping[str, Any]) -> str:
+    """Return that a result lacks a row because the function of one's own was wrong; "" where that is not the reason."""
+    added = result.get("added")
+    for label, values in added.items() if isinstance(added, Mapping) else ():
+        if f"/{label}/" in f"/{name}/" and isinstance(values, Mapping) and "error" in values:
+            return f"; in the other, {label} was wrong and got no time: {one_line(values['error'])}"
+    return ""
+
+
 def times_of(result: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return the seconds of the turns that count by row; of a result of schema 1, each median that it has."""
     if result["schema"] == 1:
         return {name: [value] for name, value in _medians(result).items()}
-    rows = {row["name"]: [s[1] for s in row["samples"] if not s[4]] for row in result["rows"] if row["unit"] == "s"}
+    rows = {
+        row["name"]: [s[1] for s in row["samples"] if not s[4]] for row in result["rows"] if row.get("unit", "s") == "s"
+    }
     return {name: values for name, values in rows.items() if values and min(values) > 0}
 
 
@@ -272,21 +302,34 @@ def machine_differs(old: Mapping[str, Sequence[float]], new: Mapping[str, Sequen
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def _show(verdicts: Mapping[str, Verdict], missing: Mapping[str, str], old: str, new: str) -> None:
+def _show(verdicts: Mapping[str, Verdict], missing: Mapping[str, str], old: str, new: str, remark: str = "") -> None:
     print(HEAD)
     for name, one in verdicts.items():
         print(line(name, one))
     for name, reason in missing.items():
         print(f"{name:<28}left out: {reason}")
-    print(conclusion(verdicts, old, new))
+    print(conclusion(verdicts, old, new) + remark)
 
 
 def line(name: str, one: Verdict) -> str:
-    """Return a row of the table."""
+    """Return a row of the table. A ratio of which nothing is known is not shown."""
     known = one.low > 0.1 and one.high < 10  # two pairs of processes may leave anything possible
-    interval = f"{one.low:.3f}-{one.high:.3f}" if known else "unknown"
-    number = f"{one.turns} turns" + (f" in {one.pairs} pairs of processes" if one.pairs > 1 else "")
-    return f"{name:<28}{one.ratio:>10.3f}{interval:>16}  {one.word:<11}" + (one.needs or number)
+    interval = f"{one.low:.3f}-{one.high:.3f}" if known else "unknown" if says_something(one) else "-"
+    ratio = f"{one.ratio:.3f}" if says_something(one) else "-"
+    pairs = f" in {one.pairs} pairs of processes" if one.pairs > 1 else ""
+    number = verdict.counted(one.turns, "turns") + pairs
+    return f"{name:<28}{ratio:>10}{interval:>16}  {one.word:<11}" + (one.needs or number)
+
+
+def says_something(one: Verdict) -> bool:
+    """Return whether a verdict's ratio has an interval: that of two machines, or of a few turns, has none."""
+    return one.low > 0 or one.high < math.inf
+
+
+def recorded(one: Verdict) -> dict[str, Any]:
+    """Return a verdict for a record, with null in place of a ratio of which nothing is known."""
+    unknown = {} if says_something(one) else dict.fromkeys(("ratio", "low", "high"))
+    return {**asdict(one), **unknown}
 
 
 def conclusion(verdicts: Mapping[str, Verdict], old: str, new: str) -> str:

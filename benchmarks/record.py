@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import re
+import stat
 import statistics
 import subprocess
 import sys
@@ -32,9 +33,9 @@ import benchmarks
 import minift
 from benchmarks import hardware
 from minift.data.stream import fingerprint
-from minift.errors import InputError
+from minift.errors import InputError, RunError
 from minift.storage.system import command_line
-from minift.values import read_json
+from minift.values import LARGEST_JSON, read_json, size
 
 SCHEMA = 2
 PACKAGES = ("minift", "torch", "numpy", "sentencepiece", "safetensors", "tokenizers", "transformers", "datasets")
@@ -152,14 +153,22 @@ def control(roofs: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def write(file: str | None, result: dict[str, Any]) -> None:
-    """Write a result as JSON, if a file is given; what it says of shapes and dtypes is collected in "settings"."""
+    """Write a result as JSON, if a file is given; what it says of shapes and dtypes is collected in "settings".
+
+    Raises:
+        RunError: when it cannot be written: the disk is full.
+    """
     if file is None:
         return
     settings = {"shape": result["config"]} if "config" in result else {}
     settings |= {key: result[key] for key in SETTINGS if key in result}
     whole = {**result, "settings": {**settings, **result.get("settings", {})}}
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(_json(whole, whole.pop("rows", [])) + "\n", encoding="utf-8")
+    text = _json(whole, whole.pop("rows", [])) + "\n"
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{file}: the result cannot be written: {error.strerror or error}") from None
 
 
 def _json(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -175,8 +184,10 @@ def read(file: str | Path) -> dict[str, Any]:
     """Read a result, of schema 1 or 2. One of schema 1 gets `"schema": 1` and no rows.
 
     Raises:
-        InputError: for a file that is missing, is no result, is damaged, or is of another schema.
+        InputError: for what is missing, is no regular file, is too large, is no result, is damaged, or is of another
+            schema.
     """
+    _check_file(Path(file))
     result = read_json(file)
     schema = result.get("schema", 1)
     if schema not in (1, SCHEMA) or isinstance(schema, bool):
@@ -190,6 +201,18 @@ def read(file: str | Path) -> dict[str, Any]:
         return {**result, **own, "schema": 1, "settings": result.get("settings", {}), "rows": []}
     _check_rows(file, result.get("rows"))
     return result
+
+
+def _check_file(file: Path) -> None:
+    """Raise InputError for a device, a pipe, a folder and a file that is too large, before any of it is read."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{file}: not a regular file; give the file of --json")
+    if found.st_size > LARGEST_JSON:
+        raise InputError(f"{file}: {size(found.st_size)} are more than the {size(LARGEST_JSON)} of a result")
 
 
 def _check_rows(file: str | Path, rows: Any) -> None:

@@ -25,6 +25,7 @@ limits for four looks are 2.024 · sqrt(4 / look) standard errors; Abramowitz an
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -183,7 +184,12 @@ def missing(one: Estimate, level: float, limit: float, more: str) -> str:
         n += max(1, n // 20)
     if n > most:
         return f"more than {most} {more}, or another --band"
-    return f"about {max(1, n - one.clusters)} more {more}"
+    return "about " + counted(max(1, n - one.clusters), f"more {more}")
+
+
+def counted(n: int, things: str) -> str:
+    """Return a number and what is counted: "3 pairs of processes", "1 more turn"."""
+    return f"{n} {things if n != 1 else re.sub('s(?= of|$)', '', things, count=1)}"
 
 
 def _exp(log: float) -> float:

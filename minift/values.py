@@ -16,18 +16,25 @@ from minift.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGEST_JSON = 2**28  # bytes: a device without an end is not read until memory is gone
 _Fields = TypeVar("_Fields")  # some dataclass
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises InputError when it is missing, not JSON, or not an object."""
+    """Return the JSON object in a file. Raises InputError when it is missing, too large, not JSON, or not an object."""
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise InputError(f"{path}: larger than {size(LARGEST_JSON)}, the most that is read as JSON")
+        values = json.loads(content.decode("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import alike, commits, compare, record, workloads
+from benchmarks import alike, commits, compare, history, record, workloads
 from benchmarks.__main__ import main
 from benchmarks.commits import Plan, Side
 from minift.errors import InputError
@@ -125,6 +125,8 @@ def test_another_machine_speed_is_no_verdict(tmp_path: Path, monkeypatch: pytest
     assert set(verdicts(tmp_path / "c.json").values()) == {"undecided"}
     said = capsys.readouterr().out
     assert re.search(r"the machine itself differed by [67]\.\d%; run both in turns: compare --commits", said)
+    assert re.search(rf"^{NORM} +- +- +undecided ", said, re.MULTILINE)  # 1.5 would be read as a result
+    assert json.loads((tmp_path / "c.json").read_text())["verdicts"][NORM]["ratio"] is None
 
 
 def test_results_without_samples_are_undecided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -153,6 +155,66 @@ def test_rows_of_one_file_alone_are_named(tmp_path: Path) -> None:
     }
 
 
+def test_a_row_that_is_missing_because_a_function_was_wrong_says_so() -> None:
+    rows = [record.row(name, [1.0] * 9) for name in ("norm/used/both/warm", "norm/mine/both/warm")]
+    good = {"schema": 2, "rows": rows, "added": {"mine": {"file": "mine.py"}}}
+    wrong = {"schema": 2, "rows": rows[:1], "added": {"mine": {"file": "mine.py", "error": "off by\n0.3"}}}
+    for old, new, which in ((good, wrong, "old"), (wrong, good, "new")):
+        _, missing = compare.compare_files(old, new, None, 0.02)
+        said = f"only in the {which} one; in the other, mine was wrong and got no time: off by 0.3"
+        assert missing == {"norm/mine/both/warm": said}
+
+
+def test_the_same_result_twice_is_remarked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    one, other = result(tmp_path / "a.json"), result(tmp_path / "b.json", seed=1)
+    (tmp_path / "copies").mkdir()
+    for content, remarked in ((one, True), (other, False)):
+        (tmp_path / "copies" / "a.json").write_text(content.read_text())
+        assert called(monkeypatch, "compare", one, tmp_path / "copies" / "a.json") == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith("; both are the same result") == remarked
+        assert (str(tmp_path) in last) != remarked  # two results of one name are told apart by their folders
+
+
+def test_a_verdict_is_no_result_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    a, b = result(tmp_path / "a.json"), result(tmp_path / "b.json", benchmark="compare")
+    for files in ((b, b), (a, b)):
+        assert called(monkeypatch, "compare", *files) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "b.json: a result of compare itself" in line
+        assert "compare --commits OLD NEW" in line
+
+
+FULL = Path("/dev/full")
+has_full = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+
+
+@has_full
+def test_a_full_disk_is_not_called_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    a = result(tmp_path / "a.json")
+    assert called(monkeypatch, "compare", a, a, "--json", FULL) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "benchmarks: error: /dev/full: the result cannot be written: No space left on device"
+
+
+@has_full
+def test_an_output_that_is_full_is_not_called_slower(tmp_path: Path) -> None:
+    a = result(tmp_path / "a.json")
+    with FULL.open("w") as full:
+        command = [sys.executable, "-m", "benchmarks", "compare", str(a), str(a)]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    said = "benchmarks: error: standard output: cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_the_help_explains_words_and_codes(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        called(monkeypatch, "compare", "--help")
+    said = capsys.readouterr().out
+    for start in ("faster, slower", "same", "undecided", "0", "1", "2", "130"):
+        assert re.search(rf"^  {start} +\w", said, re.MULTILINE), start
+
+
 WRONG = [
     ([], "give two files, or --commits OLD NEW, or --history DIR"),
     (["a.json"], "give two files"),
@@ -163,7 +225,7 @@ WRONG = [
     (["--commits", ".", ".", "--rows", "nrom"], "did you mean norm?"),
     (["--commits", ".", ".", "--budget", "0"], "--budget is 0"),
     (["--commits", ".", "tests"], "tests: there is no minift/ in it"),
-    (["--commits", ".", "nonesuch"], "git rev-parse"),
+    (["--commits", ".", "nonesuch"], "no such commit: nonesuch (in this repository)"),
     (["--history", "nonesuch"], "--history nonesuch: not a folder"),
 ]
 
@@ -335,8 +397,13 @@ def test_a_side_is_what_the_commit_has_and_the_checkout_is_not_touched(tmp_path:
     assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
     for side in sides:
         assert (side.root / "benchmarks" / "commits.py").read_bytes() == Path(commits.__file__).read_bytes()
-    with pytest.raises(InputError, match="git rev-parse nonesuch"):
-        commits.make_side("nonesuch", tmp_path / "third", repository)
+    git(repository, "branch", "faster-loss")
+    for wrong, said in (("nonesuch", ""), ("fastr-loss", " (did you mean faster-loss?)"), ("--all", "")):
+        with pytest.raises(InputError) as error:
+            commits.make_side(wrong, tmp_path / f"no {wrong}", repository)
+        assert str(error.value) == f"no such commit: {wrong} (in this repository){said}"
+    with pytest.raises(InputError, match="not a git repository"):
+        commits.make_side("HEAD", tmp_path / "fourth", tmp_path)
 
 
 def processes_with(text: str) -> list[int]:
@@ -376,7 +443,7 @@ def test_nothing_is_left_behind(number: signal.Signals, tmp_path: Path) -> None:
         time.sleep(0.05)
     assert processes_with(str(tmp_path)) == []
     if number == signal.SIGINT:
-        assert (command.returncode, errors) == (2, "benchmarks: error: interrupted\n")
+        assert (command.returncode, errors) == (130, "benchmarks: interrupted\n")
         assert list(tmp_path.iterdir()) == []
 
 
@@ -453,6 +520,61 @@ def test_a_history_is_a_figure_of_all_rows(
     assert pixels.shape[0] > 200
     assert pixels.std() > 0.01
     assert called(monkeypatch, "compare", "--history", folder, "--plot", plot, "--rows", NORM) == 0
-    assert f"{plot}: 1 rows" in capsys.readouterr().out
+    assert f"{plot}: 1 row of 3 results\n" in capsys.readouterr().out
     assert called(monkeypatch, "compare", "--history", folder, "--plot", plot, "--rows", "nrom") == 2
     assert called(monkeypatch, "compare", "--history", tmp_path / "results", "--plot", tmp_path / "h.pdf") == 2
+
+
+def test_results_of_one_commit_are_at_one_place() -> None:
+    """The commit a is measured twice, b once between: the line has two places, and a's is the median of its results."""
+    a, b = ("a", "1"), ("b", "2")
+    points = [history.Point(at, code, s, None, "call") for at, code, s in ((1, a, 2.0), (2, b, 9.0), (3, a, 4.0))]
+    assert history.through(points, [a, b]) == ([0, 1], [3.0, 9.0])
+    x = history.places(points, [a, b])
+    assert x[1] == 1
+    assert x[0] < 0 < x[2] < 0.3
+    assert x[0] + x[2] == pytest.approx(0)
+
+
+def test_a_panel_says_what_its_seconds_are_for_and_has_room_for_its_bars() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axis = pyplot.subplots()
+    points = [history.Point(1, ("a", "1"), 2.0, (1.0, 9.0), "TFLOP"), history.Point(2, ("b", "2"), 3.0, None, "TFLOP")]
+    history._panel(axis, "machine/product", {"line": points}, {"line": ("#000000", "o")})
+    assert axis.get_ylabel() == "s per TFLOP"
+    assert axis.get_ylim()[1] > 9.0
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["a", "b"]
+    pyplot.close(figure)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_history_leaves_out_what_is_no_result_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("matplotlib")
+    folder, plot = tmp_path / "results", tmp_path / "h.png"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"note{i}.json").write_text("{}")
+    (folder / "cut.json").write_text("{")
+    result(folder / "verdict.json", benchmark="compare")
+    result(folder / "timeless.json", began="today")
+    (folder / "old.json").write_text((ROOT / "benchmarks" / "results" / "ops-cpu.json").read_text())
+    os.mkfifo(folder / "pipe.json")
+    assert called(monkeypatch, "compare", "--history", folder, "--plot", plot) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "with samples; left out: " in line
+    assert not plot.exists()
+    result(folder / "new.json")
+    assert called(monkeypatch, "compare", "--history", folder, "--plot", plot) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{plot}: 3 rows of 1 result; left out: ")
+    for said in (
+        "cut.json (1: not valid JSON",
+        "note0.json, note1.json, note2.json, note3.json, note4.json, note5.json and 2 more (not a result",
+        "old.json (no samples",
+        "pipe.json (not a regular file",
+        "timeless.json (began is 'today'",
+        "verdict.json (a result of compare",
+    ):
+        assert said in line

@@ -13,7 +13,8 @@ import pytest
 import benchmarks
 from benchmarks import hardware, nvml, record, roof
 from benchmarks.__main__ import BENCHMARKS
-from minift.errors import InputError
+from minift import values
+from minift.errors import InputError, RunError
 from tests.helpers import ROOT, SMALL, run_here
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -186,6 +187,37 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             record.read(tmp_path / f"{name}.json")
     with pytest.raises(InputError, match="cannot be read"):
         record.read(tmp_path / "nothing.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_what_is_no_regular_file_or_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device has no end, and a pipe may have no writer: both are refused before the first byte."""
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", Path(os.devnull), tmp_path):
+        with pytest.raises(InputError, match="not a regular file; give the file of --json"):
+            record.read(file)
+    with (tmp_path / "large").open("wb") as large:
+        large.truncate(10**12)  # it takes no space on the disk
+    with pytest.raises(InputError, match="large: 1 TB are more than the 268 MB of a result"):
+        record.read(tmp_path / "large")
+
+
+def test_json_is_read_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "LARGEST_JSON", 99)
+    (tmp_path / "fits").write_text('{"a": 1}'.ljust(99))
+    (tmp_path / "does not").write_text('{"a": 1}'.ljust(100))
+    assert values.read_json(tmp_path / "fits") == {"a": 1}
+    with pytest.raises(InputError, match="does not: larger than 99 B, the most that is read as JSON"):
+        values.read_json(tmp_path / "does not")
+    if Path("/dev/zero").exists():
+        with pytest.raises(InputError, match="/dev/zero: larger than"):
+            values.read_json("/dev/zero")
+
+
+def test_a_result_that_cannot_be_written_is_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"r\.json: the result cannot be written: "):
+        record.write(str(tmp_path / "file" / "r.json"), {"rows": []})
 
 
 def test_what_a_machine_could_do_has_rows_of_its_own() -> None:

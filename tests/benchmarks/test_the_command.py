@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.operations import OPERATIONS
 from benchmarks.words import SYNONYMS
 from minift.config import DEVICES, DTYPES
-from minift.errors import InputError
+from minift.errors import InputError, RunError
 from minift.storage.names import bundled
 from minift.storage.system import command_line
 from minift.tokenizer.load import load_tokenizer
@@ -81,6 +83,83 @@ def test_wrong_input_is_named(
     monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
     assert main() == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+ENDED = {
+    "ops": ["--config", "shape.json", "--only", "norm", "--repeats", "100000", "--no-compile", "--device", "cpu"],
+    "peers": ["--config", "shape.json", "--sides", "minift", "--repeats", "100000", "--device", "cpu", "--length", "8"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("name", ENDED)
+def test_a_signal_ends_it_with_a_line_and_leaves_no_process(name: str, number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "shape.json").write_text(json.dumps(SMALL))
+    words = [word.replace("shape.json", str(tmp_path / "shape.json")) for word in ENDED[name]]
+    files = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-m", "benchmarks", name, *words], cwd=ROOT, text=True, **files)  # type: ignore[call-overload]
+    time.sleep(6)
+    started = command.descendants(child.pid)
+    assert bool(started) == (name == "peers")
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert (child.returncode, errors) == (130, "benchmarks: interrupted\n")
+    end = time.monotonic() + 20
+    while any(map(is_running, started)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(is_running, started))
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended: one that was not waited for has no command line."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RunError("the disk is full"), 2, "benchmarks: error: the disk is full\n"),
+        (OSError(28, "No space left on device"), 2, "benchmarks: error: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, "benchmarks: interrupted\n"),
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_what_ends_it_is_one_line_and_never_the_code_of_a_finding(
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: Sequence[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(command, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "ops"])
+    assert main() == code
+    assert capsys.readouterr().err == said
+
+
+def test_a_signal_is_an_interrupt_and_ends_the_processes_that_were_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        monkeypatch.setattr(command, "descendants", lambda: [child.pid])
+
+        def signalled(words: Sequence[str]) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+            return 0
+
+        monkeypatch.setattr(command, "run", signalled)
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "ops"])
+        assert main() == 130
+        assert child.wait(30) == -signal.SIGTERM
+    assert capsys.readouterr().err == "benchmarks: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 class Machine:

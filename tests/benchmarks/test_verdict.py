@@ -114,6 +114,13 @@ def test_what_is_said_to_be_missing_would_decide_it(log: float, error: float) ->
     assert verdict.verdict(earlier, 0.05, 0.02).word == "undecided"
 
 
+def test_one_is_singular() -> None:
+    one = Estimate(0.0, 1.01 * LIMIT / quantile(0.05, 5), 6, 100)  # six pairs hardly do not decide it, seven do
+    assert missing(one, 0.05, LIMIT, "pairs of processes") == "about 1 more pair of processes"
+    assert missing(one, 0.05, LIMIT, "turns") == "about 1 more turn"
+    assert verdict.counted(2, "pairs of processes") == "2 pairs of processes"
+
+
 def test_what_no_number_decides_is_said() -> None:
     assert "another --band" in missing(Estimate(LIMIT, 0.01, 6, 100), 0.05, LIMIT, "pairs")
 
