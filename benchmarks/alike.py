@@ -9,7 +9,7 @@ each call it does so many small operations more, counted out beforehand to take 
 
 A competing load (`--load`) is a process that computes for a while and sleeps for a while, in turns of random length.
 
-    python -m benchmarks alike                                      # all cases, about 45 minutes
+    python -m benchmarks alike                                      # all cases, about an hour
     python -m benchmarks alike --comparisons 50 --slowdown 3 --load --json alike.json
 
 With `--json` each comparison is added to the file as soon as it is done, and a command that finds some of its
