@@ -27,20 +27,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 NAMES = (
     *("load", "data", "stream", "packing", "audit", "ops", "attention", "loss", "ladder", "peers", "step", "profile"),
-    *(
-        "memory",
-        "roofs",
-        "generate",
-        "card",
-        "lora",
-        "defaults",
-        "scale",
-        "soak",
-        "lesson",
-        "compare",
-        "alike",
-        "tables",
-    ),
+    *("memory", "roofs", "generate", "lora", "defaults", "scale", "soak", "lesson"),
+    *("card", "compare", "alike", "tables"),
 )
 
 READING = ("tables", "compare")  # results; and `compare --commits` reads the time that a process had a core
