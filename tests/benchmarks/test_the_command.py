@@ -142,6 +142,7 @@ def test_what_ends_it_is_one_line_and_never_the_code_of_a_finding(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 def test_a_signal_is_an_interrupt_and_ends_the_processes_that_were_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
