@@ -272,6 +272,11 @@ def test_a_help_does_not_wait_for_torch() -> None:
         assert f" {name} {(module.__doc__ or '').splitlines()[0]}" in text
 
 
+def test_no_table_is_still_to_be_filled_in() -> None:
+    """A word such as SPEED-TABLE stands where a table will be."""
+    assert re.findall(r"\b[A-Z0-9]+-TABLE\b", (ROOT / "benchmarks" / "README.md").read_text()) == []
+
+
 def test_every_benchmark_is_explained() -> None:
     (overview,) = re.findall(r"^## Measure it\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     explained = (ROOT / "benchmarks" / "README.md").read_text()
