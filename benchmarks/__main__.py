@@ -118,8 +118,9 @@ def interrupted_by_signals() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for pid in descendants():
-            with suppress(OSError):
-                os.kill(pid, signal.SIGTERM)
+            with suppress(OSError):  # `multiprocessing` ends its own, and warns of those that are ended for it
+                if b"multiprocessing" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGTERM)
         raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()

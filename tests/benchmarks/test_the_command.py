@@ -142,6 +142,7 @@ def test_what_ends_it_is_one_line_and_never_the_code_of_a_finding(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 def test_a_signal_is_an_interrupt_and_ends_the_processes_that_were_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +270,11 @@ def test_a_help_does_not_wait_for_torch() -> None:
     text = " ".join(" ".join(shown).split())
     for name, module in BENCHMARKS.items():
         assert f" {name} {(module.__doc__ or '').splitlines()[0]}" in text
+
+
+def test_no_table_is_still_to_be_filled_in() -> None:
+    """A word such as SPEED-TABLE stands where a table will be."""
+    assert re.findall(r"\b[A-Z0-9]+-TABLE\b", (ROOT / "benchmarks" / "README.md").read_text()) == []
 
 
 def test_every_benchmark_is_explained() -> None:
