@@ -99,8 +99,8 @@ def run(options: argparse.Namespace) -> None:
                     found.append(one)
                     record.write(options.json, _result(options, plan, found))
     except KeyboardInterrupt:
-        print(table(found), flush=True)
-        raise InputError("interrupted" + ("; the same command goes on" if options.json else "")) from None
+        print(table(found) + ("\nthe same command goes on" if options.json else ""), flush=True)
+        raise
     print(table(found))
 
 

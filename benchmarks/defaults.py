@@ -121,7 +121,7 @@ def _model(size: str, folder: Path, steps: int | None) -> str:
         if not pretrain(
             pretrain_job(str(folder / f"{size}.json"), [pages], str(bundled("base"))), config, final.parent
         ):
-            raise InputError("interrupted")
+            raise KeyboardInterrupt
     return str(final)
 
 

@@ -70,7 +70,7 @@ def _measure(words: str) -> dict[str, Any]:
         out = Path(folder) / "run"
         result = jobs.finetune(jobs.finetune_job(asked["model"], asked["data"]), config, out)
         if result is None:
-            raise InputError("interrupted")
+            raise KeyboardInterrupt
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         seconds = [json.loads(line)["seconds"] for line in lines]
         changed = _trained(asked["model"], out, config.lora_rank)
