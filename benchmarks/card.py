@@ -80,7 +80,12 @@ PARTS = (
         *("peers-7b", "llama2-7b", 240, 0.60, "--batch-size=4", "--length=4096", "--loss-chunk=4096"),
         *("--sides", "minift, compiled", "transformers, compiled", "transformers, checkpointed"),
     ),
-    Part("ops", ("benchmarks", "ops", "--config=tinyllama-1.1b", "--batch-size=8", "--length=2048"), 130, 45),
+    Part(
+        "ops",
+        ("benchmarks", "ops", "--config=tinyllama-1.1b", "--batch-size=8", "--length=2048", "--budget=60"),
+        130,
+        45,
+    ),
     Part("generate", ("benchmarks", "generate"), 90, 30),
     Part("memory", ("benchmarks", "memory", "--shapes=tinyllama-1.1b:8x2048", "--dtypes=bfloat16"), 50, 25),
 )

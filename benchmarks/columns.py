@@ -3,6 +3,7 @@
 The first row is the head. A kind is a benchmark's name, or "lesson NAME". A result is what `record.read` returns.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -104,7 +105,7 @@ def ops(results: Sequence[Result]) -> Rows:
                 middle, low, high = cold.paired(warm)
                 fits = "yes" if values["bytes"] < cache else "no"
                 times = [f"{1e3 * one.median:.3g}" for one in (warm, cold) if one.median is not None]
-                ratio = f"{middle:.2f} ({low:.2f}-{high:.2f})"
+                ratio = f"{middle:.2f}" + (f" ({low:.2f}-{high:.2f})" if math.isfinite(high - low) else "")
                 rows.append([name, phase, f"{values['bytes'] / 1e6:,.1f}", fits, *times, ratio])
     return rows
 

@@ -41,7 +41,7 @@ from minift.config import LlamaConfig
 from minift.errors import InputError
 from minift.values import check_number
 
-BUDGET = 150.0  # seconds
+BUDGET = 300.0  # seconds
 VARIANTS = ("naive", "used", "compiled")
 VAGUE = 0.5  # a median whose interval reaches further than this share of it says nothing about the roof
 # The largest relative difference between a variant and `naive`. In low precision both have rounding errors.

@@ -160,8 +160,11 @@ def _take_turns(
 
 
 def with_interrupted(marks: Sequence[tuple[str, ...]], interrupted: Sequence[bool]) -> list[tuple[str, ...]]:
-    """Return the marks of turns, with "other load" for those that were interrupted, unless that is more than half."""
-    if sum(interrupted) > len(interrupted) / 2:
+    """Return the marks of turns, with "other load" for those that were interrupted.
+
+    Where that is more than half of the turns it is usual, and of fewer than FEWEST it is not known what is usual.
+    """
+    if len(interrupted) < FEWEST or sum(interrupted) > len(interrupted) / 2:
         return list(marks)
     pairs = zip(marks, interrupted, strict=True)
     return [(*of, "other load") if now and "other load" not in of else of for of, now in pairs]

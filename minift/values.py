@@ -24,8 +24,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises InputError when it is missing, too large, not JSON, or not an object."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_JSON + 1)
+        content = bytearray()
+        with path.open("rb") as file:  # in blocks: to read up to a bound at once would allocate that much
+            while len(content) <= LARGEST_JSON and (block := file.read(2**20)):
+                content += block
         if len(content) > LARGEST_JSON:
             raise InputError(f"{path}: larger than {size(LARGEST_JSON)}, the most that is read as JSON")
         values = json.loads(content.decode("utf-8"))

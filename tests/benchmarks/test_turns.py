@@ -121,13 +121,13 @@ def test_a_sample_that_another_process_interrupts_is_taken_again(work: Work) -> 
 
 
 def test_a_turn_whose_samples_are_all_interrupted_is_left_out(work: Work) -> None:
-    """In one of four turns, each attempt. Where it is most turns, nothing is usual, and all count."""
-    rare = itertools.chain(*([0, 0] for _ in range(3)), range(2 * timing.ATTEMPTS))
-    told = Told(interruptions=list(rare))
-    (found,) = measure(work, {"a": work.call("a", 1.0)}, 4, watch=told).values()
-    assert (len(found.seconds), found.left_out) == (3, {"other load": 1})
-    (found,) = measure(work, {"a": work.call("a", 1.0)}, 4, watch=Told(interruptions=range(100))).values()
-    assert (len(found.seconds), found.left_out) == (4, {})
+    """In one of six turns, each attempt. Where it is most turns, or there are few, nothing is usual, and all count."""
+    for turns, counted in ((6, 5), (5, 5)):
+        rare = [*[0] * (2 * turns - 2), *range(2 * timing.ATTEMPTS)]
+        (found,) = measure(work, {"a": work.call("a", 1.0)}, turns, watch=Told(interruptions=rare)).values()
+        assert (len(found.seconds), sum(found.left_out.values())) == (counted, turns - counted)
+    (found,) = measure(work, {"a": work.call("a", 1.0)}, 6, watch=Told(interruptions=range(100))).values()
+    assert (len(found.seconds), found.left_out) == (6, {})
 
 
 def test_repeats_are_exact_however_much_the_times_differ(work: Work) -> None:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from minift.train import Objective, TrainState, train_step
 from tests.helpers import SMALL, make_examples
 
 SHAPE = LlamaConfig(**{**SMALL, "hidden_size": 64, "max_position_embeddings": 2048})
+PACKAGE = Path(kernels.__file__).parent.parent
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
@@ -58,7 +60,7 @@ class Waits(TorchDispatchMode):
 
     def _note(self) -> None:
         frame: Any = sys._getframe()
-        while frame and "/minift/" not in frame.f_code.co_filename.replace("\\", "/"):
+        while frame and not Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
             frame = frame.f_back
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() if frame else "a line of the test"
         if self.lines[-1:] != [line]:  # `tolist` of a fake tensor asks once for each number, of a real one once
