@@ -9,7 +9,6 @@ import ast
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -21,9 +20,9 @@ from benchmarks import tour
 from benchmarks.words import Parser
 from minift.cli.streams import open_streams
 from minift.errors import InputError, RunError, one_line
+from minift.runs.stop import handled_by
 
 INTERRUPTED, NO_READER = 130, 141  # as a shell reports a program that SIGINT, or SIGPIPE, has ended
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 NAMES = (
     *("load", "data", "stream", "packing", "audit", "ops", "attention", "loss", "ladder", "peers", "step", "profile"),
@@ -123,13 +122,8 @@ def interrupted_by_signals() -> Iterator[None]:
                     os.kill(pid, signal.SIGTERM)
         raise KeyboardInterrupt
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS} if in_main_thread else {}
-    try:
+    with handled_by(interrupt):
         yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 def descendants(parent: int | None = None) -> list[int]:

@@ -64,23 +64,26 @@ class Sampled(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """When a process began to measure, and what the machine was doing."""
+    """The moment in which a process began to measure: what the machine was doing, and which code was there to run."""
 
     at: float
     load: list[float | None]
     ticks: hardware.Ticks | None
+    commit: str
+    code: str
 
 
 @cache
 def begin() -> Start:
     """Note when this process begins to measure. The first call counts; later ones return the same."""
-    return Start(time.time(), hardware.load(), hardware.Ticks.now())
+    return Start(time.time(), hardware.load(), hardware.Ticks.now(), _commit(), code_digest())
 
 
 def environment() -> dict[str, Any]:
     """Return the head of a result: schema, command, date, commit, code, machine, load, files and versions.
 
-    A commit with "+" had changed files; `code` is a checksum of all files of minift and of the benchmarks.
+    A commit with "+" had changed files; `code` is a checksum of all files of minift and of the benchmarks. Both are of
+    the moment in which the process began: what is changed later is not what ran.
     """
     start = begin()
     during = hardware.shares(start.ticks, hardware.Ticks.now())
@@ -91,8 +94,8 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "began": start.at,
         "ended": time.time(),
-        "commit": _commit(),
-        "code": code_digest(),
+        "commit": start.commit,
+        "code": start.code,
         "machine": hardware.describe(),
         "load": {
             "before": start.load,

@@ -23,6 +23,11 @@ import torch
 
 from minift.errors import InputError, RunError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 NAMES = ("wall", "events", "graph")
 # Seconds that a sample should last: a shorter call is repeated within it, so that reading a clock (below 1 µs) and
 # waiting for a GPU (about 10 µs) are at most half a percent of it. Not longer: on a busy machine another process takes
@@ -225,3 +230,15 @@ def wait_for(device: str) -> None:
     """Return when all work on a GPU is done. On a CPU it is done when a call returns."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds_a_call(
+    call: Callable[[], object], calls: int, device: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the mean seconds of `calls` calls in a row, from an idle device until its work is done."""
+    return Wall(device, clock).seconds(call, calls, nothing)
+
+
+def preemptions() -> int:
+    """Return how often another process has taken a core from this one; 0 where the system does not say."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0

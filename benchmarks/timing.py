@@ -20,7 +20,7 @@ from typing import Protocol
 
 from benchmarks import cold, floor, timers
 from benchmarks.samples import Sample, Samples, median_interval
-from benchmarks.timers import Timer, Wall, nothing, wait_for
+from benchmarks.timers import Timer, seconds_a_call, wait_for
 from benchmarks.watch import WINDOW, Reading, Watch
 
 __all__ = ["in_turn_order", "in_turns", "paired_ratio", "seconds_a_call", "wait_for"]
@@ -66,13 +66,11 @@ class _Side:
         for _ in range(ATTEMPTS):
             before, at = interruptions(), time.time()
             seconds = self.timer.seconds(self.call, self.calls, self.before)
-            if interruptions() == before:
+            interrupted = interruptions() != before
+            if not interrupted:
                 break
-        else:
-            self.samples.append(Sample(at, seconds, self.calls, turn))
-            return True
         self.samples.append(Sample(at, seconds, self.calls, turn))
-        return False
+        return interrupted
 
     def marked(self, marks: Sequence[tuple[str, ...]]) -> list[Sample]:
         return [replace(sample, marks=marks[sample.turn]) for sample in self.samples]
@@ -187,10 +185,3 @@ def in_turn_order(names: Sequence[str], turn: int) -> Sequence[str]:
 def paired_ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
     """Return how many times as fast: the median of the ratios by turn, as another load in a turn slowed both sides."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
-
-
-def seconds_a_call(
-    call: Callable[[], object], calls: int, device: str, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Return the mean seconds of `calls` calls in a row, from an idle device until its work is done."""
-    return Wall(device, clock).seconds(call, calls, nothing)

@@ -19,13 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from benchmarks import hardware, nvml
+from benchmarks import hardware, nvml, timers
 from minift.errors import InputError
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 WINDOW = 0.5  # seconds: the ticks at both ends of a window are then at most 2 % of a core's time in it
 OTHERS = 0.05  # of the cores' time; less is within what ticks of 10 ms can tell
@@ -154,7 +149,7 @@ class Watch:
 
     def interruptions(self) -> int:
         """Return how often another process has taken a core from this one; 0 where the system does not say."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
+        return timers.preemptions()
 
     def _shares(self, before: Reading, after: Reading) -> tuple[float | None, float | None]:
         """Return the shares of the cores' time between two readings: of other processes, and what was stolen."""

@@ -15,12 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks.timing import seconds_a_call
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+from benchmarks.timers import preemptions, seconds_a_call
 
 Call = Callable[[], object]
 Setting = Mapping[str, Any]  # config, batch_size, length, dtype, device
@@ -159,11 +154,6 @@ def keep_freed_memory() -> None:
         from minift.kernels.malloc import keep_freed_memory
 
         keep_freed_memory()
-
-
-def preemptions() -> int:
-    """Return how often another process has taken a core from this one; 0 where the system does not say."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
 
 
 def with_extra(call: Call, units: float) -> Call:

@@ -85,7 +85,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports.
+    """The report of one optimizer step.
 
     Attributes:
         loss: mean over the step's targets, in nats.

@@ -54,7 +54,7 @@ _MI300 = "AMD Instinct MI300X and MI325X data sheets, matrix rates without spars
 
 @dataclass(frozen=True)
 class Peak:
-    """What a document promises of one kind of GPU.
+    """The rates that a document promises of one kind of GPU.
 
     Attributes:
         names: as PyTorch gives them, without "NVIDIA" and "Tesla".

@@ -166,7 +166,7 @@ def _add_conversation(
 
 
 class _Faults:
-    """What is wrong with the records that cannot be used: the first of each reason, and how many have it."""
+    """The reasons why records cannot be used: the first record with each, and how many have it."""
 
     def __init__(self, reason: str = ""):
         self.count = 0

@@ -38,7 +38,7 @@ class StopSignal:
         self._handling = ExitStack()
 
     def __enter__(self) -> "StopSignal":
-        self._handling.enter_context(_handled_by(self._handle))
+        self._handling.enter_context(handled_by(self._handle))
         return self
 
     def __exit__(
@@ -89,7 +89,7 @@ def ended_at_once() -> Iterator[None]:
             os.write(2, b"minift: interrupted\n")
         os._exit(1)
 
-    with _handled_by(end):
+    with handled_by(end):
         yield
 
 
@@ -100,12 +100,12 @@ def ended_by_signals() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    with _handled_by(interrupt):
+    with handled_by(interrupt):
         yield
 
 
 @contextmanager
-def _handled_by(handler: Any) -> Iterator[None]:
+def handled_by(handler: Any) -> Iterator[None]:
     """Let a handler take both signals in the block. Python sets handlers in the main thread only."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number in SIGNALS} if in_main_thread else {}

@@ -361,6 +361,13 @@ def test_disturbed_turns_are_left_out_while_enough_are_left() -> None:
         assert [len(turns) for turns in measured.ratios("a")] == [counted]
 
 
+def test_what_serves_a_workload_needs_little_of_the_version_that_is_measured() -> None:
+    """An older minift lacks much: its workloads are left out by name, and the process that serves them still runs."""
+    code = "import sys, benchmarks.workloads; print(*sorted(name for name in sys.modules if name.startswith('minift')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["minift", "minift.errors"]
+
+
 def test_a_sample_is_the_median_of_what_nothing_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     taken, switches = iter([5.0, 1.0, 3.0, 2.0]), iter([0, 1, 1, 1, 1, 1, 1, 1])  # the first sample was interrupted
     monkeypatch.setattr(workloads, "seconds_a_call", lambda *_: next(taken))
